@@ -1,0 +1,492 @@
+"""The decisions, each by itself: no loop, no clock."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from factories import Scope, make_report, make_sequence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_worker.core import subjects
+from trio_worker.core.admission import Admission
+from trio_worker.core.counters import Samples, Throughput
+from trio_worker.core.formation import Formation, Trigger, Wait
+from trio_worker.core.memory import MB, Pressure, PressureGauge
+from trio_worker.core.prefill import CHUNK_FIRST, CHUNK_MIN, PrefillBudget
+from trio_worker.core.priority import level_of, name_of
+from trio_worker.core.rates import ArrivalRate, ServiceRate
+from trio_worker.core.request import FinishReason, RequestId
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.scheduler import PROOF_TOKENS, Scheduler
+from trio_worker.core.sequence import (
+    TRANSITIONS,
+    Ending,
+    Event,
+    Sequence,
+    Stage,
+    queue_key,
+)
+from trio_worker.core.turn import Output
+from trio_worker.errors import (
+    DuplicateRequest,
+    QueueFull,
+    ResourceLimitExceeded,
+    WorkerDraining,
+    WorkerError,
+)
+
+# --- life cycle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "event"), list(itertools.product(Stage, Event)), ids=lambda each: each.name
+)
+def test_the_life_cycle_goes_along_its_table_and_nowhere_else(stage: Stage, event: Event) -> None:
+    sequence = make_sequence()
+    sequence.stage = stage
+    if (stage, event) in TRANSITIONS:
+        sequence.advance(event)
+        assert sequence.stage is TRANSITIONS[stage, event]
+    else:
+        with pytest.raises(AssertionError):
+            sequence.advance(event)
+        assert sequence.stage is stage
+
+
+def test_only_the_first_reason_to_end_counts_and_none_after_the_end() -> None:
+    sequence = make_sequence()
+    scope = sequence.scope
+    assert isinstance(scope, Scope)
+    sequence.end(Ending.CANCELLED)
+    sequence.end(Ending.DRAINING)
+    assert sequence.ending is Ending.CANCELLED
+    assert scope.reasons == ["cancelled"]
+    ended = make_sequence()
+    ended.advance(Event.END)
+    ended.end(Ending.CANCELLED)
+    assert ended.ending is None
+
+
+# --- the queue's order --------------------------------------------------------------------
+
+_arrivals = st.lists(
+    st.tuples(st.floats(0, 20, allow_nan=False), st.integers(0, 3)), min_size=1, max_size=40
+)
+
+
+@given(_arrivals)
+def test_the_queue_serves_as_a_sorted_list_would(arrivals: list[tuple[float, int]]) -> None:
+    queue = RequestQueue(max_size=len(arrivals))
+    sequences = [
+        make_sequence(str(index), level=level, at=at) for index, (at, level) in enumerate(arrivals)
+    ]
+    for sequence in sequences:
+        queue.add(sequence)
+    removed = sequences[::3]
+    for sequence in removed:
+        assert queue.remove(sequence)
+        assert not queue.remove(sequence)
+    expected = sorted((each for each in sequences if each not in removed), key=lambda s: s.key)
+    assert sum(queue.by_level().values()) == len(queue) == len(expected)
+    assert [queue.take() for _ in range(len(queue))] == expected
+
+
+@given(_arrivals, st.floats(0.1, 10))
+def test_the_least_urgent_is_overtaken_only_by_arrivals_within_the_bound(
+    arrivals: list[tuple[float, int]], aging_s: float
+) -> None:
+    """The bound is (levels - 1) × aging: the reason why nobody starves."""
+    levels = 4
+    keys = sorted(
+        (queue_key(enqueued_at=at, level=level, aging_s=aging_s, arrival=index), at, level)
+        for index, (at, level) in enumerate(arrivals)
+    )
+    for position, (_, at, level) in enumerate(keys):
+        if level == levels - 1:
+            for _, earlier_at, _ in keys[:position]:
+                assert earlier_at <= at + (levels - 1) * aging_s + 1e-9
+
+
+def test_without_aging_levels_are_strict() -> None:
+    early_low = queue_key(enqueued_at=0, level=2, aging_s=None, arrival=0)
+    late_high = queue_key(enqueued_at=1000, level=0, aging_s=None, arrival=1)
+    assert late_high < early_low
+
+
+def test_taking_past_a_more_urgent_one_counts_as_a_promotion() -> None:
+    queue = RequestQueue(max_size=4)
+    queue.add(make_sequence("old low", level=2, at=0, aging_s=1))
+    queue.add(make_sequence("new high", level=0, at=10, aging_s=1))
+    assert queue.take().request_id == "old low"
+    assert queue.promotions == 1
+    queue.take()
+    assert queue.promotions == 1
+
+
+def test_names_of_levels() -> None:
+    assert [level_of(name, 3) for name in ("high", "medium", "low")] == [0, 1, 2]
+    assert [name_of(level, 5) for level in range(5)] == ["high", "1", "medium", "3", "low"]
+    assert name_of(0, 1) == "high"
+
+
+# --- admission ----------------------------------------------------------------------------
+
+
+def make_admission(
+    *, max_depth: int = 4, slots: int = 2, reject: bool = True, enabled: bool = True
+) -> Admission:
+    admission = Admission(
+        queue_enabled=enabled,
+        max_depth=max_depth,
+        reject_when_full=reject,
+        slots=slots,
+        gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
+        rate=ServiceRate(),
+        arrivals=ArrivalRate(),
+    )
+    admission.engine_ready = True
+    return admission
+
+
+def admit(admission: Admission, request_id: str) -> Sequence | WorkerError:
+    sequence = make_sequence(request_id)
+    refusal = admission.refusal(sequence.request_id)
+    if refusal is not None:
+        return refusal
+    admission.enter(sequence)
+    return sequence
+
+
+def test_each_thing_that_speaks_against_a_request_has_its_code() -> None:
+    admission = make_admission(max_depth=1)
+    assert isinstance(admit(admission, "a"), Sequence)
+    assert isinstance(admit(admission, "a"), DuplicateRequest)
+    assert isinstance(admit(admission, "b"), QueueFull)
+    admission.gauge.read(used=300 * MB, available=0)
+    refusal = admit(admission, "c")
+    assert isinstance(refusal, ResourceLimitExceeded)
+    assert refusal.message == "Worker at capacity (memory: 300 MB)"
+    admission.draining = True
+    assert isinstance(admit(admission, "d"), WorkerDraining)
+
+
+def test_a_place_is_held_until_the_batch_or_the_end() -> None:
+    admission = make_admission(max_depth=1)
+    first = admit(admission, "a")
+    assert isinstance(first, Sequence)
+    full = [admission.is_full]
+    assert admission.batched(first) is None
+    assert admission.depth == 0
+    second = admit(admission, "b")
+    assert isinstance(second, Sequence)
+    admission.leave(second)
+    full.append(admission.is_full)
+    assert full == [True, False]
+    assert set(admission.in_flight) == {"a"}
+
+
+def test_who_waits_for_a_place_gets_it_in_the_order_of_the_queue() -> None:
+    admission = make_admission(max_depth=1, reject=False)
+    holder = admit(admission, "holder")
+    assert isinstance(holder, Sequence)
+    low, high = make_sequence("low", level=2), make_sequence("high", level=0)
+    admission.enter(low)
+    assert low.stage is Stage.WAITING
+    assert isinstance(admit(admission, "one too many"), QueueFull), "as many may wait as hold"
+    admission.leave(low)
+    for sequence in (make_sequence("low", level=2),):
+        admission.enter(sequence)
+    admission._max_waiting = 2
+    admission.enter(high)
+    assert admission.batched(holder) is high
+    assert high.stage is Stage.TOKENISING
+    assert admission.depth == 1
+
+
+def test_accepting_ends_before_the_queue_is_full_and_comes_back_at_half() -> None:
+    admission = make_admission(max_depth=8, slots=2)
+    sequences = []
+    states = []
+    for index in range(8):
+        sequence = admit(admission, str(index))
+        assert isinstance(sequence, Sequence)
+        sequences.append(sequence)
+        states.append(admission.assess())
+    assert states == [True] * 5 + [False] * 3, "8 places less a batch of 2"
+    for sequence in sequences:
+        admission.leave(sequence)
+        states.append(admission.assess())
+    assert states[8:] == [False] * 4 + [True] * 4, "back at half of 6"
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abe")), max_size=80))
+def test_places_never_exceed_the_bound(steps: list[tuple[int, str]]) -> None:
+    admission = make_admission(max_depth=3, reject=False)
+    alive: dict[str, Sequence] = {}
+    for number, step in steps:
+        request_id = str(number)
+        if step == "a" and request_id not in alive:
+            outcome = admit(admission, request_id)
+            if isinstance(outcome, Sequence):
+                alive[request_id] = outcome
+        elif step == "b" and request_id in alive:
+            if alive[request_id].stage is Stage.TOKENISING:
+                admission.batched(alive[request_id])
+        elif step == "e" and request_id in alive:
+            admission.leave(alive.pop(request_id))
+        waiting = [each for each in alive.values() if each.stage is Stage.WAITING]
+        assert admission.depth <= 3
+        assert admission.waiting == len(waiting) <= 3
+        assert not waiting or admission.is_full
+        assert set(admission.in_flight) == set(alive)
+
+
+# --- rates, formation, prefill, pressure --------------------------------------------------
+
+
+def test_nothing_is_estimated_before_eight_completions_and_within_bounds_after() -> None:
+    rate = ServiceRate()
+    for _ in range(7):
+        rate.record(4.0)
+        assert rate.retry_after_ms(waiting=100, slots=1) == 1000
+    rate.record(4.0)
+    assert rate.retry_after_ms(waiting=0, slots=8) == 500
+    assert rate.retry_after_ms(waiting=100_000, slots=1) == 60_000
+    for _ in range(64):
+        rate.record(0.0001)
+    assert rate.retry_after_ms(waiting=0, slots=8) == 50
+
+
+@pytest.mark.parametrize(
+    ("waiting", "now", "gap", "adaptive", "expected"),
+    [
+        (4, 0.0, None, True, Trigger.SIZE),
+        (1, 1.0, None, True, Trigger.TIMEOUT),
+        (1, 0.0, None, True, Wait(until=1.0, trigger=Trigger.TIMEOUT)),
+        (1, 0.0, 5.0, True, Trigger.SINGLE),
+        (1, 0.0, 5.0, False, Wait(until=1.0, trigger=Trigger.TIMEOUT)),
+        (1, 0.0, 0.1, True, Wait(until=0.2, trigger=Trigger.SINGLE)),
+        (1, 0.9, 0.1, True, Wait(until=1.0, trigger=Trigger.TIMEOUT)),
+    ],
+)
+def test_how_long_an_idle_engine_waits(
+    *, waiting: int, now: float, gap: float | None, adaptive: bool, expected: Trigger | Wait
+) -> None:
+    formation = Formation(min_batch_size=4, timeout_s=1.0, adaptive=adaptive)
+    assert formation.decide(now=now, waiting=waiting, first_at=0.0, mean_gap_s=gap) == expected
+
+
+def test_the_chunk_grows_to_what_the_gap_allows_and_never_below_its_least() -> None:
+    budget = PrefillBudget(chunk_max=512, gap_target_s=0.2)
+    assert budget.chunk == CHUNK_FIRST
+    budget.record(seconds=0.1, prefilled=0, decoded=8)
+    for _ in range(8):
+        budget.record(seconds=0.1 + 0.0005 * budget.chunk, prefilled=budget.chunk, decoded=8)
+    assert 180 <= budget.chunk <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
+    for _ in range(20):
+        budget.record(seconds=5.0, prefilled=budget.chunk, decoded=8)
+    assert budget.chunk == CHUNK_MIN
+    budget.restarted()
+    assert budget.chunk == CHUNK_FIRST
+
+
+def test_pressure_rises_at_a_limit_and_falls_only_clearly_below_it() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    readings = [50, 100, 96, 94, 200, 191, 189, 96, 94]
+    levels = [gauge.read(used=used, available=1) for used in readings]
+    assert levels == [
+        Pressure.NORMAL,
+        Pressure.SOFT,
+        Pressure.SOFT,
+        Pressure.NORMAL,
+        Pressure.CRITICAL,
+        Pressure.CRITICAL,
+        Pressure.SOFT,
+        Pressure.SOFT,
+        Pressure.NORMAL,
+    ]
+
+
+def test_percentiles_and_throughput() -> None:
+    samples = Samples()
+    assert samples.percentiles().p50 is None
+    for value in range(100):
+        samples.add(value)
+    assert (samples.percentiles().p50, samples.percentiles().p99) == (50, 99)
+    throughput = Throughput()
+    for second in range(20):
+        throughput.add(30, now=second)
+    assert throughput.per_second(now=19.5) == 30
+    assert throughput.per_second(now=100) == 0
+
+
+@pytest.mark.parametrize(
+    ("subject", "permitted"),
+    [
+        ("_INBOX.abc.1", True),
+        (None, False),
+        ("", False),
+        ("_INBOX.", False),
+        ("_INBOX", False),
+        ("_INBOX.*", False),
+        ("_INBOX.a.>", False),
+        ("_INBOX.a b", False),
+        ("_INBOX.a\r\nPUB x", False),
+        ("orders", False),
+    ],
+)
+def test_which_reply_subjects_may_be_answered(subject: str | None, *, permitted: bool) -> None:
+    assert subjects.may_reply_to(subject, ["_INBOX."]) is permitted
+
+
+# --- the scheduler ------------------------------------------------------------------------
+
+
+def make_scheduler(slots: int = 4) -> Scheduler:
+    return Scheduler(slots=slots, prefill=PrefillBudget(chunk_max=64, gap_target_s=0.2))
+
+
+def enter(scheduler: Scheduler, *request_ids: str) -> list[Sequence]:
+    sequences = [make_sequence(each, stage=Stage.QUEUED) for each in request_ids]
+    for sequence in sequences:
+        scheduler.enter(sequence, now=0.0)
+    return sequences
+
+
+def admitted(scheduler: Scheduler) -> list[str]:
+    return [each.request_id for each in scheduler.plan().admit]
+
+
+def test_a_turn_admits_books_and_finishes() -> None:
+    scheduler = make_scheduler()
+    (sequence,) = enter(scheduler, "a")
+    work = scheduler.plan()
+    assert [each.request_id for each in work.admit] == ["a"]
+    assert work.admit[0].prompt == (1, 2, 3)
+    scheduler.book(make_report(prefills=[("a", 3, 3)], residents={"a"}), now=1.0)
+    assert sequence.prefilled == 3
+    assert scheduler.plan().admit == ()
+    (delivery,) = scheduler.book(make_report([("a", None)], residents={"a"}), now=2.0)
+    assert delivery.sequence is sequence
+    assert sequence.first_token_at == 2.0
+    assert sequence.stage is Stage.DECODE
+    scheduler.plan()
+    scheduler.book(make_report([("a", FinishReason.STOP)], residents=set()), now=3.0)
+    assert not scheduler.has_work
+    assert sequence.produced == [7, 7]
+
+
+def test_a_withdrawn_sequence_leaves_with_the_next_plan_and_gets_nothing_more() -> None:
+    scheduler = make_scheduler()
+    first, second = enter(scheduler, "a", "b")
+    scheduler.plan()
+    scheduler.withdraw(first)
+    assert scheduler.free_slots == 3
+    deliveries = scheduler.book(
+        make_report([("a", None), ("b", None)], residents={"a", "b"}), now=1
+    )
+    assert [each.sequence for each in deliveries] == [second]
+    assert scheduler.plan().remove == (RequestId("a"),)
+    scheduler.book(make_report([("b", None)], residents={"b"}), now=2)
+
+
+def test_a_sequence_withdrawn_before_its_first_plan_is_never_admitted() -> None:
+    scheduler = make_scheduler()
+    (sequence,) = enter(scheduler, "a")
+    scheduler.withdraw(sequence)
+    assert not scheduler.has_work
+
+
+def test_an_id_may_come_again_while_its_predecessor_is_still_resident() -> None:
+    scheduler = make_scheduler()
+    (first,) = enter(scheduler, "a")
+    scheduler.plan()
+    scheduler.withdraw(first)
+    scheduler.book(make_report([("a", None)], residents={"a"}), now=1)
+    (second,) = enter(scheduler, "a")
+    work = scheduler.plan()
+    assert work.remove == ("a",)
+    assert [each.request_id for each in work.admit] == ["a"]
+    (delivery,) = scheduler.book(make_report([("a", None)], residents={"a"}), now=2)
+    assert delivery.sequence is second
+    assert first.produced == []
+
+
+def test_an_engine_that_holds_something_else_is_a_fault() -> None:
+    scheduler = make_scheduler()
+    enter(scheduler, "a")
+    scheduler.plan()
+    with pytest.raises(AssertionError, match="the engine holds"):
+        scheduler.book(make_report(residents={"a", "ghost"}), now=1)
+
+
+def test_after_a_loss_everybody_comes_back_with_the_tokens_they_have() -> None:
+    scheduler = make_scheduler()
+    first, _ = enter(scheduler, "a", "b")
+    scheduler.plan()
+    scheduler.book(make_report([("a", None)], residents={"a", "b"}), now=1)
+    assert scheduler.lost(blameless=False) == []
+    stages = [first.stage]
+    work = scheduler.plan()
+    stages.append(first.stage)
+    assert stages == [Stage.RESUMING, Stage.PREFILL]
+    assert [each.request_id for each in work.admit] == ["a", "b"]
+    assert work.admit[0].produced == (7,)
+    assert first.resumed == 1
+
+
+def crash(scheduler: Scheduler) -> list[str]:
+    return [each.sequence.request_id for each in scheduler.lost(blameless=False)]
+
+
+def test_suspects_are_tried_alone_newest_first_and_only_the_guilty_fails() -> None:
+    scheduler = make_scheduler()
+    enter(scheduler, "old", "guilty", "new")
+    for _ in range(2):
+        assert admitted(scheduler) == ["old", "guilty", "new"]
+        assert crash(scheduler) == []
+    assert scheduler.free_slots == 0, "nobody joins a trial"
+    assert admitted(scheduler) == ["new"]
+    for _ in range(PROOF_TOKENS):
+        scheduler.book(make_report([("new", None)], residents={"new"}), now=1)
+        work = scheduler.plan()
+    assert [each.request_id for each in work.admit] == ["guilty"]
+    assert work.remove == ("new",), "the acquitted one waits until all have been tried"
+    assert crash(scheduler) == ["guilty"]
+    assert admitted(scheduler) == ["old", "new"]
+    assert scheduler.free_slots == 2
+
+
+def test_a_suspect_that_is_withdrawn_makes_way_for_the_next() -> None:
+    scheduler = make_scheduler()
+    _, new = enter(scheduler, "old", "new")
+    for _ in range(2):
+        scheduler.plan()
+        crash(scheduler)
+    assert admitted(scheduler) == ["new"]
+    new.advance(Event.END)
+    scheduler.withdraw(new)
+    scheduler.book(make_report([("new", None)], residents={"new"}), now=1)
+    work = scheduler.plan()
+    assert work.remove == ("new",)
+    assert [each.request_id for each in work.admit] == ["old"]
+
+
+def test_a_planned_restart_makes_nobody_a_suspect() -> None:
+    scheduler = make_scheduler()
+    enter(scheduler, "a")
+    for _ in range(5):
+        assert admitted(scheduler) == ["a"]
+        scheduler.lost(blameless=True)
+    assert scheduler.free_slots == 3
+
+
+def test_a_failure_takes_out_one_sequence() -> None:
+    scheduler = make_scheduler()
+    enter(scheduler, "a", "b")
+    scheduler.plan()
+    deliveries = scheduler.book(make_report([("a", None)], failures=["b"], residents={"a"}), now=1)
+    assert [isinstance(each.output, Output) for each in deliveries] == [True, False]
+    assert set(scheduler.running) == {"a"}

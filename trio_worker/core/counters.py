@@ -1,0 +1,79 @@
+"""Counts and samples, written where things happen and read by the statistics; never awaited."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from trio_worker.core.statistics import Percentiles
+from trio_worker.core.turn import EngineMemory
+
+WINDOW_S = 10.0
+
+
+class Samples:
+    """The last 1024 values of something."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=1024)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    def percentiles(self) -> Percentiles:
+        """Nearest rank."""
+        ordered = sorted(self._values)
+
+        def rank(share: float) -> float | None:
+            return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
+
+        return Percentiles(p50=rank(0.50), p95=rank(0.95), p99=rank(0.99))
+
+
+class Throughput:
+    """Events per second over the last `WINDOW_S`, in buckets of a second."""
+
+    def __init__(self) -> None:
+        self._buckets: deque[list[float]] = deque(maxlen=int(WINDOW_S) + 1)
+
+    def add(self, count: int, *, now: float) -> None:
+        second = float(int(now))
+        if self._buckets and self._buckets[-1][0] == second:
+            self._buckets[-1][1] += count
+        else:
+            self._buckets.append([second, count])
+
+    def per_second(self, *, now: float) -> float:
+        return sum(count for second, count in self._buckets if second > now - WINDOW_S) / WINDOW_S
+
+
+class RequestCounters:
+    """What became of the requests."""
+
+    def __init__(self) -> None:
+        self.by_outcome: Counter[str] = Counter()
+        """`ok` or the error's code."""
+        self.dropped = 0
+        self.resumed = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.queue_wait_ms = Samples()
+        self.time_to_first_token_ms = Samples()
+        self.inter_token_ms = Samples()
+        self.request_ms = Samples()
+        self.throughput = Throughput()
+
+
+class BatchCounters:
+    """What the batcher did."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.decode_turns = 0
+        self.decoded = 0
+        self.max_batch_seen = 0
+        self.last_formation_ms = 0.0
+        self.by_trigger: Counter[str] = Counter()
+        self.engine_memory = EngineMemory(active=0, cache=0, peak=0)
+        """As of the last turn."""
+        self.turn_began_at: float | None = None
+        """Set while a turn is under way."""

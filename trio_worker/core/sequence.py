@@ -1,0 +1,148 @@
+"""The life of one request inside the worker: its stage, its tokens, its times.
+
+Rule 1: `Sequence.stage` changes in `advance` and nowhere else, along `TRANSITIONS`.
+Rule 2: the queue's key is fixed when the request is admitted and never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeAlias
+
+from trio_worker.core.request import Request, RequestId
+from trio_worker.core.turn import Output, SequenceFailure
+
+Key: TypeAlias = tuple[float, float, int]
+
+
+class Stage(StrEnum):
+    """Where a request is, in the order of the pipeline."""
+
+    WAITING = "waiting"
+    """For a place; only with `reject_when_full: false`."""
+    TOKENISING = "tokenising"
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    RESUMING = "resuming"
+    """The engine was lost with the request aboard; it returns to the batch."""
+    ENDED = "ended"
+
+
+class Event(StrEnum):
+    """What moves a request from one stage to the next."""
+
+    PLACED = "placed"
+    TOKENISED = "tokenised"
+    BATCHED = "batched"
+    DECODED = "decoded"
+    ENGINE_LOST = "engine lost"
+    END = "end"
+
+
+TRANSITIONS: dict[tuple[Stage, Event], Stage] = {
+    (Stage.WAITING, Event.PLACED): Stage.TOKENISING,
+    (Stage.TOKENISING, Event.TOKENISED): Stage.QUEUED,
+    (Stage.QUEUED, Event.BATCHED): Stage.PREFILL,
+    (Stage.PREFILL, Event.DECODED): Stage.DECODE,
+    (Stage.DECODE, Event.DECODED): Stage.DECODE,
+    (Stage.PREFILL, Event.ENGINE_LOST): Stage.RESUMING,
+    (Stage.DECODE, Event.ENGINE_LOST): Stage.RESUMING,
+    (Stage.RESUMING, Event.ENGINE_LOST): Stage.RESUMING,
+    (Stage.RESUMING, Event.BATCHED): Stage.PREFILL,
+    **{(stage, Event.END): Stage.ENDED for stage in Stage if stage is not Stage.ENDED},
+}
+
+RUNNING = frozenset({Stage.PREFILL, Stage.DECODE, Stage.RESUMING})
+
+
+class Ending(StrEnum):
+    """Why a request was ended by something other than its own answer or deadline."""
+
+    CANCELLED = "cancelled"
+    CALLER_GONE = "caller gone"
+    BACKLOG = "backlog"
+    """Too much of its answer could not be published."""
+    DRAINING = "draining"
+
+
+class Cancellable(Protocol):
+    """A cancel scope, as far as this module knows."""
+
+    def cancel(self, reason: str | None = None) -> None: ...
+
+
+class OutputSink(Protocol):
+    """The sending end of a request's token channel, as far as the scheduler knows."""
+
+    def send_nowait(self, value: Output | SequenceFailure, /) -> None: ...
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One request in flight. Owned by its own task; the scheduler writes tokens and stages."""
+
+    request: Request
+    reply_subject: str
+    arrival: int
+    """Counts requests; breaks ties between equal keys."""
+    arrived_at: float
+    """On the monotonic clock, in seconds, as every `_at` below."""
+    scope: Cancellable
+    """Cancelling it ends the request at whatever stage it is."""
+    key: Key
+    """The earliest key is served first."""
+    stage: Stage = Stage.TOKENISING
+    ending: Ending | None = None
+
+    prompt: tuple[int, ...] = ()
+    max_tokens: int = 0
+    produced: list[int] = field(default_factory=list)
+    outputs: OutputSink | None = None
+    prefilled: int = 0
+    """Prompt tokens computed so far in the present prefill."""
+    cached: int = 0
+    """Prompt tokens taken from the prefix cache."""
+
+    queued_at: float | None = None
+    batched_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    resumed: int = 0
+    """How often the engine was lost while this request was aboard."""
+    crashes: int = 0
+    """How many engine crashes in a row it was aboard of; it is a suspect from the second on."""
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def level(self) -> int:
+        return self.request.priority
+
+    def advance(self, event: Event) -> None:
+        """Go to the next stage. An event that does not fit the stage is a programmer's error."""
+        following = TRANSITIONS.get((self.stage, event))
+        assert following is not None, f"{event} at stage {self.stage} of {self.request_id}"
+        self.stage = following
+
+    def end(self, ending: Ending) -> None:
+        """Ask the request's task to end it; the first reason given is the one that counts."""
+        if self.ending is None and self.stage is not Stage.ENDED:
+            self.ending = ending
+            self.scope.cancel(reason=ending)
+
+
+def queue_key(*, enqueued_at: float, level: int, aging_s: float | None, arrival: int) -> Key:
+    """The static key: with aging, waiting `aging_s` is worth one level; without, levels are strict.
+
+    Both times grow alike for every waiting request, so their order never changes while they wait
+    and nothing has to be sorted again. With aging, a request of the lowest of n levels is
+    overtaken only by requests that arrive within (n - 1) × aging_s after it.
+    """
+    if aging_s is None:
+        return (level, enqueued_at, arrival)
+    return (0, enqueued_at + level * aging_s, arrival)

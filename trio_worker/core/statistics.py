@@ -1,0 +1,154 @@
+"""Readings: frozen values of counters and states, taken without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What is known once the model is loaded and prewarmed."""
+
+    model: str
+    """Its name on the wire."""
+    context_length: int
+    """Tokens of prompt and answer together."""
+    cache_bytes_per_token: int
+    device: str
+    """For people: the chip, the number type, and the BLAS where that matters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatistics:
+    """A reading of the engine; `info` is None until the model has been loaded once."""
+
+    state: str
+    """`loading`, `ready`, `restarting` or `stopped`."""
+    pid: int | None
+    restarts: int
+    info: EngineInfo | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerStatistics:
+    """A reading of the connection."""
+
+    url: str
+    """Without credentials."""
+    connected: bool
+    reconnects: int
+    received: int
+    """Messages handed to a sink."""
+    published: int
+    dropped: int
+    """Messages that were never sent: the outbox was full, or the connection ended."""
+    unpublished_bytes: int
+    """Waiting in the outbox."""
+    slow_consumers: int
+    """How often the client library threw away a message because ours were not taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReading:
+    id: str
+    version: str
+    state: str
+    """`loading`, `ready`, `restarting` (the engine is) or `draining`."""
+    uptime_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueReading:
+    depth: int
+    """Requests that hold a place: being tokenised or queued."""
+    max_depth: int
+    is_full: bool
+    by_priority: dict[str, int]
+    promotions: int
+    waiting_for_place: int
+    """Only with `reject_when_full: false`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReading:
+    running: int
+    max_batch_size: int
+    turns: int
+    mean_batch_size: float
+    """Sequences that got a token, per turn with a token."""
+    max_batch_seen: int
+    last_formation_ms: float
+    by_trigger: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourcesReading:
+    memory_mb: float
+    reserved_mb: float
+    """Room that the running requests may still grow into: their longest caches."""
+    can_accept_request: bool
+    under_pressure: bool
+    pressure: str
+    """`normal`, `soft` or `critical`."""
+    available_mb: float
+    limits: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReading:
+    pid: int | None
+    state: str
+    model: str
+    restarts: int
+    resumed: int
+    context_length: int | None
+    cache_bytes_per_token: int | None
+    device: str | None
+    memory_active_mb: float
+    memory_cache_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Of the last 1024 values; null where there is none yet."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsReading:
+    in_flight: int
+    completed: int
+    by_outcome: dict[str, int]
+    by_stage: dict[str, int]
+    """Of those in flight."""
+    dropped: int
+    """Messages without a permitted reply subject: never run, never answered."""
+    queue_wait_ms: Percentiles
+    time_to_first_token_ms: Percentiles
+    inter_token_ms: Percentiles
+    request_ms: Percentiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensReading:
+    prompt: int
+    generated: int
+    per_second: float
+    """Generated, over the last ten seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything the worker says about itself; `/stats` and `worker.{id}.stats` carry it."""
+
+    worker: WorkerReading
+    queue: QueueReading
+    batch: BatchReading
+    resources: ResourcesReading
+    engine: EngineReading
+    requests: RequestsReading
+    tokens: TokensReading
+    nats: BrokerStatistics

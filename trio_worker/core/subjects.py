@@ -1,0 +1,45 @@
+"""The subjects a worker listens and speaks on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from trio_worker.core.request import RequestId
+
+GROUP = "trio-workers"
+CANCEL = "inference.cancel"
+
+_TOKEN = r"[^\s.*>\x00-\x1f\x7f]+"  # noqa: S105 - a pattern
+_CONCRETE = re.compile(rf"\A{_TOKEN}(?:\.{_TOKEN})*\Z")
+
+
+def direct(worker_id: str) -> str:
+    return f"inference.{worker_id}"
+
+
+def shared(model_name: str) -> tuple[str, str]:
+    """The subjects served together with the rest of the fleet, in one queue group."""
+    return ("inference", f"inference.model.{model_name}")
+
+
+def control(worker_id: str, request_id: RequestId | str) -> str:
+    """The control subject of one request; with `*`, of all of this worker's."""
+    return f"inference.{worker_id}.ctl.{request_id}"
+
+
+def ping(worker_id: str) -> str:
+    return f"worker.{worker_id}.ping"
+
+
+def stats(worker_id: str) -> str:
+    return f"worker.{worker_id}.stats"
+
+
+def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> bool:
+    """Whether an answer may go there: one concrete subject below a permitted prefix."""
+    return (
+        subject is not None
+        and subject.startswith(tuple(prefixes))
+        and _CONCRETE.match(subject) is not None
+    )

@@ -1,0 +1,102 @@
+"""What goes into one turn of the engine and what comes out of it.
+
+A turn is one decode step for every running sequence and a bounded amount of prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trio_worker.core.request import FinishReason, RequestId, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """A sequence that enters the batch, or comes back to it after the engine was lost."""
+
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    produced: tuple[int, ...]
+    """Tokens handed out before; they are computed again silently and not handed out again."""
+    max_tokens: int
+    """Counted from the end of the prompt, `produced` included."""
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one turn is to do: remove, then admit, then one decode step and some prefill."""
+
+    admit: tuple[Admit, ...] = ()
+    remove: tuple[RequestId, ...] = ()
+    """Unknown ids are ignored."""
+    prefill_tokens: int = 512
+    """At most so many prompt tokens are computed in this turn, over all rows together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One token of one sequence."""
+
+    request_id: RequestId
+    token: int
+    text: str
+    """What may be shown now; may be empty while a character or a stop string is incomplete.
+
+    The texts of a sequence add up to a function of its tokens; a stop string is not part.
+    """
+    finish: FinishReason | None = None
+    """Set on the last token; the sequence has left the engine."""
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """How far the prefill of one sequence has come."""
+
+    request_id: RequestId
+    done: int
+    total: int
+    cached: int = 0
+    """Tokens taken from the prefix cache rather than computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFailure:
+    """This sequence cannot be computed; it has left the engine, the others are unharmed."""
+
+    request_id: RequestId
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """Bytes as the engine's own allocator counts them."""
+
+    active: int
+    cache: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one turn did."""
+
+    outputs: tuple[Output, ...]
+    prefills: tuple[Prefill, ...]
+    failures: tuple[SequenceFailure, ...]
+    residents: frozenset[RequestId]
+    """The sequences the engine holds after this turn."""
+    memory: EngineMemory
+    seconds: float
+    """Time spent inside the engine."""
+    prefill_tokens: int
+    """Prompt tokens computed in this turn."""

@@ -1,0 +1,205 @@
+"""What the worker and the engine process say to each other.
+
+A frame is four bytes of length (big endian) and a MessagePack body, over a socket pair passed by
+file descriptor: nothing a library prints can corrupt it. There are two lines, each strictly one
+question, one answer: `control` (Hello, then Turn after Turn, on the engine's MLX thread) and
+`tokenise`. While the model loads the engine sends `Progress` frames on the control line, then
+`Loaded` or `LoadFailed`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+MAX_FRAME_BYTES = 64 * 2**20
+_LENGTH = struct.Struct(">I")
+
+PREWARMING = "prewarming"
+"""The `step` of the last `Progress`: from here on the engine computes, and must not take long."""
+_T = TypeVar("_T")
+
+
+class SamplingFrame(msgspec.Struct, frozen=True, array_like=True):
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    seed: int
+    logprobs: bool
+    top_logprobs: int
+
+
+# --- worker → engine ----------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first frame: what to load, and how to behave until the end of the process."""
+
+    model: str
+    model_name: str | None
+    max_batch_size: int
+    prewarm: bool
+    prewarm_prompt: str
+    prewarm_max_tokens: int
+    prefix_cache_bytes: int
+
+
+class AdmitFrame(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    prompt: tuple[int, ...]
+    produced: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingFrame
+    stop: tuple[str, ...]
+
+
+class Turn(msgspec.Struct, frozen=True, tag=True):
+    admit: tuple[AdmitFrame, ...]
+    remove: tuple[str, ...]
+    prefill_tokens: int
+
+
+class Tokenise(msgspec.Struct, frozen=True, tag=True):
+    """Exactly one of the two is set; `messages` are (role, content)."""
+
+    prompt: str | None
+    messages: tuple[tuple[str, str], ...] | None
+
+
+# --- engine → worker ----------------------------------------------------------------------
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """A step of loading; `done` and `total` in `unit`, or both 0 where there is no measure."""
+
+    step: str
+    done: int
+    total: int
+    unit: str
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    context_length: int
+    cache_bytes_per_token: int
+    device: str
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The model cannot be loaded, and trying again would not help."""
+
+    message: str
+
+
+class LogprobFrame(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+class OutputFrame(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    token: int
+    text: str
+    finish: str | None
+    logprob: LogprobFrame | None
+
+
+class PrefillFrame(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    done: int
+    total: int
+    cached: int
+
+
+class FailureFrame(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    message: str
+
+
+class TurnDone(msgspec.Struct, frozen=True, tag=True):
+    outputs: tuple[OutputFrame, ...]
+    prefills: tuple[PrefillFrame, ...]
+    failures: tuple[FailureFrame, ...]
+    residents: tuple[str, ...]
+    memory_active: int
+    memory_cache: int
+    memory_peak: int
+    seconds: float
+    prefill_tokens: int
+
+
+class Tokenised(msgspec.Struct, frozen=True, tag=True):
+    tokens: tuple[int, ...]
+
+
+class TokeniseFailed(msgspec.Struct, frozen=True, tag=True):
+    """The chat template or the tokenizer refused this input; `message` says why."""
+
+    message: str
+
+
+ToEngine: TypeAlias = Hello | Turn | Tokenise
+FromEngine: TypeAlias = Progress | Loaded | LoadFailed | TurnDone | Tokenised | TokeniseFailed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+class FrameError(Exception):
+    """The other side did not send a frame: a programmer's error, or two versions mixed."""
+
+
+def encode(frame: ToEngine | FromEngine) -> bytes:
+    """The frame with its length before it."""
+    body = _encoder.encode(frame)
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {len(body)} bytes is over {MAX_FRAME_BYTES}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameBuffer:
+    """Cuts a stream of bytes into frame bodies. Its state is the bytes not yet cut off."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._bytes += data
+
+    def take(self) -> bytes | None:
+        """The next whole frame's body, or None if more bytes are needed."""
+        if len(self._bytes) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._bytes)
+        if length > MAX_FRAME_BYTES:
+            raise FrameError(f"a frame claims {length} bytes; the limit is {MAX_FRAME_BYTES}")
+        end = _LENGTH.size + length
+        if len(self._bytes) < end:
+            return None
+        body = bytes(self._bytes[_LENGTH.size : end])
+        del self._bytes[:end]
+        return body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    return _decode(_to_engine, body)
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    return _decode(_from_engine, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes) -> _T:
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as exc:
+        raise FrameError(f"not a frame: {exc}") from exc

@@ -1,0 +1,195 @@
+"""What the stages need from the world, as Protocols, and the values that cross them.
+
+Each port has two implementations that pass the same conformance tests: the real one in
+`adapters/` and one in `testing/` that runs in the event loop, also on a mock clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from trio_util import AsyncBool
+
+from trio_worker.core.memory import MemoryReading
+from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
+from trio_worker.core.statistics import BrokerStatistics, EngineInfo, EngineStatistics
+from trio_worker.core.turn import (
+    Admit,
+    EngineMemory,
+    Output,
+    Prefill,
+    Report,
+    SequenceFailure,
+    TokenLogprob,
+    Work,
+)
+
+__all__ = [
+    "Admit",
+    "Broker",
+    "BrokerStatistics",
+    "Engine",
+    "EngineInfo",
+    "EngineMemory",
+    "EngineStatistics",
+    "FinishReason",
+    "Health",
+    "MemoryProbe",
+    "MemoryReading",
+    "Message",
+    "Observed",
+    "Outlet",
+    "Output",
+    "Prefill",
+    "Report",
+    "Request",
+    "RequestId",
+    "Sampling",
+    "SequenceFailure",
+    "Subscription",
+    "TokenLogprob",
+    "Work",
+]
+
+# --- the broker ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message, in either direction."""
+
+    subject: str
+    body: bytes = b""
+    reply: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Subscription(Protocol):
+    """Interest in one subject."""
+
+    async def drain(self) -> None:
+        """End the interest; what the server had already sent still reaches the sink.
+
+        Returns when the last of it has. Cancelled: the interest has ended all the same, but
+        messages under way may be lost. Never raises because the connection is gone.
+        """
+
+
+class Outlet(Protocol):
+    """One caller's share of the outbox: what is published through it is counted apart."""
+
+    @property
+    def unpublished_bytes(self) -> int:
+        """Bytes published here that have not been handed to the connection yet."""
+
+    def publish(self, message: Message) -> None:
+        """Put a message into the outbox; it leaves in order, as soon as there is a connection.
+
+        Synchronous: when this returns, the message will be sent unless the process dies or
+        `discard` is called. Raises `MessageTooLarge` (headers counted), and then nothing is
+        sent.
+        """
+
+    def discard(self) -> None:
+        """Forget what this outlet has not handed to the connection yet."""
+
+
+class Broker(Protocol):
+    """A connection to the message system, open for as long as the context that made it."""
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message the server takes, in bytes, headers counted."""
+
+    def new_inbox(self) -> str:
+        """A fresh reply subject, below `_INBOX.`."""
+
+    async def subscribe(
+        self, subject: str, sink: Callable[[Message], None], *, group: str | None = None
+    ) -> Subscription:
+        """Hand every message on `subject` to `sink`, in order of arrival.
+
+        `sink` runs inside the receiving callback: it must not wait and must not raise.
+        Wildcards are allowed; members of one `group` share the messages between them.
+        Returns when the server knows of the interest.
+        """
+
+    def open_outlet(self) -> Outlet: ...
+
+    def publish(self, message: Message) -> None:
+        """As `Outlet.publish`, for messages that belong to no request.
+
+        The share of these is bounded too: past its bound they are dropped and counted.
+        """
+
+    async def flush(self) -> None:
+        """Return when the server has taken everything published so far. Bound it outside."""
+
+    async def wait_lost(self) -> str:
+        """Return, with the reason, only if the connection has ended for good."""
+
+    def statistics(self) -> BrokerStatistics: ...
+
+
+# --- the engine ---------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """Computes tokens for a batch. One `turn` at a time; `tokenise` may overlap it."""
+
+    @property
+    def ready(self) -> AsyncBool:
+        """Whether a turn can be taken now; to be watched, not to be set."""
+
+    async def wait_ready(self) -> EngineInfo:
+        """Return once the engine can take a turn: at once, unless it is loading."""
+
+    async def tokenise(self, request: Request) -> tuple[int, ...]:
+        """The prompt's tokens, through the chat template if there are messages.
+
+        Waits while the engine is down. Raises `InvalidRequest` if the template refuses the
+        messages, `EngineFailed` if tokenising this request brings the engine down.
+        Cancelled: the result is thrown away.
+        """
+
+    async def turn(self, work: Work) -> Report:
+        """Do one turn. Raises `EngineLost` if the engine is, or becomes, unavailable.
+
+        Then everything it held is gone. Cancelled: the engine's state is unknown; only its
+        end may follow.
+        """
+
+    def statistics(self) -> EngineStatistics: ...
+
+
+# --- the machine --------------------------------------------------------------------------
+
+
+class MemoryProbe(Protocol):
+    def read(self, engine_pid: int | None) -> MemoryReading:
+        """Read now; costs some milliseconds at most. A vanished process counts nothing."""
+
+
+# --- the observers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """An answer to a probe."""
+
+    ok: bool
+    reason: str
+    """One sentence for people; says what is wrong where `ok` is false."""
+
+
+class Observed(Protocol):
+    """What the monitoring endpoints show. Every method is a cheap synchronous read."""
+
+    def liveness(self) -> Health: ...
+
+    def readiness(self) -> Health: ...
+
+    def snapshot(self) -> object:
+        """The statistics snapshot: frozen dataclasses of plain values, ready for JSON."""

@@ -1,0 +1,135 @@
+"""The request queue as a channel: core's sorted queue with the contract of a Trio memory channel.
+
+`send_nowait` never has to wait, because a place was taken at admission; `receive` waits for the
+most urgent sequence; closing the sending end ends the receiving one with `EndOfChannel` once the
+queue is empty. What a memory channel has not: a sequence can be taken out wherever it stands.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import final
+
+import trio
+
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.sequence import Sequence
+
+
+class _State:
+    """What the two ends share: the queue, who is parked, and whether the ends are open."""
+
+    def __init__(self, queue: RequestQueue) -> None:
+        self.queue = queue
+        self.parked = trio.lowlevel.ParkingLot()
+        self.send_open = True
+        self.receive_open = True
+
+
+@final
+class PrioritySendChannel:
+    """The end that puts sequences in, and takes them out again when they end early."""
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    def send_nowait(self, sequence: Sequence) -> None:
+        """Put a sequence into its place. Raises `ClosedResourceError` or `BrokenResourceError`."""
+        if not self._state.send_open:
+            raise trio.ClosedResourceError
+        if not self._state.receive_open:
+            raise trio.BrokenResourceError
+        self._state.queue.add(sequence)
+        self._state.parked.unpark_all()
+
+    def withdraw(self, sequence: Sequence) -> bool:
+        """Take a sequence out wherever it stands; False if it is not (or no longer) queued."""
+        return self._state.queue.remove(sequence)
+
+    def close(self) -> None:
+        self._state.send_open = False
+        self._state.parked.unpark_all()
+
+    def __enter__(self) -> PrioritySendChannel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@final
+class PriorityReceiveChannel:
+    """The end that takes sequences, the most urgent first."""
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    def __len__(self) -> int:
+        return len(self._state.queue)
+
+    def first(self) -> Sequence | None:
+        """The sequence that would be received next, left where it is."""
+        return self._state.queue.first()
+
+    def receive_nowait(self) -> Sequence:
+        """The most urgent sequence.
+
+        Raises `WouldBlock` when there is none, `EndOfChannel` when there will be none.
+        """
+        if not self._state.receive_open:
+            raise trio.ClosedResourceError
+        if len(self._state.queue):
+            return self._state.queue.take()
+        if not self._state.send_open:
+            raise trio.EndOfChannel
+        raise trio.WouldBlock
+
+    async def receive(self) -> Sequence:
+        """Wait for a sequence and take it. Cancelled: nothing has been taken."""
+        await self.wait_depth(1)
+        return self.receive_nowait()
+
+    async def wait_depth(self, depth: int) -> None:
+        """Return once at least `depth` sequences are queued; nothing is taken.
+
+        When the sending end is closed, what is there is all there will be: then it returns with
+        fewer, and raises `EndOfChannel` if there is none.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while len(self._state.queue) < depth:
+            if not self._state.receive_open:
+                raise trio.ClosedResourceError
+            if not self._state.send_open:
+                if len(self._state.queue):
+                    break
+                raise trio.EndOfChannel
+            await self._state.parked.park()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def close(self) -> None:
+        self._state.receive_open = False
+        self._state.parked.unpark_all()
+
+    def __enter__(self) -> PriorityReceiveChannel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_priority_channel(
+    queue: RequestQueue,
+) -> tuple[PrioritySendChannel, PriorityReceiveChannel]:
+    """Two ends over `queue`; its `max_size` bounds them, and its counts are their statistics."""
+    state = _State(queue)
+    return PrioritySendChannel(state), PriorityReceiveChannel(state)
