@@ -1,0 +1,54 @@
+"""The simulated engine keeps the same contract as the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from engine_conformance import CHECKS
+from trio.testing import MockClock
+
+from trio_worker.config import SimulatedConfig
+from trio_worker.errors import EngineLost
+from trio_worker.ports import Engine, Work
+from trio_worker.testing.simulated_engine import open_simulated_engine
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_it_conforms(
+    check: Callable[[Engine], Awaitable[None]], autojump_clock: MockClock
+) -> None:
+    async with open_simulated_engine(SimulatedConfig()) as engine:
+        await engine.wait_ready()
+        await check(engine)
+
+
+async def test_a_crash_in_a_turn_is_told_at_once_and_repaired(autojump_clock: MockClock) -> None:
+    async with open_simulated_engine(SimulatedConfig(turn_ms=1000), restart_s=2.0) as engine:
+        await engine.wait_ready()
+
+        async def crash() -> None:
+            await trio.sleep(0.3)
+            engine.crash()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(crash)
+            with pytest.raises(EngineLost):
+                await engine.turn(Work())
+            assert trio.current_time() == pytest.approx(0.3)
+        with pytest.raises(EngineLost):
+            await engine.turn(Work())
+        await engine.wait_ready()
+        assert trio.current_time() == pytest.approx(2.3)
+        assert engine.statistics().restarts == 1
+
+
+async def test_a_turn_takes_its_time(autojump_clock: MockClock) -> None:
+    async with open_simulated_engine(SimulatedConfig(), load_s=3.0) as engine:
+        assert engine.statistics().state == "loading"
+        info = await engine.wait_ready()
+        assert trio.current_time() == pytest.approx(3.0)
+        assert info.model == "simulated"
+        await engine.turn(Work())
+        assert trio.current_time() == pytest.approx(3.02)
