@@ -1,0 +1,578 @@
+"""The running batch of the engine process, on a random model, without the process."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+import pytest
+from tiny_model import CONTEXT, END, HEADS, HIDDEN, KV_HEADS, LAYERS, byte_token, write_tiny_model
+
+from trio_worker.engine.models import load
+from trio_worker.engine.sampling import Plan
+from trio_worker.engine.serve import GREEDY, open_batch
+from trio_worker.frames import AdmitFrame, Turn
+
+pytestmark = pytest.mark.mlx
+
+NO_END = ((END, -100.0),)
+"""Random models end at random; most tests want answers of a known length."""
+
+PROMPTS = [tuple(range(3 + n, 3 + n + length)) for n, length in enumerate((1, 5, 40, 17, 2, 80))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> Any:
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return load(str(folder), None, lambda *_: None)
+
+
+@pytest.fixture
+def batch(model: Any) -> Any:
+    return open_batch(model, 0)
+
+
+def sampling(**settings: Any) -> Any:
+    return msgspec.structs.replace(GREEDY, **{"logit_bias": NO_END, **settings})
+
+
+def admit(
+    request_id: Any,
+    prompt: Any = PROMPTS[1],
+    *,
+    produced: Any = (),
+    max_tokens: Any = 12,
+    stop: Any = (),
+    **settings: Any,
+) -> Any:
+    return AdmitFrame(
+        request_id=request_id,
+        prompt=tuple(prompt),
+        produced=tuple(produced),
+        max_tokens=max_tokens,
+        sampling=sampling(**settings),
+        stop=tuple(stop),
+    )
+
+
+def turn(batch: Any, *admits: Any, remove: Any = (), prefill_tokens: Any = 512) -> Any:
+    return batch.turn(Turn(admit=admits, remove=tuple(remove), prefill_tokens=prefill_tokens))
+
+
+def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
+    """Every admitted sequence to its end."""
+    runs: dict[str, SimpleNamespace] = defaultdict(
+        lambda: SimpleNamespace(
+            tokens=[], text="", texts=[], finish=None, logprobs=[], failure=None
+        )
+    )
+    done = turn(batch, *admits, prefill_tokens=prefill_tokens)
+    while True:
+        for output in done.outputs:
+            of = runs[output.request_id]
+            assert of.finish is None
+            of.tokens.append(output.token)
+            of.texts.append(output.text)
+            of.text += output.text
+            of.finish = output.finish
+            of.logprobs.append(output.logprob)
+        for failure in done.failures:
+            runs[failure.request_id].failure = failure.message
+        if not done.residents:
+            return runs
+        done = turn(batch, prefill_tokens=prefill_tokens)
+
+
+def run_one(batch: Any, *args: Any, prefill_tokens: Any = 512, **settings: Any) -> Any:
+    return run(batch, admit("one", *args, **settings), prefill_tokens=prefill_tokens)["one"]
+
+
+MIXED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.0, "seed": 7},
+    "other seed": {"temperature": 1.0, "seed": 8},
+    "top_p": {"temperature": 1.2, "seed": 9, "top_p": 0.5},
+    "top_k": {"temperature": 1.5, "seed": 10, "top_k": 5},
+    "min_p": {"temperature": 1.5, "seed": 11, "min_p": 0.2},
+    "filters": {"temperature": 0.7, "seed": 12, "top_k": 50, "top_p": 0.9, "min_p": 0.01},
+    "repetition": {"repetition_penalty": 1.5},
+    "presence": {"presence_penalty": 1.5, "temperature": 0.9, "seed": 13},
+    "frequency": {"frequency_penalty": 0.7},
+    "biased": {"logit_bias": (*NO_END, (70, 3.0), (71, -3.0))},
+    "logprobs": {"logprobs": True, "top_logprobs": 3, "temperature": 1.0, "seed": 14},
+}
+
+
+def mixed() -> Any:
+    return {
+        name: admit(name, PROMPTS[n % len(PROMPTS)], **settings)
+        for n, (name, settings) in enumerate(MIXED.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(model: Any) -> Any:
+    batch = open_batch(model, 0)
+    return {name: run(batch, one)[name] for name, one in mixed().items()}
+
+
+# --- the same tokens, whoever else is there -------------------------------------------------
+
+
+def test_every_kind_of_row_gets_the_tokens_in_a_batch_that_it_gets_alone(
+    batch: Any, alone: Any
+) -> None:
+    together = run(batch, *mixed().values())
+    assert {name: of.tokens for name, of in together.items()} == {
+        name: of.tokens for name, of in alone.items()
+    }
+
+
+def test_rows_that_come_one_by_one_get_the_same_tokens_too(batch: Any, alone: Any) -> None:
+    """Every turn another membership."""
+    tokens = defaultdict(list)
+    waiting = list(mixed().values())
+    residents = True
+    while waiting or residents:
+        done = turn(batch, *waiting[:1], prefill_tokens=13)
+        waiting = waiting[1:]
+        residents = done.residents
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+    assert tokens == {name: of.tokens for name, of in alone.items()}
+
+
+@pytest.mark.parametrize("after", [1, 5, 11])
+def test_a_sequence_that_comes_back_goes_on_with_the_same_tokens_and_text(
+    batch: Any, alone: Any, after: Any
+) -> None:
+    back = [
+        msgspec.structs.replace(one, produced=tuple(alone[name].tokens[:after]))
+        for name, one in mixed().items()
+    ]
+    resumed = run(batch, *back, prefill_tokens=31)
+    for name, of in resumed.items():
+        assert of.tokens == alone[name].tokens[after:]
+        assert of.text == "".join(alone[name].texts[after:])
+        assert of.finish == "length"
+
+
+def test_the_size_of_the_prefill_chunks_changes_nothing(batch: Any) -> None:
+    whole = run_one(batch, PROMPTS[5])
+    assert run_one(batch, PROMPTS[5], prefill_tokens=7).tokens == whole.tokens
+
+
+@pytest.mark.parametrize("prefix_bytes", [0, 2**18])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_history_of_comings_and_goings_changes_a_token(
+    model: Any, alone: Any, seed: int, prefix_bytes: int
+) -> None:
+    """Removed and crashed at random in every stage; each comes back with what it was given."""
+    random = Random(seed)
+    wanted = mixed()
+    tokens: dict[str, list[int]] = {name: [] for name in wanted}
+    texts = dict.fromkeys(wanted, "")
+    outside, finished = set(wanted), set[str]()
+    batch = open_batch(model, prefix_bytes)
+    while len(finished) < len(wanted):
+        inside = sorted(set(wanted) - outside - finished)
+        leaving = {name for name in inside if random.random() < 0.1}
+        outside |= leaving
+        coming = {name for name in sorted(outside) if random.random() < 0.5}
+        outside -= coming
+        done = turn(
+            batch,
+            *(
+                msgspec.structs.replace(wanted[name], produced=tuple(tokens[name]))
+                for name in sorted(coming)
+            ),
+            remove=leaving,
+            prefill_tokens=random.choice([0, 3, 30, 300]),
+        )
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+            texts[output.request_id] += output.text
+            if output.finish:
+                finished.add(output.request_id)
+        assert set(done.residents) == set(wanted) - outside - finished
+        if random.random() < 0.05:
+            batch = open_batch(model, prefix_bytes)
+            outside = set(wanted) - finished
+    assert tokens == {name: of.tokens for name, of in alone.items()}
+    assert texts == {name: of.text for name, of in alone.items()}
+
+
+# --- what each parameter does ---------------------------------------------------------------
+
+
+def test_another_seed_draws_other_tokens_and_the_same_seed_the_same(alone: Any, batch: Any) -> None:
+    one = run_one(batch, temperature=1.0, seed=1)
+    assert run_one(batch, temperature=1.0, seed=1).tokens == one.tokens
+    assert run_one(batch, temperature=1.0, seed=2).tokens != one.tokens
+
+
+def test_seeds_up_to_the_largest_are_taken(batch: Any) -> None:
+    largest = run_one(batch, temperature=1.0, seed=2**53 - 1)
+    assert largest.tokens != run_one(batch, temperature=1.0, seed=2**53 - 2).tokens
+
+
+def test_a_tiny_temperature_is_greedy(batch: Any, alone: Any) -> None:
+    assert run_one(batch, PROMPTS[0], temperature=1e-9).tokens == alone["greedy"].tokens
+
+
+@pytest.mark.parametrize("filter_", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+def test_a_filter_that_keeps_one_token_is_greedy(batch: Any, filter_: Any) -> None:
+    """At a temperature that would otherwise choose wildly."""
+    greedy = run_one(batch).tokens
+    assert run_one(batch, temperature=2.0, seed=3, **filter_).tokens == greedy
+
+
+def test_top_k_draws_among_the_k_likeliest(batch: Any) -> None:
+    of = run_one(
+        batch, max_tokens=60, temperature=2.0, seed=5, top_k=3, logprobs=True, top_logprobs=3,
+        logit_bias=(),
+    )  # fmt: skip
+    ranks = set()
+    for one in of.logprobs:
+        values = [value for _, value in one.top]
+        assert one.logprob >= min(values) - 1e-5
+        ranks.add(min(range(3), key=lambda i: abs(values[i] - one.logprob)))
+    assert len(ranks) > 1
+
+
+def test_top_p_and_min_p_keep_what_their_definition_keeps(model: Any) -> None:
+    """Against the plain definition, with thousands of draws from one distribution."""
+    logits = mx.array([[math.log(p) for p in (0.5, 0.25, 0.15, 0.06, 0.04)]])
+
+    def drawn(**settings: Any) -> Any:
+        seen = set()
+        for seed in range(300):
+            row = SimpleNamespace(
+                sampling=sampling(temperature=1.0, seed=seed, logit_bias=(), **settings),
+                prompt_length=1,
+            )
+            tokens, _ = Plan([row], [[0]], 5).draw(logits, mx.array([0]), [[0]])
+            seen.add(tokens.item())
+        return seen
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_p=0.7) == {0, 1}
+    assert drawn(top_p=0.8) == {0, 1, 2}
+    assert drawn(min_p=0.29) == {0, 1, 2}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_k=2, top_p=0.6) == {0}
+
+
+def test_a_logit_bias_forces_and_forbids(batch: Any) -> None:
+    assert set(run_one(batch, logit_bias=((100, 100.0),)).tokens) == {100}
+    greedy = run_one(batch).tokens
+    assert greedy[0] not in run_one(batch, logit_bias=(*NO_END, (greedy[0], -100.0))).tokens
+
+
+def test_penalties_work_against_repetition(batch: Any) -> None:
+    """With one token far ahead of all others, and a penalty that must push it back."""
+    ahead = {"logit_bias": (*NO_END, (100, 30.0))}
+    assert set(run_one(batch, **ahead).tokens) == {100}
+    for penalty in (
+        {"presence_penalty": 60.0}, {"frequency_penalty": 60.0}, {"repetition_penalty": 50.0},
+    ):  # fmt: skip
+        tokens = run_one(batch, **ahead, **penalty).tokens
+        assert tokens.count(100) == 1, penalty
+
+
+def test_only_the_repetition_penalty_looks_at_the_prompt(batch: Any) -> None:
+    ahead = {"logit_bias": (*NO_END, (100, 30.0)), "max_tokens": 1}
+    prompt = (100, 5)
+    for penalty, first in (
+        ({"presence_penalty": 60.0}, {100}),
+        ({"frequency_penalty": 60.0}, {100}),
+        ({"repetition_penalty": 50.0}, set()),
+    ):
+        assert set(run_one(batch, prompt, **ahead, **penalty).tokens) & {100} == first
+    # The prompt's last token enters by another way than the others.
+    assert run_one(batch, (5, 100), **ahead, presence_penalty=60.0).tokens == [100]
+    assert run_one(batch, (5, 100), **ahead, repetition_penalty=50.0).tokens != [100]
+
+
+def test_log_probabilities_are_the_models_own(batch: Any, model: Any) -> None:
+    of = run_one(batch, logprobs=True, top_logprobs=4, max_tokens=3, temperature=1.0, seed=4)
+    logits = model.module(mx.array([[*PROMPTS[1], *of.tokens]]))[0]
+    normal = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for n, (token, one) in enumerate(zip(of.tokens, of.logprobs, strict=True)):
+        row = normal[len(PROMPTS[1]) - 1 + n]
+        assert one.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        best = sorted(row.tolist(), reverse=True)[:4]
+        assert [value for _, value in one.top] == pytest.approx(best, abs=1e-3)
+
+
+def test_log_probabilities_come_only_to_those_who_asked(batch: Any) -> None:
+    runs = run(
+        batch,
+        admit("none"),
+        admit("some", logprobs=True),
+        admit("more", logprobs=True, top_logprobs=5),
+        admit("fewer", logprobs=True, top_logprobs=2),
+    )
+    assert set(runs["none"].logprobs) == {None}
+    for name, top in (("some", 0), ("more", 5), ("fewer", 2)):
+        assert {len(one.top) for one in runs[name].logprobs} == {top}
+    assert runs["more"].logprobs[0].top[:2] == runs["fewer"].logprobs[0].top
+    assert runs["more"].logprobs[0].logprob == runs["more"].logprobs[0].top[0][1]
+
+
+# --- how an answer ends ---------------------------------------------------------------------
+
+
+def test_an_answer_has_exactly_max_tokens(batch: Any) -> None:
+    for max_tokens in (1, 2, 9):
+        of = run_one(batch, max_tokens=max_tokens)
+        assert len(of.tokens) == max_tokens
+        assert of.finish == "length"
+
+
+def test_max_tokens_counts_what_was_produced_before(batch: Any) -> None:
+    assert len(run_one(batch, produced=(9, 9, 9), max_tokens=5).tokens) == 2
+
+
+def test_the_end_token_stops_the_answer_and_shows_nothing(batch: Any) -> None:
+    of = run_one(batch, logit_bias=((END, 100.0),))
+    assert (of.tokens, of.text, of.finish) == ([END], "", "stop")
+
+
+def test_a_stop_string_across_tokens_ends_the_answer_without_it(batch: Any) -> None:
+    x, y = byte_token(ord("x")), byte_token(ord("y"))
+    bias = {"logit_bias": ((x, 100.0), (y, 100.0)), "temperature": 2.0, "max_tokens": 200}
+    free = run_one(batch, seed=6, **bias)
+    assert set(free.text) == {"x", "y"}
+    at = free.text.index("xyxy")
+    stopped = run_one(batch, seed=6, stop=("zz", "xyxy"), **bias)
+    assert stopped.finish == "stop"
+    assert stopped.text == free.text[:at]
+    assert len(stopped.tokens) == at + 4
+    back = run_one(batch, seed=6, stop=("xyxy",), produced=stopped.tokens[: at + 2], **bias)
+    assert (back.text, len(back.tokens), back.finish) == ("", 2, "stop")
+
+
+def test_what_only_began_like_a_stop_string_is_shown_at_the_end(batch: Any) -> None:
+    x = byte_token(ord("x"))
+    of = run_one(batch, logit_bias=((x, 100.0),), stop=("x" * 20,), max_tokens=5)
+    assert (of.text, of.finish) == ("xxxxx", "length")
+    assert of.texts[:4] == [""] * 4
+
+
+def test_characters_of_several_tokens_come_whole(batch: Any) -> None:
+    bias = tuple((byte_token(byte), 100.0) for byte in "\U0001f600".encode())
+    of = run_one(batch, logit_bias=bias, temperature=2.0, seed=1, max_tokens=300)
+    of_bytes = {token: byte for byte in range(256) if (token := byte_token(byte))}
+    raw = bytes(of_bytes[token] for token in of.tokens)
+    assert of.text == raw.decode("utf-8", "replace")
+    assert any(ord(character) > 0xFFFF for character in of.text)
+
+
+# --- who is in the batch --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_no_turn_computes_more_prompt_tokens_than_asked(batch: Any, chunk: Any) -> None:
+    admits = [admit(str(n), prompt, max_tokens=3) for n, prompt in enumerate(PROMPTS)]
+    done = turn(batch, *admits, prefill_tokens=chunk)
+    total = 0
+    progress: dict[str, int] = {}
+    while True:
+        assert done.prefill_tokens <= chunk
+        step = 0
+        for prefill in done.prefills:
+            step += prefill.done - progress.get(prefill.request_id, 0)
+            progress[prefill.request_id] = prefill.done
+            assert prefill.total == len(PROMPTS[int(prefill.request_id)])
+            assert prefill.cached == 0
+        assert step == done.prefill_tokens
+        total += done.prefill_tokens
+        if not done.residents:
+            break
+        done = turn(batch, prefill_tokens=chunk)
+    assert total == sum(len(prompt) for prompt in PROMPTS)
+
+
+def test_rows_decode_while_another_prefills(batch: Any) -> None:
+    turn(batch, admit("decodes", max_tokens=30))
+    done = turn(batch, admit("prefills", PROMPTS[5]), prefill_tokens=8)
+    for _ in range(5):
+        assert [output.request_id for output in done.outputs] == ["decodes"]
+        assert [prefill.request_id for prefill in done.prefills] == ["prefills"]
+        done = turn(batch, prefill_tokens=8)
+
+
+def test_without_prefill_the_newcomers_wait(batch: Any) -> None:
+    done = turn(batch, admit("waits"), prefill_tokens=0)
+    assert (done.prefill_tokens, done.prefills, done.residents) == (0, (), ("waits",))
+
+
+@pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding"])
+def test_a_sequence_can_leave_in_every_stage_and_the_others_are_unharmed(
+    batch: Any, alone: Any, stage: Any
+) -> None:
+    others = [admit("greedy", PROMPTS[0]), admit("seeded", PROMPTS[1], **MIXED["seeded"])]
+    tokens = defaultdict(list)
+
+    def note(done: Any) -> Any:
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+        return done
+
+    leaver = admit("leaves", PROMPTS[5])
+    note(turn(batch, *others))
+    chunk = {"waiting": 0, "prefilling": 8, "decoding": 512}[stage]
+    note(turn(batch, leaver, prefill_tokens=chunk))
+    note(turn(batch, prefill_tokens=chunk))
+    assert bool(tokens.pop("leaves", None)) == (stage == "decoding")
+    done = note(turn(batch, remove=["leaves", "never was here"]))
+    assert set(done.residents) == {"greedy", "seeded"}
+    while done.residents:
+        done = note(turn(batch))
+    assert tokens == {name: alone[name].tokens for name in ("greedy", "seeded")}
+
+
+def test_an_id_may_come_back_in_the_turn_that_removes_it(batch: Any) -> None:
+    whole = run_one(batch).tokens
+    turn(batch, admit("one"))
+    done = turn(batch)
+    got = [output.token for output in done.outputs]
+    done = turn(batch, admit("one", produced=got), remove=["one"])
+    while done.residents:
+        done = turn(batch)
+        got += [output.token for output in done.outputs]
+    assert got == whole
+
+
+def test_residents_are_those_who_came_and_have_not_left(batch: Any) -> None:
+    admits = [admit(str(n), prompt, max_tokens=n + 1) for n, prompt in enumerate(PROMPTS)]
+    expected = {one.request_id for one in admits}
+    done = turn(batch, *admits, prefill_tokens=16)
+    while True:
+        expected -= {output.request_id for output in done.outputs if output.finish}
+        assert set(done.residents) == expected
+        assert len(done.residents) == len(expected)
+        if not expected:
+            break
+        done = turn(batch, prefill_tokens=16)
+
+
+def test_the_report_has_the_allocators_numbers_and_the_time(batch: Any) -> None:
+    done = turn(batch, admit("one"))
+    assert done.memory_peak >= done.memory_active > 0
+    assert done.memory_cache >= 0
+    assert 0 < done.seconds < 60
+
+
+# --- failures that name their sequence ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"prompt": ()}, "no tokens"),
+        ({"prompt": (5, 512)}, "512"),
+        ({"prompt": (-1,)}, "-1"),
+        ({"logit_bias": ((10**6, 1.0),)}, "logit_bias"),
+        ({"produced": (7,) * 12}, "max_tokens"),
+    ],
+)
+def test_a_sequence_that_cannot_be_computed_fails_alone(
+    batch: Any, alone: Any, bad: Any, said: Any
+) -> None:
+    runs = run(batch, admit("bad", **bad), admit("greedy", PROMPTS[0]))
+    assert said in runs["bad"].failure
+    assert runs["bad"].tokens == []
+    assert runs["greedy"].tokens == alone["greedy"].tokens
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_failure_while_handing_out_fails_only_that_sequence(
+    model: Any, alone: Any, fails_at: Any
+) -> None:
+    batch = open_batch(model, 0)
+    turn(batch, admit("bad"), admit("greedy", PROMPTS[0]))
+    tokens = []
+    for step in range(12):
+        if step == fails_at:
+            batch._decoding.samplers[0].answer = None
+        done = turn(batch)
+        tokens += [o.token for o in done.outputs if o.request_id == "greedy"]
+        assert ("bad" in done.residents) == (step < fails_at)
+        assert [f.request_id for f in done.failures] == (["bad"] if step == fails_at else [])
+    assert tokens == alone["greedy"].tokens
+
+
+def test_admitting_an_id_twice_is_a_mistake_of_the_worker(batch: Any) -> None:
+    turn(batch, admit("one"))
+    with pytest.raises(ValueError, match="already"):
+        turn(batch, admit("one"))
+
+
+# --- prefixes -------------------------------------------------------------------------------
+
+
+def test_a_common_prefix_is_computed_once(model: Any, batch: Any) -> None:
+    cached = open_batch(model, 2**20)
+    shared = tuple(range(10, 110))
+    first, second = (*shared, 200, 201), (*shared, 300, 301, 302)
+    expected = [run_one(batch, prompt).tokens for prompt in (first, second, first)]
+    got = []
+    for prompt, hit in ((first, 0), (second, 100), (first, 101)):
+        done = turn(cached, admit("one", prompt))
+        (prefill,) = done.prefills
+        assert (prefill.cached, prefill.done, prefill.total) == (hit, len(prompt), len(prompt))
+        assert done.prefill_tokens == len(prompt) - hit
+        tokens = []
+        while done.residents:
+            done = turn(cached)
+            tokens += [output.token for output in done.outputs]
+        got.append(tokens)
+    assert got == expected
+
+
+def test_a_sequence_that_was_removed_comes_back_without_computing_again(
+    model: Any, alone: Any
+) -> None:
+    cached = open_batch(model, 2**20)
+    one = admit("one", PROMPTS[2], **MIXED["seeded"])
+    done, tokens = turn(cached, one), []
+    for _ in range(5):
+        done = turn(cached)
+        tokens += [output.token for output in done.outputs]
+    done = turn(cached, remove=["one"])
+    assert done.residents == ()
+    done = turn(cached, msgspec.structs.replace(one, produced=tuple(tokens)))
+    assert done.prefill_tokens == 1
+    while done.residents:
+        done = turn(cached)
+        tokens += [output.token for output in done.outputs]
+    assert tokens == run_one(open_batch(model, 0), PROMPTS[2], **MIXED["seeded"]).tokens
+
+
+def nbytes(batch: Any) -> int:
+    return int(batch._prefixes.nbytes)
+
+
+def test_the_prefixes_stay_within_their_bytes(model: Any) -> None:
+    per_token = model.cache_bytes_per_token
+    cached = open_batch(model, per_token * 130)
+    for start in range(3, 10):
+        run_one(cached, tuple(range(start, start + 60)), max_tokens=2)
+        assert 0 < nbytes(cached) <= per_token * 130
+
+
+# --- what is known of the model -------------------------------------------------------------
+
+
+def test_the_models_numbers_come_from_its_architecture(model: Any) -> None:
+    assert model.context_length == CONTEXT
+    assert model.cache_bytes_per_token == 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 4
+    assert model.name == "tiny"
+    assert model.device.startswith("cpu float32") or "cpu" not in model.device

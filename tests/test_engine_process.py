@@ -1,0 +1,433 @@
+"""The engine port over the real child process, with a random model."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trio
+from engine_conformance import CHECKS, PROMPTS, admits, request, run_all
+from tiny_model import write_tiny_model
+from trio.testing import wait_all_tasks_blocked
+
+from trio_worker.adapters.engine_process import open_engine
+from trio_worker.core.request import ChatMessage, RequestId, Sampling
+from trio_worker.engine.serve import GREEDY
+from trio_worker.errors import ConfigError, EngineLost, InvalidRequest, WorkerFault
+from trio_worker.frames import (
+    AdmitFrame,
+    FrameBuffer,
+    Hello,
+    Loaded,
+    Progress,
+    Turn,
+    TurnDone,
+    decode_from_engine,
+    encode,
+)
+from trio_worker.ports import Admit, Work
+
+pytestmark = pytest.mark.mlx
+
+ENDED_S = 1.0
+"""Leaving must take no longer, whatever the child does."""
+
+LOADED_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: Any) -> Any:
+    return str(write_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@asynccontextmanager
+async def opened(model: Any, **settings: Any) -> Any:
+    arguments = {
+        "model_name": None,
+        "max_batch_size": 8,
+        "turn_timeout_s": 30.0,
+        "max_restarts": 3,
+        "restart_window_s": 60.0,
+        "prewarm": True,
+        "prewarm_prompt": "Hello",
+        "prewarm_max_tokens": 1,
+        "prefix_cache_bytes": 0,
+    }
+    with trio.fail_after(LOADED_S):
+        async with open_engine(model=model, **(arguments | settings)) as engine:
+            yield engine
+
+
+def children() -> Any:
+    """Engines of this process that run, and processes that nobody has reaped."""
+    return [
+        each
+        for each in psutil.Process().children(recursive=True)
+        if each.status() == psutil.STATUS_ZOMBIE or "trio_worker.engine" in each.cmdline()
+    ]
+
+
+async def assert_nothing_is_left(fds: Any) -> None:
+    assert children() == []
+    # Trio's own cached threads are no business of this test.
+    await until(lambda: psutil.Process().num_fds() <= fds)
+
+
+async def let_others_run() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """The engine tells nobody of these, and no worker needs to know."""
+    with trio.fail_after(LOADED_S):
+        while not condition():
+            await let_others_run()
+
+
+def kill(engine: Any, number: Any = signal.SIGKILL) -> None:
+    os.kill(engine.statistics().pid, number)
+
+
+# --- one engine for all that does not hurt it -----------------------------------------------
+
+
+async def test_the_engine_process_keeps_the_contract_of_the_port(tiny: Any) -> None:
+    fds = psutil.Process().num_fds()
+    steps = []
+    async with opened(tiny, on_progress=lambda *step: steps.append(step)) as engine:
+        assert engine.statistics().state == "loading"
+        info = await engine.wait_ready()
+        assert info.model == "tiny"
+        assert [step for step, *_ in steps][-1] == "prewarming"
+        for check in CHECKS:
+            await check(engine)
+        await templates_and_refusals(engine)
+        await a_cancelled_tokenise_harms_nobody(engine)
+        await nobody_must_wait_for_a_turn_to_be_tokenised(engine)
+        assert engine.statistics().restarts == 0
+    assert engine.statistics().state == "stopped"
+    await assert_nothing_is_left(fds)
+
+
+def chat(*messages: Any) -> Any:
+    return replace(
+        request(""),
+        prompt=None,
+        messages=tuple(ChatMessage(role=role, content=content) for role, content in messages),
+    )
+
+
+async def templates_and_refusals(engine: Any) -> None:
+    hello = await engine.tokenise(chat(("user", "hello")))
+    longer = await engine.tokenise(chat(("system", "be brief"), ("user", "hello")))
+    assert 0 < len(hello) < len(longer)
+    assert await engine.tokenise(request("\0"))
+    for refused in (chat(("tool", "x")), request(""), request("\ud800")):
+        with pytest.raises(InvalidRequest):
+            await engine.tokenise(refused)
+    with pytest.raises(InvalidRequest, match="no tools here"):
+        await engine.tokenise(chat(("tool", "x")))
+
+
+async def a_cancelled_tokenise_harms_nobody(engine: Any) -> None:
+    expected = [await engine.tokenise(request(prompt)) for prompt in PROMPTS]
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(engine.tokenise, request("cancelled " * 500))
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [await engine.tokenise(request(prompt)) for prompt in PROMPTS] == expected
+
+
+async def nobody_must_wait_for_a_turn_to_be_tokenised(engine: Any) -> None:
+    sequences = await admits(engine)
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(engine.tokenise, request("hello"))
+        await run_all(engine, sequences)
+
+
+# --- deaths ---------------------------------------------------------------------------------
+
+
+async def lost_reason(engine: Any) -> str:
+    """Turn until the engine is lost, which it soon is."""
+    with trio.fail_after(2):
+        while True:
+            try:
+                await engine.turn(Work())
+            except EngineLost as lost:
+                return lost.reason
+
+
+async def test_a_killed_engine_is_lost_at_once_and_then_ready_again(tiny: Any) -> None:
+    async with opened(tiny) as engine:
+        await engine.wait_ready()
+        assert engine.ready.value
+        first = engine.statistics().pid
+        sequences = await admits(engine, sampling=Sampling())
+        whole = await run_all(engine, sequences)
+        await engine.turn(Work(admit=tuple(sequences)))
+        kill(engine)
+        assert await lost_reason(engine) in {"crash", "load"}
+        with pytest.raises(EngineLost) as lost:
+            await engine.turn(Work())
+        assert lost.value.reason == "load"
+        assert engine.statistics().state == "restarting"
+        assert not engine.ready.value
+        # Waits for the next one.
+        assert await engine.tokenise(request(PROMPTS[0])) == sequences[0].prompt
+        assert engine.statistics().restarts == 1
+        assert engine.statistics().pid != first
+        assert await run_all(engine, sequences) == whole
+
+
+async def test_a_turn_that_fails_as_a_whole_ends_the_engine_and_the_next_one_serves(
+    tiny: Any,
+) -> None:
+    async with opened(tiny) as engine:
+        await engine.wait_ready()
+        sequences = await admits(engine)
+        await engine.turn(Work(admit=tuple(sequences)))
+        with pytest.raises(EngineLost) as lost:
+            await engine.turn(Work(admit=tuple(sequences)))
+        assert lost.value.reason == "crash"
+        await engine.wait_ready()
+        assert len(await run_all(engine, sequences)) == len(sequences)
+
+
+async def test_a_stopped_engine_is_noticed_within_the_turn_timeout_and_replaced(tiny: Any) -> None:
+    """Both lines notice, also when who asked has given up."""
+    async with opened(tiny, turn_timeout_s=0.5) as engine:
+        await engine.wait_ready()
+        kill(engine, signal.SIGSTOP)
+        with trio.fail_after(2), pytest.raises(EngineLost) as lost:
+            await engine.turn(Work())
+        assert lost.value.reason == "hang"
+        await engine.wait_ready()
+        kill(engine, signal.SIGSTOP)
+        with trio.move_on_after(0.1):
+            await engine.tokenise(request("hello"))
+        with trio.fail_after(2):
+            await until(lambda: engine.statistics().state != "ready")
+        await engine.wait_ready()
+        assert engine.statistics().restarts == 2
+
+
+async def test_deaths_beyond_the_budget_end_the_worker(tiny: Any) -> None:
+    with pytest.RaisesGroup(WorkerFault) as raised:
+        async with opened(tiny, max_restarts=0) as engine:
+            await engine.wait_ready()
+            kill(engine)
+            await trio.sleep_forever()
+    (fault,) = raised.value.exceptions
+    assert "SIGKILL" in str(fault)
+    assert children() == []
+
+
+async def test_a_planned_restart_spends_no_budget(tiny: Any) -> None:
+    async with opened(tiny, max_restarts=0) as engine:
+        await engine.wait_ready()
+        engine.recycle()
+        with pytest.raises(EngineLost):
+            await engine.turn(Work())
+        await engine.wait_ready()
+        assert engine.statistics().restarts == 1
+
+
+async def test_a_pardoned_death_spends_no_budget(tiny: Any) -> None:
+    async with opened(tiny, max_restarts=1) as engine:
+        for _ in range(2):
+            await engine.wait_ready()
+            kill(engine)
+            await lost_reason(engine)
+            await engine.wait_ready()
+            engine.pardon(1)
+        assert engine.statistics().restarts == 2
+
+
+async def test_a_crash_while_loading_counts(tiny: Any) -> None:
+    with pytest.RaisesGroup(WorkerFault):
+        async with opened(tiny, max_restarts=1) as engine:
+            for _ in range(2):
+                await until(lambda: engine.statistics().pid is not None)
+                pid = engine.statistics().pid
+                kill(engine)
+                await until(lambda pid=pid: engine.statistics().pid != pid)  # type: ignore[misc]
+            await trio.sleep_forever()
+
+
+async def test_an_engine_that_does_not_come_out_of_prewarming_is_noticed(tiny: Any) -> None:
+    with pytest.RaisesGroup(WorkerFault) as raised:
+        async with opened(
+            tiny,
+            max_restarts=0,
+            turn_timeout_s=0.005,
+            prewarm_prompt="on and on",
+            prewarm_max_tokens=10**6,
+        ) as engine:
+            await engine.wait_ready()
+    (fault,) = raised.value.exceptions
+    assert "did not prewarm within 0.05 s" in str(fault)
+
+
+# --- models that cannot be loaded -----------------------------------------------------------
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_mistake_of_configuration() -> None:
+    with pytest.RaisesGroup(ConfigError) as raised:
+        async with opened("smollm2-135m-instuct") as engine:
+            await engine.wait_ready()
+    (error,) = raised.value.exceptions
+    assert "did you mean smollm2-135m-instruct" in str(error)
+    assert children() == []
+
+
+# --- leaving --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_leaving_while_loading_leaves_no_process(tiny: Any, stopped: Any) -> None:
+    fds = psutil.Process().num_fds()
+    async with opened(tiny) as engine:
+        await until(lambda: engine.statistics().pid is not None)
+        if stopped:
+            kill(engine, signal.SIGSTOP)
+        start = trio.current_time()
+    assert trio.current_time() - start < ENDED_S
+    await assert_nothing_is_left(fds)
+
+
+async def test_leaving_in_the_middle_of_a_long_prefill_is_bounded(tiny: Any) -> None:
+    async with opened(tiny, prewarm=False) as engine:
+        await engine.wait_ready()
+        long = Admit(
+            request_id=RequestId("long"),
+            prompt=(7,) * 50_000,
+            produced=(),
+            max_tokens=1,
+            sampling=Sampling(),
+            stop=(),
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.turn, Work(admit=(long,), prefill_tokens=50_000))
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        start = trio.current_time()
+    assert trio.current_time() - start < ENDED_S
+    assert children() == []
+
+
+# --- the child's own end --------------------------------------------------------------------
+
+
+class Talk:
+    """Speaks to an engine process as a worker does, and can vanish."""
+
+    def __init__(self, model: Any) -> None:
+        self.control, theirs = socket.socketpair()
+        self.tokenise, theirs_too = socket.socketpair()
+        with theirs, theirs_too:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "trio_worker.engine", "serve",
+                    "--control-fd", str(theirs.fileno()),
+                    "--tokenise-fd", str(theirs_too.fileno()),
+                ],
+                pass_fds=(theirs.fileno(), theirs_too.fileno()),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self.control.settimeout(LOADED_S)
+        self.buffer = FrameBuffer()
+        self.send(
+            Hello(
+                model=model,
+                model_name="served",
+                max_batch_size=8,
+                prewarm=False,
+                prewarm_prompt="",
+                prewarm_max_tokens=0,
+                prefix_cache_bytes=0,
+            )
+        )
+
+    def send(self, frame: Any) -> None:
+        self.control.sendall(encode(frame))
+
+    def receive(self, kind: Any) -> Any:
+        while True:
+            while (body := self.buffer.take()) is None:
+                data = self.control.recv(2**16)
+                assert data, "the engine hung up"
+                self.buffer.feed(data)
+            frame = decode_from_engine(body)
+            if not isinstance(frame, Progress):
+                assert isinstance(frame, kind)
+                return frame
+
+    def vanish(self) -> None:
+        self.control.close()
+        self.tokenise.close()
+
+
+@pytest.mark.parametrize("when", ["loading", "idle", "in a turn"])
+def test_an_engine_ends_with_its_worker(tiny: Any, when: Any) -> None:
+    talk = Talk(tiny)
+    try:
+        if when != "loading":
+            assert talk.receive(Loaded).model == "served"
+        if when == "in a turn":
+            talk.send(Turn(admit=(), remove=(), prefill_tokens=1))
+            talk.receive(TurnDone)
+            long = AdmitFrame(
+                request_id="long", prompt=(7,) * 100_000, produced=(), max_tokens=1,
+                sampling=GREEDY, stop=(),
+            )  # fmt: skip
+            talk.send(Turn(admit=(long,), remove=(), prefill_tokens=100_000))
+        talk.vanish()
+        assert talk.process.wait(timeout=5) == 0
+    finally:
+        talk.vanish()
+        talk.process.kill()
+        talk.process.wait()
+
+
+def test_the_worker_side_imports_neither_mlx_nor_transformers() -> None:
+    program = (
+        "import sys, trio_worker.adapters.engine_process\n"
+        "print([m for m in ('mlx', 'mlx_lm', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.strip() == b"[]"
+
+
+def test_the_engine_side_imports_nothing_of_ours_but_frames_and_errors() -> None:
+    package = Path(__file__).parent.parent / "trio_worker" / "engine"
+    for file in package.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.partition(".")[0] not in {"trio", "loguru"}
+                if name.startswith("trio_worker"):
+                    assert name.split(".")[1] in {"engine", "frames", "errors"}
+
+
+def test_the_engine_folder_is_the_only_one_that_names_mlx() -> None:
+    package = Path(__file__).parent.parent / "trio_worker"
+    for file in package.rglob("*.py"):
+        if "engine" not in file.relative_to(package).parts:
+            lines = file.read_text().splitlines()
+            assert not any(line.lstrip().startswith(("import mlx", "from mlx")) for line in lines)

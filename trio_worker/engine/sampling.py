@@ -1,0 +1,252 @@
+"""Chooses the next token of every row of a batch in one go, each row by its own parameters.
+
+A row's token is a function of its logits, its parameters, and (seed, position), where position is
+the token's index in prompt and answer: the same alone, in any batch, and after a crash.
+Nothing is computed for a row that did not ask for it, and what each row needs is worked out only
+when the batch's membership changes.
+
+Order: logit bias, penalties, temperature, then the filters top_k, top_p, min_p. The repetition
+penalty looks at the whole of prompt and answer, the presence and frequency penalties at the
+answer, as OpenAI's do. Log-probabilities are the model's own, before any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from trio_worker.frames import SamplingFrame
+
+GREEDY_BELOW = 1e-5
+"""A lower temperature leaves only the likeliest token, and would overflow."""
+
+HEAD = 4096
+"""The filters look at so many likeliest tokens of a row: a sort of the whole vocabulary costs
+ten times as much on a CPU. The same for every row, since the noise of a row depends on it."""
+
+_MASK64 = 2**64 - 1
+
+
+class Row(Protocol):
+    """What a plan must know of a row."""
+
+    @property
+    def sampling(self) -> SamplingFrame: ...
+
+    @property
+    def prompt_length(self) -> int: ...
+
+
+class Logprobs:
+    """The log-probabilities of one step, read from the device once and for all rows."""
+
+    def __init__(self, chosen: mx.array, tops: mx.array | None, values: mx.array | None) -> None:
+        self._arrays = (chosen, tops, values)
+        self._read: list[Any] | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for array in self._arrays if array is not None]
+
+    def read(self, index: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+        """Of the asking row `index`: its token's value, and its `top` likeliest tokens."""
+        if self._read is None:
+            self._read = [None if a is None else a.tolist() for a in self._arrays]
+        chosen, tops, values = self._read
+        if not top or tops is None:
+            return chosen[index], []
+        return chosen[index], list(zip(tops[index][:top], values[index][:top], strict=True))
+
+
+class Plan:
+    """How to choose the tokens of one membership of the batch.
+
+    Its only changing state is `_counts` and `_seen`: how often each penalised row has had each
+    token, in its answer and at all.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokens: Sequence[list[int]], vocabulary: int) -> None:
+        self._rows = rows
+        asked = [row.sampling for row in rows]
+        drawn = [s.temperature >= GREEDY_BELOW for s in asked]
+        filtered = [s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in asked]
+        everyone = range(len(rows))
+        self._greedy = [i for i in everyone if not drawn[i]]
+        self._free = [i for i in everyone if drawn[i] and not filtered[i]]
+        self._filtered = [i for i in everyone if drawn[i] and filtered[i]]
+        self._biased = [i for i in everyone if asked[i].logit_bias]
+        self._penalised = [i for i in everyone if _is_penalised(asked[i])]
+        self._asked = [i for i in everyone if asked[i].logprobs]
+        self._top = max((asked[i].top_logprobs for i in self._asked), default=0)
+        self._plain = len(self._greedy) == len(rows) and not self._biased and not self._penalised
+
+        order = [*self._greedy, *self._free, *self._filtered]
+        self._inverse = mx.array([order.index(i) for i in everyone]) if rows else None
+        self._head = min(HEAD, vocabulary)
+        self._free_heat = _column(asked, self._free, "temperature")
+        self._filtered_heat = _column(asked, self._filtered, "temperature")
+        self._top_k = _column(asked, self._filtered, "top_k")
+        self._top_p = _column(asked, self._filtered, "top_p")
+        self._min_p = _column(asked, self._filtered, "min_p")
+
+        bias = [(i, token, value) for i in self._biased for token, value in asked[i].logit_bias]
+        self._bias_rows = mx.array([i for i, _, _ in bias])
+        self._bias_tokens = mx.array([token for _, token, _ in bias])
+        self._bias_values = mx.array([value for _, _, value in bias])
+
+        self._repetition = _column(asked, self._penalised, "repetition_penalty")
+        self._presence = _column(asked, self._penalised, "presence_penalty")
+        self._frequency = _column(asked, self._penalised, "frequency_penalty")
+        self._counts, self._seen = self._count(tokens, vocabulary)
+
+    def draw(
+        self, logits: mx.array, inputs: mx.array, tokens: Sequence[list[int]]
+    ) -> tuple[mx.array, list[tuple[Logprobs, int] | None]]:
+        """The next token of every row, and for each row its place in the log-probabilities.
+
+        `tokens` are those before `inputs`, the ones that went in to give `logits`.
+        """
+        # Before anything is written into the logits: they may share their memory.
+        of_the_model = logits[mx.array(self._asked)] if self._asked else None
+        if not self._plain:
+            logits = logits.astype(mx.float32)
+        if self._biased:
+            logits = logits.at[self._bias_rows, self._bias_tokens].add(self._bias_values)
+        if self._penalised:
+            logits = self._penalise(logits, inputs, tokens)
+        # The token being drawn comes after `inputs`, which comes after `tokens`.
+        chosen = self._choose(logits, [len(before) + 1 for before in tokens])
+        places: list[tuple[Logprobs, int] | None] = [None] * len(self._rows)
+        if of_the_model is not None:
+            logprobs = self._logprobs(of_the_model.astype(mx.float32), chosen)
+            for place, index in enumerate(self._asked):
+                places[index] = (logprobs, place)
+        return chosen, places
+
+    def _count(self, tokens: Sequence[list[int]], vocabulary: int) -> tuple[mx.array, mx.array]:
+        counts = np.zeros((len(self._penalised), vocabulary), dtype=np.float32)
+        seen = np.zeros_like(counts)
+        for place, index in enumerate(self._penalised):
+            before, start = tokens[index], self._rows[index].prompt_length
+            counts[place] = np.bincount(
+                np.array(before[start:], dtype=np.int64), minlength=vocabulary
+            )
+            seen[place] = np.bincount(np.array(before, dtype=np.int64), minlength=vocabulary)
+        return mx.array(counts), mx.array(seen)
+
+    def _penalise(
+        self, logits: mx.array, inputs: mx.array, tokens: Sequence[list[int]]
+    ) -> mx.array:
+        where = mx.array(self._penalised)
+        places = mx.arange(len(self._penalised))
+        # A row's first input is the end of its prompt, which is no part of the answer.
+        of_answer = mx.array(
+            [float(len(tokens[i]) >= self._rows[i].prompt_length) for i in self._penalised]
+        )
+        self._counts = self._counts.at[places, inputs[where]].add(of_answer)
+        self._seen = self._seen.at[places, inputs[where]].add(1.0)
+        own = logits[where]
+        own = mx.where(
+            self._seen > 0,
+            mx.where(own < 0, own * self._repetition, own / self._repetition),
+            own,
+        )
+        own = own - self._frequency * self._counts - self._presence * (self._counts > 0)
+        if len(self._penalised) == len(self._rows):
+            return own
+        logits[where] = own
+        return logits
+
+    def _choose(self, logits: mx.array, positions: list[int]) -> mx.array:
+        if not self._free and not self._filtered:
+            return mx.argmax(logits, axis=-1)
+        parts = []
+        if self._greedy:
+            parts.append(mx.argmax(logits[mx.array(self._greedy)], axis=-1))
+        if self._free:
+            heated = logits[mx.array(self._free)] / self._free_heat
+            parts.append(_categorical(self._keys(self._free, positions), heated))
+        if self._filtered:
+            parts.append(self._choose_filtered(logits[mx.array(self._filtered)], positions))
+        chosen = mx.concatenate([part.astype(mx.uint32) for part in parts])
+        return chosen if len(parts) == 1 else chosen[self._inverse]
+
+    def _choose_filtered(self, logits: mx.array, positions: list[int]) -> mx.array:
+        if self._head < logits.shape[-1]:
+            head = mx.argpartition(-logits, self._head - 1, axis=-1)[:, : self._head]
+            values = mx.take_along_axis(logits, head, axis=-1)
+            order = mx.argsort(-values, axis=-1)
+            head = mx.take_along_axis(head, order, axis=-1)
+        else:
+            head = mx.argsort(-logits, axis=-1)
+        values = mx.take_along_axis(logits, head, axis=-1)
+        values = (values - values[:, :1]) / self._filtered_heat
+        rank = mx.arange(self._head)[None]
+        kept = (self._top_k == 0) | (rank < self._top_k)
+        probabilities = mx.softmax(mx.where(kept, values, -mx.inf), axis=-1)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities
+        # The likeliest token always stays, whatever rounding does to the first sum.
+        kept = kept & ((before < self._top_p) | (self._top_p >= 1) | (rank == 0))
+        kept = kept & (values >= mx.log(self._min_p))
+        values = mx.where(kept, values, -mx.inf)
+        place = _categorical(self._keys(self._filtered, positions), values)
+        return mx.take_along_axis(head, place[:, None], axis=-1)[:, 0]
+
+    def _keys(self, indices: list[int], positions: list[int]) -> mx.array:
+        return mx.array(
+            [_key(self._rows[i].sampling.seed, positions[i]) for i in indices], dtype=mx.uint32
+        )
+
+    def _logprobs(self, logits: mx.array, chosen: mx.array) -> Logprobs:
+        normal = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        own = chosen[mx.array(self._asked)][:, None]
+        of_chosen = mx.take_along_axis(normal, own, axis=-1)[:, 0]
+        if not self._top:
+            return Logprobs(of_chosen, None, None)
+        top = min(self._top, normal.shape[-1])
+        likeliest = mx.argpartition(-normal, top - 1, axis=-1)[:, :top]
+        values = mx.take_along_axis(normal, likeliest, axis=-1)
+        order = mx.argsort(-values, axis=-1)
+        return Logprobs(
+            of_chosen,
+            mx.take_along_axis(likeliest, order, axis=-1),
+            mx.take_along_axis(values, order, axis=-1),
+        )
+
+
+def _draw_one(key: mx.array, logits: mx.array) -> mx.array:
+    return mx.random.categorical(logits, key=key)
+
+
+# Also for a row alone: the call without vmap draws other tokens.
+_categorical = mx.vmap(_draw_one)
+
+
+def _is_penalised(sampling: SamplingFrame) -> bool:
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+    )
+
+
+def _column(asked: list[SamplingFrame], indices: list[int], name: str) -> mx.array:
+    """One parameter of some rows, to be combined with a row of numbers each."""
+    values = [getattr(asked[i], name) for i in indices]
+    return mx.array(values, dtype=mx.float32)[:, None] if values else mx.zeros((0, 1))
+
+
+def _key(seed: int, position: int) -> tuple[int, int]:
+    """A random key for one token: both numbers mixed well (splitmix64), so no two streams meet."""
+    mixed = _mix((_mix(seed) + position) & _MASK64)
+    return mixed >> 32, mixed & 0xFFFFFFFF
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)

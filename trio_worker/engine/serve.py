@@ -1,0 +1,148 @@
+"""Serves one worker: turns on the control line, tokenising on the other.
+
+1. Every MLX call happens on the main thread: MLX's streams belong to a thread.
+2. The tokenise line is served by a thread of its own, from the moment the model is loaded.
+3. When the worker is gone, so is this process, whatever it is doing (`lines.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, NoReturn
+
+from trio_worker.engine.batch import Batch
+from trio_worker.engine.lines import Line, leave
+from trio_worker.engine.models import CannotLoad, LoadedModel, blas_warning, load
+from trio_worker.engine.text import Vocabulary
+from trio_worker.errors import ExitStatus
+from trio_worker.frames import (
+    PREWARMING,
+    AdmitFrame,
+    Hello,
+    Loaded,
+    LoadFailed,
+    Progress,
+    SamplingFrame,
+    Tokenise,
+    Tokenised,
+    TokeniseFailed,
+    Turn,
+)
+
+log = logging.getLogger("trio_worker.engine")
+
+PREWARM_PREFILL_TOKENS = 512
+
+GREEDY = SamplingFrame(
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    logit_bias=(),
+    seed=0,
+    logprobs=False,
+    top_logprobs=0,
+)
+
+
+def serve(control: Line, tokenising: Line) -> NoReturn:
+    """Load what the worker's `Hello` names, then do as it says until it hangs up."""
+    try:
+        _serve(control, tokenising)
+    except BaseException:
+        # What MLX holds after an error is not worth the risk of an orderly end.
+        log.exception("the engine failed")
+        leave(ExitStatus.SOFTWARE)
+
+
+def _serve(control: Line, tokenising: Line) -> NoReturn:
+    hello = control.receive()
+    assert isinstance(hello, Hello)
+
+    def progress(step: str, done: int, total: int, unit: str) -> None:
+        control.send(Progress(step=step, done=done, total=total, unit=unit))
+
+    try:
+        model = load(hello.model, hello.model_name, progress)
+    except CannotLoad as exc:
+        control.send(LoadFailed(message=str(exc)))
+        leave(ExitStatus.CONFIG)
+    if (warning := blas_warning()) is not None:
+        log.warning("%s", warning)
+    batch = open_batch(model, hello.prefix_cache_bytes)
+    if hello.prewarm:
+        progress(PREWARMING, 0, 0, "")
+        prewarm(batch, model, hello.prewarm_prompt, hello.prewarm_max_tokens)
+    threading.Thread(target=_tokenise, args=(tokenising, model.tokenizer), daemon=True).start()
+    control.send(
+        Loaded(
+            model=model.name,
+            context_length=model.context_length,
+            cache_bytes_per_token=model.cache_bytes_per_token,
+            device=model.device,
+        )
+    )
+    while True:
+        turn = control.receive()
+        assert isinstance(turn, Turn)
+        control.send(batch.turn(turn))
+
+
+def open_batch(model: LoadedModel, prefix_cache_bytes: int) -> Batch:
+    return Batch(
+        model.module,
+        Vocabulary(model.tokenizer),
+        end_tokens=model.end_tokens,
+        vocabulary_size=model.vocabulary_size,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
+
+
+def prewarm(batch: Batch, model: LoadedModel, prompt: str, max_tokens: int) -> None:
+    """Really generate: the kernels are compiled and the memory is touched before anybody waits."""
+    admit = AdmitFrame(
+        request_id="prewarm",
+        prompt=tuple(model.tokenizer.encode(prompt)) or (0,),
+        produced=(),
+        max_tokens=max(max_tokens, 1),
+        sampling=GREEDY,
+        stop=(),
+    )
+    done = batch.turn(Turn(admit=(admit,), remove=(), prefill_tokens=PREWARM_PREFILL_TOKENS))
+    while done.residents:
+        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=PREWARM_PREFILL_TOKENS))
+
+
+def tokenise(tokenizer: Any, asked: Tokenise) -> Tokenised | TokeniseFailed:
+    """The tokens of a prompt, or of messages as the model's chat template writes them."""
+    try:
+        if asked.prompt is not None:
+            tokens = tokenizer.encode(asked.prompt)
+        elif not tokenizer.has_chat_template:
+            return TokeniseFailed(
+                message="this model has no chat template: send `prompt` instead of `messages`"
+            )
+        else:
+            messages = [{"role": r, "content": c} for r, c in asked.messages or ()]
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        if not tokens:
+            return TokeniseFailed(message="the prompt has no tokens")
+        return Tokenised(tokens=tuple(int(token) for token in tokens))
+    except Exception as exc:  # noqa: BLE001 - a template is the model's own program
+        return TokeniseFailed(message=f"{type(exc).__name__}: {exc}")
+
+
+def _tokenise(line: Line, tokenizer: Any) -> None:
+    try:
+        while True:
+            asked = line.receive()
+            assert isinstance(asked, Tokenise)
+            line.send(tokenise(tokenizer, asked))
+    except BaseException:
+        # A thread that dies alone would leave the worker waiting.
+        log.exception("the tokenise line failed")
+        leave(ExitStatus.SOFTWARE)
