@@ -1,0 +1,168 @@
+"""One view of the whole worker, for endpoints, reports and the log: it reads, never changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import trio
+
+from trio_worker import __version__
+from trio_worker.config import WorkerConfig
+from trio_worker.core.admission import Admission
+from trio_worker.core.counters import BatchCounters, RequestCounters
+from trio_worker.core.memory import MB, Pressure
+from trio_worker.core.priority import name_of
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.scheduler import Scheduler
+from trio_worker.core.sequence import Sequence as RequestSequence
+from trio_worker.core.statistics import (
+    BatchReading,
+    EngineReading,
+    QueueReading,
+    RequestsReading,
+    ResourcesReading,
+    Snapshot,
+    TokensReading,
+    WorkerReading,
+)
+from trio_worker.door import Door, DoorState
+from trio_worker.ports import Broker, Engine, Health
+
+LIVENESS_MARGIN_S = 10.0
+"""A turn that takes longer than its timeout is ended by the engine's supervisor; if it is still
+under way so much later, the loops do not make progress."""
+
+
+class Overview:
+    """Implements `ports.Observed`."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        admission: Admission,
+        door: Door,
+        queue: RequestQueue,
+        scheduler: Scheduler,
+        batches: BatchCounters,
+        counters: RequestCounters,
+        engine: Engine,
+        broker: Broker,
+    ) -> None:
+        self._config = config
+        self._admission = admission
+        self._door = door
+        self._queue = queue
+        self._scheduler = scheduler
+        self._batches = batches
+        self._counters = counters
+        self._engine = engine
+        self._broker = broker
+        self._started_at = trio.current_time()
+
+    def liveness(self) -> Health:
+        """False when a turn is under way for much longer than a turn may take."""
+        began_at = self._batches.turn_began_at
+        if began_at is not None:
+            age_s = trio.current_time() - began_at
+            limit_s = self._config.continuous_batching.turn_timeout_ms / 1000 + LIVENESS_MARGIN_S
+            if age_s > limit_s:
+                return Health(ok=False, reason=f"a turn has been under way for {age_s:.0f} s")
+        return Health(ok=True, reason="the loops make progress")
+
+    def readiness(self) -> Health:
+        """True when a request sent now would be taken."""
+        if self._door.state.value is DoorState.OPEN:
+            if not self._broker.statistics().connected:
+                return Health(ok=False, reason="nats: the connection is down")
+            return Health(ok=True, reason="accepting requests")
+        return Health(ok=False, reason=self._admission.why_not_accepting())
+
+    def snapshot(self) -> Snapshot:
+        now = trio.current_time()
+        admission, batches, counters = self._admission, self._batches, self._counters
+        engine, gauge = self._engine.statistics(), self._admission.gauge
+        running = list(self._scheduler.running.values())
+        limits = self._config.resource_limits
+        by_level = self._queue.by_level()
+        levels = self._config.request_queue.priority_levels
+        per_token = engine.info.cache_bytes_per_token if engine.info else 0
+        return Snapshot(
+            worker=WorkerReading(
+                id=self._config.id,
+                version=__version__,
+                state=self._state(engine.state),
+                uptime_s=round(now - self._started_at, 3),
+            ),
+            queue=QueueReading(
+                depth=admission.depth,
+                max_depth=admission.max_depth,
+                is_full=admission.is_full,
+                by_priority={
+                    name_of(level, levels): by_level.get(level, 0) for level in range(levels)
+                },
+                promotions=self._queue.promotions,
+                waiting_for_place=admission.waiting,
+            ),
+            batch=BatchReading(
+                running=len(running),
+                max_batch_size=self._scheduler.slots,
+                turns=batches.turns,
+                mean_batch_size=round(batches.decoded / max(batches.decode_turns, 1), 3),
+                max_batch_seen=batches.max_batch_seen,
+                last_formation_ms=round(batches.last_formation_ms, 3),
+                by_trigger=dict(batches.by_trigger),
+            ),
+            resources=ResourcesReading(
+                memory_mb=round(gauge.used / MB, 1),
+                reserved_mb=round(_longest_caches(running) * per_token / MB, 1),
+                can_accept_request=gauge.level is not Pressure.CRITICAL,
+                under_pressure=gauge.level is not Pressure.NORMAL,
+                pressure=gauge.level,
+                available_mb=round(gauge.available / MB, 1),
+                limits={
+                    "max_memory_mb": limits.max_memory_mb,
+                    "critical_memory_mb": limits.critical_memory_mb,
+                },
+            ),
+            engine=EngineReading(
+                pid=engine.pid,
+                state=engine.state,
+                model=self._config.model_name,
+                restarts=engine.restarts,
+                resumed=counters.resumed,
+                context_length=engine.info.context_length if engine.info else None,
+                cache_bytes_per_token=per_token or None,
+                device=engine.info.device if engine.info else None,
+                memory_active_mb=round(batches.engine_memory.active / MB, 1),
+                memory_cache_mb=round(batches.engine_memory.cache / MB, 1),
+            ),
+            requests=RequestsReading(
+                in_flight=len(admission.in_flight),
+                completed=counters.by_outcome["ok"],
+                by_outcome=dict(counters.by_outcome),
+                by_stage=dict(Counter(each.stage.value for each in admission.in_flight.values())),
+                dropped=counters.dropped,
+                queue_wait_ms=counters.queue_wait_ms.percentiles(),
+                time_to_first_token_ms=counters.time_to_first_token_ms.percentiles(),
+                inter_token_ms=counters.inter_token_ms.percentiles(),
+                request_ms=counters.request_ms.percentiles(),
+            ),
+            tokens=TokensReading(
+                prompt=counters.prompt_tokens,
+                generated=counters.generated_tokens,
+                per_second=round(counters.throughput.per_second(now=now), 3),
+            ),
+            nats=self._broker.statistics(),
+        )
+
+    def _state(self, engine_state: str) -> str:
+        if self._admission.draining:
+            return "draining"
+        return engine_state
+
+
+def _longest_caches(running: Sequence[RequestSequence]) -> int:
+    """Tokens that the running requests may come to hold in their caches."""
+    return sum(len(each.prompt) + each.max_tokens for each in running)

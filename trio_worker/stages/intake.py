@@ -1,0 +1,247 @@
+"""From a message to a request's own task, or to an error reply. Never waits for inference.
+
+Bounds: `INTAKE_BUFFER` messages between the broker's callback and this task; what does not fit is
+answered `QUEUE_FULL` on the spot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Many
+from functools import partial
+from typing import Protocol
+
+import trio
+from loguru import logger
+
+from trio_worker.core import subjects
+from trio_worker.core.counters import RequestCounters
+from trio_worker.core.request import RequestId
+from trio_worker.core.sequence import Sequence, queue_key
+from trio_worker.core.wire import native
+from trio_worker.door import Door, DoorState
+from trio_worker.errors import QueueFull, WorkerDraining, WorkerError
+from trio_worker.ports import Broker, Message, Subscription
+from trio_worker.reply import ReplyStream
+
+INTAKE_BUFFER = 256
+SUBSCRIPTION_DRAIN_S = 0.5
+
+
+class Respond(Protocol):
+    """Starts one request's own task: stages/respond.py with everything else filled in."""
+
+    def __call__(
+        self, sequence: Sequence, scope: trio.CancelScope, reply: ReplyStream
+    ) -> Awaitable[None]: ...
+
+
+async def run_intake(
+    requests: trio.Nursery,
+    *,
+    broker: Broker,
+    door: Door,
+    respond: Respond,
+    limits: native.RequestLimits,
+    worker_id: str,
+    reply_prefixes: Many[str],
+    aging_s: float | None,
+    counters: RequestCounters,
+    rng: random.Random,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Take messages until the door closes; every admitted request becomes a task in `requests`.
+
+    Started when the subscriptions stand. Returns when the door has closed, the subscriptions are
+    drained, and everything that had arrived is answered or admitted. Cancelled: messages still
+    in the buffer are lost, as they would be in the network.
+    """
+    reception = _Reception(
+        broker=broker,
+        limits=limits,
+        worker_id=worker_id,
+        reply_prefixes=tuple(reply_prefixes),
+        aging_s=aging_s,
+        counters=counters,
+        rng=rng,
+        door=door,
+    )
+    send, receive = trio.open_memory_channel[Message](INTAKE_BUFFER)
+
+    def offer(message: Message) -> None:
+        try:
+            send.send_nowait(message)
+        except trio.WouldBlock:
+            reception.refuse(message, QueueFull("more requests arrive than this worker can read"))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            reception.refuse(message, WorkerDraining("this worker is shutting down"))
+
+    async with receive, trio.open_nursery() as nursery:
+        await nursery.start(
+            partial(_hold_subscriptions, worker_id=worker_id, offer=offer, send=send),
+            broker,
+            door,
+            limits.model_name,
+        )
+        task_status.started()
+        async for message in receive:
+            admitted = reception.admit(message)
+            if admitted is not None:
+                requests.start_soon(respond, *admitted)
+    logger.debug("Intake ended")
+
+
+async def _hold_subscriptions(
+    broker: Broker,
+    door: Door,
+    model_name: str,
+    *,
+    worker_id: str,
+    offer: Callable[[Message], None],
+    send: trio.MemorySendChannel[Message],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hold this worker's own subject until the door closes, and the shared ones while it is open.
+
+    Then drain them, and close the intake channel.
+    """
+    async with send:
+        direct = await broker.subscribe(subjects.direct(worker_id), offer)
+        try:
+            task_status.started()
+            while await door.state.wait_value(_not_shut) is DoorState.OPEN:
+                shared = [
+                    await broker.subscribe(subject, offer, group=subjects.GROUP)
+                    for subject in subjects.shared(model_name)
+                ]
+                logger.info("Joined the queue group")
+                try:
+                    await door.state.wait_value(_not_open)
+                finally:
+                    with trio.move_on_after(SUBSCRIPTION_DRAIN_S, shield=True):
+                        await _drain(shared)
+                    logger.info("Left the queue group")
+        finally:
+            with trio.move_on_after(SUBSCRIPTION_DRAIN_S, shield=True):
+                await _drain([direct])
+
+
+def _not_shut(state: DoorState) -> bool:
+    return state is not DoorState.SHUT
+
+
+def _not_open(state: DoorState) -> bool:
+    return state is not DoorState.OPEN
+
+
+async def _drain(subscriptions: Many[Subscription]) -> None:
+    async with trio.open_nursery() as nursery:
+        for subscription in subscriptions:
+            nursery.start_soon(subscription.drain)
+
+
+class _Reception:
+    """The synchronous part: reads a message, and lets the request in or answers why not."""
+
+    def __init__(
+        self,
+        *,
+        broker: Broker,
+        door: Door,
+        limits: native.RequestLimits,
+        worker_id: str,
+        reply_prefixes: tuple[str, ...],
+        aging_s: float | None,
+        counters: RequestCounters,
+        rng: random.Random,
+    ) -> None:
+        self._broker = broker
+        self._door = door
+        self._limits = limits
+        self._worker_id = worker_id
+        self._reply_prefixes = reply_prefixes
+        self._aging_s = aging_s
+        self._counters = counters
+        self._rng = rng
+        self._arrivals = itertools.count()
+
+    def admit(self, message: Message) -> tuple[Sequence, trio.CancelScope, ReplyStream] | None:
+        """What the request's task needs, or None if there will be no task.
+
+        Then the caller has been answered, unless the reply subject is not one to answer to.
+        """
+        reply_subject = self._reply_subject(message)
+        if reply_subject is None:
+            return None
+        request_id: RequestId | None = None
+        try:
+            fields = native.parse_body(message.body, self._limits)
+            request_id = native.request_id_of(fields)
+            request = native.to_request(
+                fields,
+                self._limits,
+                request_id=request_id or self._draw_id(),
+                draw_seed=lambda: self._rng.randrange(native.SEED_END),
+            )
+            now = trio.current_time()
+            arrival = next(self._arrivals)
+            scope = trio.CancelScope(deadline=now + request.timeout_s)
+            sequence = Sequence(
+                request=request,
+                reply_subject=reply_subject,
+                arrival=arrival,
+                arrived_at=now,
+                scope=scope,
+                key=queue_key(
+                    enqueued_at=now,
+                    level=request.priority,
+                    aging_s=self._aging_s,
+                    arrival=arrival,
+                ),
+            )
+            self._door.admit(sequence)
+        except WorkerError as error:
+            self._answer(reply_subject, request_id or self._draw_id(), error)
+            return None
+        logger.bind(request_id=request.request_id).debug(
+            "Request admitted: priority {}, depth {}",
+            request.priority,
+            self._door.admission.depth,
+        )
+        reply = ReplyStream(
+            self._broker.open_outlet(),
+            subject=reply_subject,
+            control_subject=subjects.control(self._worker_id, request.request_id),
+            request_id=request.request_id,
+            worker_id=self._worker_id,
+        )
+        return sequence, scope, reply
+
+    def refuse(self, message: Message, error: WorkerError) -> None:
+        """Answer a message that is not even read."""
+        if (subject := self._reply_subject(message)) is not None:
+            self._answer(subject, self._draw_id(), error)
+
+    def _reply_subject(self, message: Message) -> str | None:
+        """Where to answer, or None, counted, if there is nowhere: the caller aims us nowhere."""
+        if subjects.may_reply_to(message.reply, self._reply_prefixes):
+            return message.reply
+        self._counters.dropped += 1
+        logger.debug("Message dropped: no reply subject, or one that is not permitted")
+        return None
+
+    def _answer(self, subject: str, request_id: RequestId, error: WorkerError) -> None:
+        self._counters.by_outcome[error.code] += 1
+        logger.bind(request_id=request_id).debug("Request refused: {}", error.code)
+        ReplyStream(
+            self._broker.open_outlet(),
+            subject=subject,
+            control_subject=None,
+            request_id=request_id,
+            worker_id=self._worker_id,
+        ).fail(error, retry_after_ms=self._door.admission.retry_after_ms())
+
+    def _draw_id(self) -> RequestId:
+        return RequestId(f"{self._rng.getrandbits(96):024x}")

@@ -1,0 +1,45 @@
+"""Says regularly how things are: one line in the log, one message on the statistics subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import trio_util
+from loguru import logger
+
+from trio_worker.core import subjects
+from trio_worker.core.statistics import Snapshot
+from trio_worker.errors import MessageTooLarge
+from trio_worker.ports import Broker, Message
+
+
+async def run_reporter(
+    *, broker: Broker, worker_id: str, snapshot: Callable[[], Snapshot], interval_s: float
+) -> None:
+    """Report every `interval_s` until cancelled; the log line only if something happened."""
+    subject = subjects.stats(worker_id)
+    reported: tuple[int, int] | None = None
+    async for elapsed, _ in trio_util.periodic(interval_s):
+        if elapsed == 0:
+            continue
+        now = snapshot()
+        broker_takes_it = True
+        try:
+            broker.publish(Message(subject=subject, body=msgspec.json.encode(now)))
+        except MessageTooLarge:
+            broker_takes_it = False
+        news = (now.requests.completed, now.tokens.generated)
+        if news != reported or now.requests.in_flight:
+            reported = news
+            logger.info(
+                "{} completed, {} in flight, {} queued, {} in the batch, "
+                "{:.1f} tokens/s, {:.0f} MB{}",
+                now.requests.completed,
+                now.requests.in_flight,
+                now.queue.depth,
+                now.batch.running,
+                now.tokens.per_second,
+                now.resources.memory_mb,
+                "" if broker_takes_it else "; the snapshot is over the server's max_payload",
+            )

@@ -1,0 +1,311 @@
+"""One request's own task: from its admission to its terminal message.
+
+The request's cancel scope is entered here and nowhere else. It carries the deadline (queue time
+included), a cancel message, the caller's disappearance, and the drain; whatever ends it, the
+request leaves the queue, the batch and the door in one synchronous section, and exactly one
+terminal message goes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+from loguru import logger
+
+from trio_worker.core.counters import RequestCounters
+from trio_worker.core.priority import name_of
+from trio_worker.core.rates import ServiceRate
+from trio_worker.core.request import FinishReason
+from trio_worker.core.scheduler import Scheduler
+from trio_worker.core.sequence import Ending, Event, Sequence
+from trio_worker.core.turn import Output, SequenceFailure, TokenLogprob
+from trio_worker.core.wire.native import AnswerWriter, Usage, WorkerNote
+from trio_worker.door import Door
+from trio_worker.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    InternalError,
+    RequestCancelled,
+    RequestTimeout,
+    WorkerDraining,
+    WorkerError,
+)
+from trio_worker.ports import Engine
+from trio_worker.priority_channel import PrioritySendChannel
+from trio_worker.reply import ReplyStream
+
+KEEP_ALIVE_S = 5.0
+"""A streaming caller hears something at least so often."""
+
+_T = TypeVar("_T")
+
+
+async def respond(
+    sequence: Sequence,
+    scope: trio.CancelScope,
+    reply: ReplyStream,
+    *,
+    engine: Engine,
+    door: Door,
+    queue: PrioritySendChannel,
+    scheduler: Scheduler,
+    counters: RequestCounters,
+    rate: ServiceRate,
+    worker_id: str,
+    model_name: str,
+    priority_levels: int,
+    default_max_tokens: int,
+    wall_clock: Callable[[], float],
+) -> None:
+    """Serve one admitted request; returns after its terminal message.
+
+    Cancelled from outside (the drain's deadline, or a crash elsewhere): the terminal message is
+    `WORKER_DRAINING`. A fault in here is answered `INTERNAL` and logged; it stays with this
+    request, whose state is released like any other's.
+    """
+    answer = _Answer(
+        sequence,
+        reply,
+        AnswerWriter(
+            request_id=sequence.request_id,
+            model=model_name,
+            created=int(wall_clock()),
+            chat=sequence.request.is_chat,
+        ),
+        worker_id=worker_id,
+        priority=name_of(sequence.level, priority_levels),
+    )
+    error: WorkerError | None = WorkerDraining("this worker is shutting down; ask another one")
+    with logger.contextualize(request_id=sequence.request_id):
+        try:
+            with scope:
+                await _serve(
+                    sequence,
+                    answer,
+                    engine=engine,
+                    door=door,
+                    queue=queue,
+                    default_max_tokens=default_max_tokens,
+                )
+            error = _ended_early(sequence, answer) if scope.cancelled_caught else None
+        except WorkerError as exc:
+            error = exc
+        except Exception as exc:  # noqa: BLE001 - the boundary of one request
+            logger.opt(exception=exc).error("Request failed inside the worker")
+            error = InternalError("the worker failed on this request; its log says why")
+        finally:
+            stage = sequence.stage
+            sequence.advance(Event.END)
+            queue.withdraw(sequence)
+            scheduler.withdraw(sequence)
+            door.leave(sequence)
+            if error is not None and not reply.ended:
+                reply.fail(error, retry_after_ms=door.admission.retry_after_ms())
+            _count(sequence, error, counters, rate)
+            logger.debug(
+                "Request ended: {} at stage {} after {:.0f} ms",
+                error.code if error else "ok",
+                stage,
+                1000 * (trio.current_time() - sequence.arrived_at),
+            )
+
+
+async def _serve(
+    sequence: Sequence,
+    answer: _Answer,
+    *,
+    engine: Engine,
+    door: Door,
+    queue: PrioritySendChannel,
+    default_max_tokens: int,
+) -> None:
+    answer.open()
+    await answer.alive_while(door.wait_place, sequence)
+    info = await answer.alive_while(engine.wait_ready)
+    prompt = await answer.alive_while(engine.tokenise, sequence.request)
+    sequence.prompt = prompt
+    sequence.max_tokens = _fit(
+        len(prompt), sequence.request.max_tokens, default_max_tokens, info.context_length
+    )
+    # One output a token, and one failure: the batcher never has to wait for a caller.
+    send, receive = trio.open_memory_channel[Output | SequenceFailure](sequence.max_tokens + 1)
+    sequence.outputs = send
+    sequence.advance(Event.TOKENISED)
+    sequence.queued_at = trio.current_time()
+    with send, receive:
+        queue.send_nowait(sequence)
+        while True:
+            with trio.move_on_at(answer.last_sent_at + KEEP_ALIVE_S) as quiet:
+                output = await receive.receive()
+            if quiet.cancelled_caught:
+                answer.keep_alive()
+                continue
+            if isinstance(output, SequenceFailure):
+                raise EngineFailed(output.message)
+            answer.add(output)
+            if output.finish is not None:
+                answer.close(output.finish)
+                return
+
+
+def _fit(prompt: int, asked: int | None, default: int, context_length: int) -> int:
+    """How many tokens the answer may have. Raises `ContextLengthExceeded`."""
+    room = context_length - prompt
+    if room < 1 or (asked is not None and asked > room):
+        raise ContextLengthExceeded(
+            f"the prompt has {prompt} tokens and max_tokens is {asked or 1}; "
+            f"the model's context holds {context_length} together",
+            details={
+                "prompt_tokens": prompt,
+                "max_tokens": asked or 1,
+                "context_length": context_length,
+            },
+        )
+    return asked if asked is not None else min(default, room)
+
+
+def _ended_early(sequence: Sequence, answer: _Answer) -> WorkerError:
+    """What to tell the caller of a request whose scope was cancelled."""
+    match sequence.ending:
+        case Ending.CANCELLED:
+            return RequestCancelled("the request was cancelled")
+        case Ending.CALLER_GONE:
+            return RequestCancelled("nobody listens on the reply subject any more")
+        case Ending.BACKLOG:
+            answer.reply.discard_unsent()
+            return RequestCancelled("NATS was unreachable for so long that the answer piled up")
+        case Ending.DRAINING:
+            return WorkerDraining("this worker is shutting down; ask another one")
+        case None:
+            request = sequence.request
+            return RequestTimeout(
+                f"the deadline of {request.timeout_s:g} s passed at stage {sequence.stage}",
+                details={
+                    "stage": sequence.stage.value,
+                    "tokens": len(sequence.produced),
+                    "timeout_ms": round(1000 * request.timeout_s),
+                    **({} if request.stream else {"text": answer.text}),
+                },
+            )
+
+
+def _count(
+    sequence: Sequence, error: WorkerError | None, counters: RequestCounters, rate: ServiceRate
+) -> None:
+    now = trio.current_time()
+    counters.by_outcome[error.code if error else "ok"] += 1
+    counters.prompt_tokens += len(sequence.prompt) if sequence.batched_at is not None else 0
+    counters.generated_tokens += len(sequence.produced)
+    counters.resumed += sequence.resumed
+    counters.request_ms.add(1000 * (now - sequence.arrived_at))
+    if error is None and sequence.batched_at is not None:
+        rate.record(now - sequence.batched_at)
+
+
+class _Answer:
+    """What goes back to the caller, streamed or collected."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        reply: ReplyStream,
+        writer: AnswerWriter,
+        *,
+        worker_id: str,
+        priority: str,
+    ) -> None:
+        self.reply = reply
+        self.last_sent_at = trio.current_time()
+        self._sequence = sequence
+        self._writer = writer
+        self._worker_id = worker_id
+        self._priority = priority
+        self._stream = sequence.request.stream
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def text(self) -> str:
+        """What has been collected so far; empty for a stream."""
+        return "".join(self._texts)
+
+    def open(self) -> None:
+        if self._stream:
+            self._send(self._writer.opening())
+
+    def keep_alive(self) -> None:
+        if self._stream:
+            self._send(self._writer.keep_alive())
+        self.last_sent_at = trio.current_time()
+
+    def add(self, output: Output) -> None:
+        logprobs = (output.logprob,) if output.logprob is not None else None
+        if not self._stream:
+            self._texts.append(output.text)
+            self._logprobs.extend(logprobs or ())
+        elif output.text or logprobs:
+            self._send(self._writer.chunk(output.text, logprobs))
+
+    def close(self, finish: FinishReason) -> None:
+        usage = Usage.of(
+            prompt=len(self._sequence.prompt),
+            completion=len(self._sequence.produced),
+            cached=self._sequence.cached,
+        )
+        if self._stream:
+            self.reply.finish(self._writer.closing(finish, usage, self._note()))
+        else:
+            wanted = self._sequence.request.sampling.logprobs
+            logprobs = tuple(self._logprobs) if wanted else None
+            self.reply.finish(self._writer.whole(self.text, logprobs, finish, usage, self._note()))
+
+    async def alive_while(self, call: Callable[..., Awaitable[_T]], *args: object) -> _T:
+        """What `call` returns or raises; meanwhile a streaming caller gets keep-alive chunks."""
+        if not self._stream:
+            return await call(*args)
+        failure: WorkerError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_alive)
+            try:
+                result = await call(*args)
+            except WorkerError as error:
+                # Raised below: inside the nursery it would come out in an exception group.
+                failure = error
+            nursery.cancel_scope.cancel(reason="the wait is over")
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await trio.sleep_until(self.last_sent_at + KEEP_ALIVE_S)
+            self.keep_alive()
+
+    def _send(self, body: bytes) -> None:
+        self.reply.send(body)
+        self.last_sent_at = trio.current_time()
+        if self.reply.backlogged:
+            self._sequence.end(Ending.BACKLOG)
+
+    def _note(self) -> WorkerNote:
+        sequence = self._sequence
+        assert sequence.batched_at is not None
+        assert sequence.first_token_at is not None
+        assert sequence.last_token_at is not None
+        return WorkerNote(
+            id=self._worker_id,
+            request_id=sequence.request_id,
+            seed=sequence.request.sampling.seed,
+            queue_ms=_ms(sequence.batched_at - sequence.arrived_at),
+            prefill_ms=_ms(sequence.first_token_at - sequence.batched_at),
+            decode_ms=_ms(sequence.last_token_at - sequence.first_token_at),
+            priority=self._priority,
+            resumed=sequence.resumed,
+            degraded=(),
+        )
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)

@@ -1,0 +1,329 @@
+"""The nursery tree and the order of the drain: the only file that wires.
+
+    run_worker
+    └ open_broker            closed last: flushed and bounded
+      └ open_engine          the engine; returns while the model loads
+        └ services           cancelled when `requests` is empty; a crash here cancels all below
+          ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, serve_http
+          └ requests         at drain: deadline = now + drain_timeout
+            ├ respond(r)     one per admitted request; scope = the request's deadline
+            └ run_intake     subscribes when the engine is ready
+
+Whatever ends the worker, everything below goes first, and the terminal messages that the requests
+put into the outbox while they end are delivered by the broker's close.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterable, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Protocol
+
+import trio
+from loguru import logger
+
+from trio_worker.config import Config
+from trio_worker.core.admission import Admission
+from trio_worker.core.counters import BatchCounters, RequestCounters
+from trio_worker.core.formation import Formation
+from trio_worker.core.memory import MB, PressureGauge
+from trio_worker.core.prefill import PrefillBudget
+from trio_worker.core.priority import level_of
+from trio_worker.core.rates import ArrivalRate, ServiceRate
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.scheduler import Scheduler
+from trio_worker.core.sequence import Ending
+from trio_worker.core.wire.native import RequestLimits
+from trio_worker.door import Door
+from trio_worker.errors import WorkerFault
+from trio_worker.overview import Overview
+from trio_worker.ports import Broker, Engine, MemoryProbe, Observed
+from trio_worker.priority_channel import open_priority_channel
+from trio_worker.stages.batcher import run_batcher
+from trio_worker.stages.claim import claim_id
+from trio_worker.stages.control import run_control
+from trio_worker.stages.intake import run_intake
+from trio_worker.stages.monitor import run_monitor
+from trio_worker.stages.readiness import run_readiness
+from trio_worker.stages.reporter import run_reporter
+from trio_worker.stages.respond import respond
+
+
+class ServeHttp(Protocol):
+    """Serves the monitoring endpoints; started with the port that it listens on."""
+
+    def __call__(
+        self, *, host: str, port: int, observed: Observed, task_status: trio.TaskStatus[int]
+    ) -> Awaitable[None]: ...
+
+
+class _Stop:
+    """What asks the worker to stop: the first time gently, the second time at once."""
+
+    def __init__(self, run: trio.CancelScope) -> None:
+        self.requested = trio.Event()
+        self._run = run
+        self._requests: trio.CancelScope | None = None
+
+    def ready(self, requests: trio.CancelScope) -> None:
+        """From now on a first call begins a drain, and a second one cancels `requests`."""
+        self._requests = requests
+
+    async def listen(self, stops: AsyncIterable[object]) -> None:
+        async for _ in stops:
+            if self._requests is None:
+                logger.info("Stopping before the worker was ready")
+                self._run.cancel(reason="stopped before the worker was ready")
+            elif self.requested.is_set():
+                logger.warning("Stopping now: running requests end with WORKER_DRAINING")
+                self._requests.cancel(reason="asked to stop a second time")
+            else:
+                self.requested.set()
+
+
+async def run_worker(
+    config: Config,
+    *,
+    stops: AsyncIterable[object],
+    open_broker: Callable[[], AbstractAsyncContextManager[Broker]],
+    open_engine: Callable[[], AbstractAsyncContextManager[Engine]],
+    probe: MemoryProbe,
+    rng: random.Random,
+    wall_clock: Callable[[], float],
+    serve_http: ServeHttp | None = None,
+    greet: Callable[[Broker], Awaitable[None]] | None = None,
+    on_ready: Callable[[Observed], None] | None = None,
+) -> None:
+    """Serve until `stops` yields, then drain; returns when nothing of the worker is left.
+
+    A second item of `stops` cuts the drain short; one that comes before the worker is ready ends
+    the run there. `greet` runs beside the requests once the worker is ready.
+
+    Raises:
+        StopWorker: alone or in exception groups, with the status to exit with.
+    """
+    async with trio.open_nursery() as root:
+        with trio.CancelScope() as run:
+            stop = _Stop(run)
+            root.start_soon(stop.listen, stops)
+            async with open_broker() as broker, open_engine() as engine:
+                await _serve(
+                    config,
+                    stop,
+                    broker=broker,
+                    engine=engine,
+                    probe=probe,
+                    rng=rng,
+                    wall_clock=wall_clock,
+                    serve_http=serve_http,
+                    greet=greet,
+                    on_ready=on_ready,
+                )
+        root.cancel_scope.cancel(reason="the worker has ended")
+
+
+async def _serve(
+    config: Config,
+    stop: _Stop,
+    *,
+    broker: Broker,
+    engine: Engine,
+    probe: MemoryProbe,
+    rng: random.Random,
+    wall_clock: Callable[[], float],
+    serve_http: ServeHttp | None,
+    greet: Callable[[Broker], Awaitable[None]] | None,
+    on_ready: Callable[[Observed], None] | None,
+) -> None:
+    worker = config.worker
+    batching, queueing, limits = (
+        worker.continuous_batching,
+        worker.request_queue,
+        worker.resource_limits,
+    )
+    slots = batching.max_batch_size if batching.enabled else 1
+    aging_s = None if queueing.aging_ms is None else queueing.aging_ms / 1000
+    gauge = PressureGauge(
+        soft_bytes=limits.max_memory_mb * MB, critical_bytes=limits.critical_memory_mb * MB
+    )
+    rate, arrivals = ServiceRate(), ArrivalRate()
+    admission = Admission(
+        queue_enabled=queueing.enabled,
+        max_depth=queueing.max_depth,
+        reject_when_full=queueing.reject_when_full,
+        slots=slots,
+        gauge=gauge,
+        rate=rate,
+        arrivals=arrivals,
+    )
+    door = Door(admission)
+    queue = RequestQueue(max_size=admission.max_depth)
+    send, receive = open_priority_channel(queue)
+    scheduler = Scheduler(
+        slots=slots,
+        prefill=PrefillBudget(
+            chunk_max=batching.prefill_chunk_tokens,
+            gap_target_s=worker.engine.token_gap_target_ms / 1000,
+        ),
+    )
+    batches, counters = BatchCounters(), RequestCounters()
+    overview = Overview(
+        worker,
+        admission=admission,
+        door=door,
+        queue=queue,
+        scheduler=scheduler,
+        batches=batches,
+        counters=counters,
+        engine=engine,
+        broker=broker,
+    )
+
+    async with trio.open_nursery() as services:
+        services.start_soon(
+            partial(
+                run_batcher,
+                engine=engine,
+                scheduler=scheduler,
+                door=door,
+                formation=Formation(
+                    min_batch_size=min(batching.min_batch_size, slots),
+                    timeout_s=batching.batch_timeout_ms / 1000,
+                    adaptive=batching.adaptive_timeout,
+                ),
+                arrivals=arrivals,
+                batches=batches,
+                counters=counters,
+            ),
+            receive,
+        )
+        services.start_soon(
+            partial(
+                run_monitor,
+                probe=probe,
+                engine=engine,
+                gauge=gauge,
+                door=door,
+                batches=batches,
+                check_interval_s=limits.check_interval_ms / 1000,
+            )
+        )
+        services.start_soon(partial(run_readiness, engine=engine, door=door))
+        services.start_soon(_watch_broker, broker)
+        if serve_http is not None and worker.monitoring.port is not None:
+            await services.start(
+                partial(
+                    serve_http,
+                    host=worker.monitoring.host,
+                    port=worker.monitoring.port,
+                    observed=overview,
+                )
+            )
+        services.start_soon(
+            partial(
+                run_reporter,
+                broker=broker,
+                worker_id=worker.id,
+                snapshot=overview.snapshot,
+                interval_s=worker.monitoring.report_interval_ms / 1000,
+            )
+        )
+        info = await engine.wait_ready()
+        await claim_id(broker, worker.id)
+        reply_prefixes = config.nats.reply_prefixes
+        await services.start(
+            partial(
+                run_control,
+                broker=broker,
+                door=door,
+                worker_id=worker.id,
+                reply_prefixes=reply_prefixes,
+            )
+        )
+        intake_ended = trio.Event()
+        async with trio.open_nursery() as requests:
+            intake = partial(
+                run_intake,
+                requests,
+                broker=broker,
+                door=door,
+                respond=partial(
+                    respond,
+                    engine=engine,
+                    door=door,
+                    queue=send,
+                    scheduler=scheduler,
+                    counters=counters,
+                    rate=rate,
+                    worker_id=worker.id,
+                    model_name=worker.model_name,
+                    priority_levels=queueing.priority_levels,
+                    default_max_tokens=worker.requests.default_max_tokens,
+                    wall_clock=wall_clock,
+                ),
+                limits=_request_limits(config),
+                worker_id=worker.id,
+                reply_prefixes=reply_prefixes,
+                aging_s=aging_s,
+                counters=counters,
+                rng=rng,
+            )
+            await requests.start(_noting_the_end, intake, intake_ended)
+            stop.ready(requests.cancel_scope)
+            logger.info("Worker {} serves {} on {}", worker.id, info.model, info.device)
+            if on_ready is not None:
+                on_ready(overview)
+            if greet is not None:
+                services.start_soon(greet, broker)
+            await stop.requested.wait()
+            await _drain(door, intake_ended)
+            # What runs may finish; at the deadline the rest ends with WORKER_DRAINING.
+            requests.cancel_scope.deadline = trio.current_time() + worker.drain_timeout_ms / 1000
+        logger.info("Drained")
+        services.cancel_scope.cancel(reason="drained")
+
+
+async def _drain(door: Door, intake_ended: trio.Event) -> None:
+    """The first half of a drain: nothing comes in any more, and what has no token yet goes."""
+    logger.info("Draining: {} requests in flight", len(door.admission.in_flight))
+    door.close()
+    await intake_ended.wait()
+    for sequence in list(door.admission.in_flight.values()):
+        if not sequence.produced:
+            sequence.end(Ending.DRAINING)
+
+
+async def _noting_the_end(  # noqa: ASYNC128 - what it runs reports the start
+    run: Callable[..., Awaitable[None]],
+    ended: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a startable task, and set `ended` when it has ended."""
+    try:
+        await run(task_status=task_status)
+    finally:
+        ended.set()
+
+
+async def _watch_broker(broker: Broker) -> None:
+    reason = await broker.wait_lost()
+    raise WorkerFault(f"the connection to NATS has ended for good: {reason}")
+
+
+def _request_limits(config: Config) -> RequestLimits:
+    worker = config.worker
+    levels = worker.request_queue.priority_levels
+    requests = worker.requests
+    return RequestLimits(
+        model_name=worker.model_name,
+        max_tokens_limit=requests.max_tokens_limit,
+        default_timeout_ms=requests.default_timeout_ms,
+        timeout_limit_ms=requests.timeout_limit_ms,
+        max_body_bytes=requests.max_prompt_bytes,
+        priority_levels=levels,
+        default_buffered=level_of(requests.default_priority.buffered, levels),
+        default_streaming=level_of(requests.default_priority.streaming, levels),
+    )
