@@ -1,0 +1,52 @@
+set positional-arguments
+
+# `uv run` sets UV; the plain name may not be on PATH.
+uv := env("UV", "uv")
+
+# what there is
+@default:
+    "{{ just_executable() }}" --justfile "{{ justfile() }}" --list
+
+# run a worker on this machine, NATS included, and ask it one question: just run --set worker.id=one
+[no-exit-message]
+@run *args:
+    exec "{{ uv }}" run trio-worker run --config cluster.yaml --hello "$@"
+
+# ask a running worker: just ask "Why is the sky blue?" --stream
+[no-exit-message]
+@ask *args:
+    exec "{{ uv }}" run trio-worker ask "$@"
+
+# measure throughput and latency
+[no-exit-message]
+@bench *args:
+    exec "{{ uv }}" run trio-worker bench "$@"
+
+# run the tests, or some of them: just test tests/test_config.py -x
+[no-exit-message]
+@test *args:
+    exec "{{ uv }}" run pytest "$@"
+
+# what has to pass before a commit
+check: lint types test
+
+# The engine process runs no loop. Off: a list of startable functions is kept by nobody (114), frameworks want `async def` (124),
+# and checkpoints are not owed on every path (9, off by default).
+# look for mistakes and for text that is not formatted
+lint:
+    "{{ uv }}" run ruff check
+    "{{ uv }}" run ruff format --check
+    "{{ uv }}" run flake8-async --enable=ASYNC --disable=ASYNC114,ASYNC124,ASYNC9 $(find trio_worker tests scripts -name '*.py' -not -path 'trio_worker/engine/*')
+
+# check the types
+types:
+    "{{ uv }}" run mypy
+
+# format the code and mend what can be mended
+fmt:
+    "{{ uv }}" run ruff check --fix-only
+    "{{ uv }}" run ruff format
+
+# write the generated parts of the documentation again; `just docs --check` only looks
+docs *args:
+    "{{ uv }}" run python scripts/generate_docs.py "$@"

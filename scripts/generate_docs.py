@@ -1,0 +1,92 @@
+# ruff: noqa: INP001 - a script, not a package
+"""Rewrite the parts of docs/*.md that are generated from the code.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is one of `BLOCKS`.
+With `--check` nothing is written, and the exit status is 1 if something would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trio_worker import config, errors
+from trio_worker.__main__ import make_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def error_codes() -> str:
+    """Every code of an error reply, in the order of `ErrorCode`."""
+    classes = {each.code: each for each in errors.WorkerError.__subclasses__()}
+    rows = [
+        f"| `{code}` | {each.number} | {'yes' if each.retryable else 'no'} | {_first_line(each)} |"
+        for code, each in ((code, classes[code]) for code in errors.ErrorCode)
+    ]
+    return "\n".join(["| code | number | retryable | when |", "|---|---|---|---|", *rows, ""])
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]
+
+
+def commands() -> str:
+    """What `--help` says of each command, in 80 columns whatever the terminal."""
+    os.environ["COLUMNS"] = "80"
+    parser = make_parser()
+    parts = [f"```\n{parser.format_help()}```\n"]
+    parts += [f"### {name}\n\n```\n{sub.format_help()}```\n" for name, sub in _subcommands(parser)]
+    return "\n".join(parts)
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for name, sub in action.choices.items():
+                nested = list(_subcommands(sub))
+                yield from ((f"{name} {inner}", each) for inner, each in nested)
+                if not nested:
+                    yield name, sub
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "config-keys": config.reference_markdown,
+    "error-codes": error_codes,
+}
+"""What can be generated. A new block is a function here and a pair of markers in a page."""
+
+
+def generate(text: str) -> str:
+    """`text` with every marked part written again. Raises `KeyError` for an unknown name."""
+    return MARKED.sub(lambda part: f"{part[1]}\n{BLOCKS[part[2]]()}\n{part[4]}", text)
+
+
+def pages() -> list[Path]:
+    return sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        current = generate(text)
+        if current != text:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if not check:
+                page.write_text(current, encoding="utf-8")
+    for name in stale:
+        sys.stdout.write(f"{name}: {'is not current: run `just docs`' if check else 'written'}\n")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

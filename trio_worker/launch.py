@@ -1,0 +1,106 @@
+"""From a configuration to running adapters: what `run`, `bench` and tests of the whole share."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Literal, TypeAlias
+
+from trio_worker.adapters.engine_process import open_engine
+from trio_worker.adapters.http_server import serve_http
+from trio_worker.adapters.nats_broker import Login, open_nats_broker
+from trio_worker.adapters.nats_server import is_loopback, open_nats_server, somebody_listens
+from trio_worker.adapters.psutil_probe import PsutilProbe
+from trio_worker.config import Config, NatsConfig
+from trio_worker.core.memory import MB
+from trio_worker.ports import Broker, Engine, Observed
+from trio_worker.testing.simulated_engine import open_simulated_engine
+from trio_worker.worker import run_worker
+
+EngineKind: TypeAlias = Literal["mlx", "simulated"]
+
+
+async def launch(
+    config: Config,
+    *,
+    engine: EngineKind,
+    stops: AsyncIterable[object],
+    on_progress: Callable[[str, int, int, str], None] | None = None,
+    greet: Callable[[Broker], Awaitable[None]] | None = None,
+    on_ready: Callable[[Observed], None] | None = None,
+) -> None:
+    """Run a worker with the real adapters, as `run_worker` does, and with its exceptions."""
+    await run_worker(
+        config,
+        stops=stops,
+        open_broker=lambda: open_configured_broker(config, name=f"trio-worker {config.worker.id}"),
+        open_engine=lambda: _open_engine(config, engine, on_progress),
+        probe=PsutilProbe(),
+        rng=random.Random(),  # noqa: S311 - seeds and ids are no secrets
+        wall_clock=time.time,
+        serve_http=serve_http,
+        greet=greet,
+        on_ready=on_ready,
+    )
+
+
+@asynccontextmanager
+async def open_configured_broker(config: Config, *, name: str) -> AsyncIterator[Broker]:
+    """The connection that the configuration describes, with the embedded server if it says so."""
+    nats = config.nats
+    embedded = nats.embedded == "always" or (
+        nats.embedded == "auto" and is_loopback(nats.url) and not await somebody_listens(nats.url)
+    )
+    if not embedded:
+        async with _open_broker(nats, name) as broker:
+            yield broker
+        return
+    async with open_nats_server(nats.url), _open_broker(nats, name) as broker:
+        yield broker
+
+
+def login_of(nats: NatsConfig) -> Login:
+    tls = nats.tls
+    return Login(
+        user=nats.user,
+        password=nats.password,
+        token=nats.token,
+        credentials_file=nats.credentials_file,
+        nkey_seed_file=nats.nkey_seed_file,
+        ca_file=tls.ca_file if tls else None,
+        cert_file=tls.cert_file if tls else None,
+        key_file=tls.key_file if tls else None,
+    )
+
+
+def _open_broker(nats: NatsConfig, name: str) -> AbstractAsyncContextManager[Broker, bool | None]:
+    return open_nats_broker(
+        nats.url,
+        name=name,
+        login=login_of(nats),
+        connect_timeout_s=nats.connect_timeout_ms / 1000,
+    )
+
+
+def _open_engine(
+    config: Config, kind: EngineKind, on_progress: Callable[[str, int, int, str], None] | None
+) -> AbstractAsyncContextManager[Engine, bool | None]:
+    worker = config.worker
+    if kind == "simulated":
+        return open_simulated_engine(worker.simulated, model_name=worker.model_name)
+    batching = worker.continuous_batching
+    return open_engine(
+        model=worker.model,
+        model_name=worker.model_name,
+        max_batch_size=batching.max_batch_size if batching.enabled else 1,
+        turn_timeout_s=batching.turn_timeout_ms / 1000,
+        max_restarts=worker.engine.max_restarts,
+        restart_window_s=worker.engine.restart_window_s,
+        prewarm=worker.prewarm.enabled,
+        prewarm_prompt=worker.prewarm.prompt,
+        prewarm_max_tokens=worker.prewarm.max_tokens,
+        prefix_cache_bytes=worker.engine.prefix_cache_mb * MB,
+        on_progress=on_progress,
+    )
