@@ -326,6 +326,8 @@ def test_percentiles_and_throughput() -> None:
     ("subject", "permitted"),
     [
         ("_INBOX.abc.1", True),
+        (f"_INBOX.{'x' * 505}", True),
+        (f"_INBOX.{'x' * 506}", False),
         (None, False),
         ("", False),
         ("_INBOX.", False),

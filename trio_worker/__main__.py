@@ -24,7 +24,7 @@ from trio_worker.config import Config, json_schema, load_config, warnings
 from trio_worker.core.groups import sole_exceptions
 from trio_worker.errors import ConfigError, ExitStatus, StopWorker, WorkerError
 from trio_worker.launch import launch, login_of
-from trio_worker.logs import FORMATS, LEVELS, Progress, set_up_logging
+from trio_worker.logs import FORMATS, LEVELS, Terminal, set_up_logging
 from trio_worker.ports import Broker
 
 HELLO = "What is the capital of France?"
@@ -154,23 +154,22 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _run(args: argparse.Namespace) -> int:
-    set_up_logging(log_format=args.log_format, level=args.log_level)
+    terminal = set_up_logging(log_format=args.log_format, level=args.log_level)
     config = _load(args)
     for warning in warnings(config, total_memory_bytes=psutil.virtual_memory().total):
         logger.warning("{}", warning)
-    trio.run(_serve, config, args)
+    trio.run(_serve, config, args, terminal)
     return ExitStatus.OK
 
 
-async def _serve(config: Config, args: argparse.Namespace) -> None:
-    progress = Progress()
+async def _serve(config: Config, args: argparse.Namespace, terminal: Terminal) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         await launch(
             config,
             engine=args.engine,
             stops=signals,
-            on_progress=progress,
-            on_ready=lambda _: progress.end(),
+            on_progress=terminal.progress,
+            on_ready=lambda _: terminal.end_progress(),
             greet=partial(_hello, config) if args.hello else None,
         )
 
@@ -185,7 +184,7 @@ async def _hello(config: Config, broker: Broker) -> None:
         sys.stdout.write(f"{error.code}: {error.message}\n")
     sys.stdout.write(
         "\nAsk from another terminal:\n"
-        f'  just ask "Why is the sky blue?"    or    trio-worker ask --url {config.nats.url} "…"\n'
+        f'  uv run just ask "Why is the sky blue?"    or    trio-worker ask --url {config.nats.url} "…"\n'
         "Ctrl-C stops the worker.\n\n"
     )
     sys.stdout.flush()

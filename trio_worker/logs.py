@@ -16,16 +16,63 @@ FORMATS = ("auto", "human", "json")
 LEVELS = ("trace", "debug", "info", "warning", "error")
 
 
-def set_up_logging(*, log_format: str, level: str) -> None:
+class Terminal:
+    """Standard error, shared by the log and the line that shows the progress of something long.
+
+    On a terminal that line changes in place and log lines go above it; elsewhere each step, and
+    each tenth of it, is a line of the log.
+    """
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._line = ""
+        self._step = ""
+        self._shown = 0
+
+    def write(self, text: str) -> None:
+        """A line of the log."""
+        if self._line:
+            text = f"\r\x1b[K{text}{self._line}"
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def progress(self, step: str, done: int, total: int, unit: str) -> None:
+        """Something long has come so far; 0 of 0 where there is no measure."""
+        measure = f" {100 * done // total:3d} % of {total} {unit}" if total else " …"
+        if self._live:
+            self._line = f"{step}{measure}"
+            self.write("")
+            return
+        tenth = 10 * done // total if total else 0
+        if step != self._step or tenth > self._shown:
+            logger.info("{}{}", step, measure)
+        self._step, self._shown = step, tenth
+
+    def end_progress(self) -> None:
+        if self._line:
+            self._line = ""
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def set_up_logging(*, log_format: str, level: str) -> Terminal:
     """Replace every sink by one on standard error; `auto` is JSON under systemd and launchd."""
     as_json = log_format == "json" or (log_format == "auto" and _is_supervised())
+    terminal = Terminal()
     logger.remove()
     # `diagnose` would print the values of variables beside a traceback: prompts and passwords.
     if as_json:
-        logger.add(sys.stderr, level=level.upper(), serialize=True, diagnose=False)
+        logger.add(terminal.write, level=level.upper(), serialize=True, diagnose=False)
     else:
-        logger.add(sys.stderr, level=level.upper(), format=_human, diagnose=False)
+        logger.add(
+            terminal.write,
+            level=level.upper(),
+            format=_human,
+            colorize=sys.stderr.isatty(),
+            diagnose=False,
+        )
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    return terminal
 
 
 def _is_supervised() -> bool:
@@ -47,31 +94,3 @@ class _ToLoguru(logging.Handler):
             record.name,
             record.getMessage(),
         )
-
-
-class Progress:
-    """Shows the steps of something long: one changing line on a terminal, else a line a step."""
-
-    def __init__(self) -> None:
-        self._step = ""
-        self._shown = 0
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, step: str, done: int, total: int, unit: str) -> None:
-        tenth = 10 * done // total if total else 0
-        if step == self._step and not self._live and tenth <= self._shown:
-            return
-        measure = f" {100 * done // total:3d} % of {total} {unit}" if total else " …"
-        if self._live:
-            lead = "\n" if self._step not in {"", step} else ""
-            sys.stderr.write(f"{lead}\r\x1b[K{step}{measure}")
-            sys.stderr.flush()
-        else:
-            logger.info("{}{}", step, measure)
-        self._step, self._shown = step, tenth
-
-    def end(self) -> None:
-        """Leave the changing line."""
-        if self._live and self._step:
-            sys.stderr.write("\n")
-        self._step = ""

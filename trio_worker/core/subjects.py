@@ -9,6 +9,8 @@ from trio_worker.core.request import RequestId
 
 GROUP = "trio-workers"
 CANCEL = "inference.cancel"
+REPLY_SUBJECT_MAX = 512
+"""Longer ones would not leave room for the control subject on the server's line of 4096 bytes."""
 
 _TOKEN = r"[^\s.*>\x00-\x1f\x7f]+"  # noqa: S105 - a pattern
 _CONCRETE = re.compile(rf"\A{_TOKEN}(?:\.{_TOKEN})*\Z")
@@ -40,6 +42,7 @@ def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> bool:
     """Whether an answer may go there: one concrete subject below a permitted prefix."""
     return (
         subject is not None
+        and len(subject) <= REPLY_SUBJECT_MAX
         and subject.startswith(tuple(prefixes))
         and _CONCRETE.match(subject) is not None
     )
