@@ -184,7 +184,8 @@ async def _hello(config: Config, broker: Broker) -> None:
         sys.stdout.write(f"{error.code}: {error.message}\n")
     sys.stdout.write(
         "\nAsk from another terminal:\n"
-        f'  uv run just ask "Why is the sky blue?"    or    trio-worker ask --url {config.nats.url} "…"\n'
+        '  uv run just ask "Why is the sky blue?"    or    '
+        f'trio-worker ask --url {config.nats.url} "…"\n'
         "Ctrl-C stops the worker.\n\n"
     )
     sys.stdout.flush()

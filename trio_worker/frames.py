@@ -49,6 +49,10 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     prewarm_prompt: str
     prewarm_max_tokens: int
     prefix_cache_bytes: int
+    wired_limit_bytes: int | None = None
+    """Metal's wired limit; None leaves it as the system has it."""
+    allocator_cache_bytes: int | None = None
+    """How much freed memory the allocator may keep; None leaves MLX's own limit."""
 
 
 class AdmitFrame(msgspec.Struct, frozen=True, array_like=True):
@@ -64,6 +68,7 @@ class Turn(msgspec.Struct, frozen=True, tag=True):
     admit: tuple[AdmitFrame, ...]
     remove: tuple[str, ...]
     prefill_tokens: int
+    trim_caches: bool = False
 
 
 class Tokenise(msgspec.Struct, frozen=True, tag=True):

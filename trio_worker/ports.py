@@ -161,6 +161,16 @@ class Engine(Protocol):
         end may follow.
         """
 
+    def recycle(self) -> None:
+        """Replace the engine by a fresh one, as planned: outside the budget of restarts.
+
+        Synchronous; call it between turns. The next turn raises `EngineLost` for the reason
+        `planned`, until the new engine is ready.
+        """
+
+    def pardon(self, crashes: int) -> None:
+        """Give so many of the latest crashes back to the budget: one request was guilty."""
+
     def statistics(self) -> EngineStatistics: ...
 
 

@@ -33,6 +33,8 @@ class Work:
     """Unknown ids are ignored."""
     prefill_tokens: int = 512
     """At most so many prompt tokens are computed in this turn, over all rows together."""
+    trim_caches: bool = False
+    """Give back what the engine holds for reuse only: kept prefixes, and its allocator's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
