@@ -13,7 +13,14 @@ from trio_worker.core import subjects
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import Samples, Throughput
 from trio_worker.core.formation import Formation, Trigger, Wait
-from trio_worker.core.memory import MB, Pressure, PressureGauge
+from trio_worker.core.memory import (
+    MB,
+    DegradationStep,
+    MemoryReading,
+    Pressure,
+    PressureGauge,
+    ReservationLedger,
+)
 from trio_worker.core.prefill import CHUNK_FIRST, CHUNK_MIN, PrefillBudget
 from trio_worker.core.priority import level_of, name_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
@@ -32,6 +39,7 @@ from trio_worker.core.turn import Output
 from trio_worker.errors import (
     DuplicateRequest,
     QueueFull,
+    RequestTimeout,
     ResourceLimitExceeded,
     WorkerDraining,
     WorkerError,
@@ -134,6 +142,10 @@ def test_names_of_levels() -> None:
 # --- admission ----------------------------------------------------------------------------
 
 
+def reading(used: int) -> MemoryReading:
+    return MemoryReading(used=used, available=10**9, total=10**9)
+
+
 def make_admission(
     *, max_depth: int = 4, slots: int = 2, reject: bool = True, enabled: bool = True
 ) -> Admission:
@@ -142,7 +154,9 @@ def make_admission(
         max_depth=max_depth,
         reject_when_full=reject,
         slots=slots,
+        refuse_unmeetable=True,
         gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
+        queue=RequestQueue(max_size=max_depth + slots),
         rate=ServiceRate(),
         arrivals=ArrivalRate(),
     )
@@ -152,7 +166,7 @@ def make_admission(
 
 def admit(admission: Admission, request_id: str) -> Sequence | WorkerError:
     sequence = make_sequence(request_id)
-    refusal = admission.refusal(sequence.request_id)
+    refusal = admission.refusal(sequence)
     if refusal is not None:
         return refusal
     admission.enter(sequence)
@@ -164,7 +178,7 @@ def test_each_thing_that_speaks_against_a_request_has_its_code() -> None:
     assert isinstance(admit(admission, "a"), Sequence)
     assert isinstance(admit(admission, "a"), DuplicateRequest)
     assert isinstance(admit(admission, "b"), QueueFull)
-    admission.gauge.read(used=300 * MB, available=0)
+    admission.gauge.read(reading(300 * MB))
     refusal = admit(admission, "c")
     assert isinstance(refusal, ResourceLimitExceeded)
     assert refusal.message == "Worker at capacity (memory: 300 MB)"
@@ -294,19 +308,83 @@ def test_the_chunk_grows_to_what_the_gap_allows_and_never_below_its_least() -> N
 
 def test_pressure_rises_at_a_limit_and_falls_only_clearly_below_it() -> None:
     gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
-    readings = [50, 100, 96, 94, 200, 191, 189, 96, 94]
-    levels = [gauge.read(used=used, available=1) for used in readings]
-    assert levels == [
-        Pressure.NORMAL,
-        Pressure.SOFT,
-        Pressure.SOFT,
-        Pressure.NORMAL,
-        Pressure.CRITICAL,
-        Pressure.CRITICAL,
-        Pressure.SOFT,
-        Pressure.SOFT,
-        Pressure.NORMAL,
-    ]
+    levels = []
+    for used in [50, 100, 96, 94, 200, 150, 101, 99, 100, 96]:
+        gauge.read(reading(used))
+        levels.append(gauge.level.value)
+    assert levels == (
+        ["normal", "soft", "soft", "normal"] + ["critical"] * 3 + ["normal", "soft", "soft"]
+    ), "critical is left only below the soft limit"
+
+
+def test_the_steps_of_degradation_begin_and_end_in_their_order() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    seen: list[list[str]] = []
+    for used in [*range(90, 210, 2), *range(210, 90, -2)]:
+        gauge.read(reading(used))
+        steps = [step.value for step in DegradationStep if step in gauge.steps]
+        if not seen or seen[-1] != steps:
+            seen.append(steps)
+    order = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"]
+    assert seen == [order[:count] for count in (0, 1, 2, 3, 4, 3, 2, 1, 0)]
+
+
+def test_a_step_does_not_flap_around_its_beginning() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    for used in (126, 124, 126, 121):
+        gauge.read(reading(used))
+        assert DegradationStep.HOLD_LOW in gauge.steps
+    gauge.read(reading(119))
+    assert DegradationStep.HOLD_LOW not in gauge.steps
+
+
+def test_what_the_engine_counts_is_pressure_too_and_so_is_a_machine_without_memory() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    gauge.read_engine(250)
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read_engine(10)
+    assert gauge.level.value == "normal"
+    gauge.read(MemoryReading(used=10, available=19, total=1000))
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read(MemoryReading(used=10, available=39, total=1000))
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read(MemoryReading(used=10, available=40, total=1000))
+    assert gauge.level.value == "normal"
+
+
+def test_the_ledger_promises_what_is_left_beside_everything_else() -> None:
+    ledger = ReservationLedger(limit_bytes=1000)
+    assert ledger.fits(10**9) is (ledger.bytes_per_token == 10**9), "but for the limit itself"
+    ledger.bytes_per_token = 2
+    need = ledger.need(prompt=50, max_tokens=100)
+    assert need == 300
+    ledger.reconcile(used=400, cached_tokens=0)
+    ledger.reserve(RequestId("a"), need)
+    assert ledger.fits(300)
+    assert not ledger.fits(301)
+    ledger.reconcile(used=600, cached_tokens=100)
+    assert ledger.fits(300), "200 of the 600 are the caches' own"
+    ledger.release(RequestId("a"))
+    ledger.release(RequestId("a"))
+    assert ledger.reserved_bytes == 0
+    ledger.reconcile(used=900, cached_tokens=0)
+    assert not ledger.fits(200)
+    assert ledger.room_ever() == 600
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_an_estimate() -> None:
+    admission = make_admission(max_depth=40, slots=2)
+    for service_s in (4.0, 2.0) * 8:
+        admission.rate.record(service_s)
+    for index in range(20):
+        waiting = make_sequence(f"w{index}", stage=Stage.QUEUED)
+        admission._queue.add(waiting)
+    sequence = make_sequence("hasty", at=1.0)
+    refusal = admission.refusal(sequence)
+    assert isinstance(refusal, RequestTimeout)
+    assert refusal.details["stage"] == "admission"
+    assert refusal.details["estimate_ms"] == 32_000, "20 × 3 s by two slots, and 2 s"
+    assert admission.refusal(make_sequence("urgent", level=0, at=-10.0)) is None
 
 
 def test_percentiles_and_throughput() -> None:
@@ -492,3 +570,65 @@ def test_a_failure_takes_out_one_sequence() -> None:
     deliveries = scheduler.book(make_report([("a", None)], failures=["b"], residents={"a"}), now=1)
     assert [isinstance(each.output, Output) for each in deliveries] == [True, False]
     assert set(scheduler.running) == {"a"}
+
+
+# --- preemption ---------------------------------------------------------------------------
+
+
+def test_the_victim_is_the_latest_of_the_less_urgent_and_only_twice() -> None:
+    scheduler = make_scheduler(slots=3)
+    sequences = [
+        make_sequence("medium", level=1, at=0, stage=Stage.QUEUED),
+        make_sequence("early low", level=2, at=0, stage=Stage.QUEUED),
+        make_sequence("late low", level=2, at=1, stage=Stage.QUEUED),
+    ]
+    for sequence in sequences:
+        scheduler.enter(sequence, now=0)
+    urgent = make_sequence("urgent", level=0, at=2)
+    victim = scheduler.victim_of(urgent)
+    assert victim is sequences[2]
+    victim.preempted = 2
+    assert scheduler.victim_of(urgent) is sequences[1]
+    assert scheduler.victim_of(make_sequence("peer", level=2, at=2)) is None
+    assert scheduler.victim_of(make_sequence("too late", level=0, at=100)) is None
+
+
+def test_a_preempted_sequence_comes_back_with_its_tokens_and_its_reservation_is_free() -> None:
+    ledger = ReservationLedger(limit_bytes=1000)
+    ledger.bytes_per_token = 1
+    scheduler = Scheduler(
+        slots=1, prefill=PrefillBudget(chunk_max=64, gap_target_s=0.2), ledger=ledger
+    )
+    (sequence,) = enter(scheduler, "a")
+    assert ledger.reserved_bytes == 103
+    scheduler.plan()
+    scheduler.book(make_report([("a", None)], residents={"a"}), now=1)
+    scheduler.preempt(sequence)
+    assert ledger.reserved_bytes == 0
+    assert sequence.stage is Stage.QUEUED
+    assert scheduler.plan().remove == ("a",)
+    scheduler.book(make_report(residents=set()), now=2)
+    scheduler.enter(sequence, now=3)
+    assert sequence.batched_at == 0.0
+    assert scheduler.plan().admit[0].produced == (7,)
+
+
+def test_one_preempted_and_taken_back_at_once_is_removed_and_admitted_in_one_turn() -> None:
+    scheduler = make_scheduler(slots=1)
+    (sequence,) = enter(scheduler, "a")
+    scheduler.plan()
+    scheduler.preempt(sequence)
+    scheduler.enter(sequence, now=1)
+    work = scheduler.plan()
+    assert work.remove == ("a",)
+    assert [each.request_id for each in work.admit] == ["a"]
+    scheduler.book(make_report(residents={"a"}), now=1)
+
+
+def test_under_pressure_half_the_slots_and_half_the_prefill() -> None:
+    scheduler = make_scheduler(slots=5)
+    enter(scheduler, "a", "b", "c")
+    chunk = scheduler.plan().prefill_tokens
+    scheduler.shrunk = True
+    assert scheduler.free_slots == 0
+    assert scheduler.plan().prefill_tokens == chunk // 2

@@ -272,7 +272,9 @@ async def test_with_batching_off_requests_run_one_at_a_time(autojump_clock: Mock
 
 
 async def test_urgent_requests_overtake_waiting_ones(autojump_clock: MockClock) -> None:
-    async with running_worker("worker.continuous_batching.max_batch_size=1") as rig:
+    async with running_worker(
+        "worker.continuous_batching.max_batch_size=1", "worker.continuous_batching.preempt=false"
+    ) as rig:
         order: list[str] = []
 
         async def one(name: str, priority: str) -> None:

@@ -223,6 +223,13 @@ class ResourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     degraded_max_tokens: Annotated[
         _Tokens, Meta(description="the longest answer of requests that start under pressure")
     ] = 128
+    relief_timeout_ms: Annotated[
+        _Duration,
+        Meta(
+            description="how long memory may stay critical before the engine is replaced by a "
+            "fresh one"
+        ),
+    ] = 60_000
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -253,6 +260,28 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _Duration,
         Meta(description="the pause between tokens that prefill is kept from exceeding"),
     ] = 200
+    wired_limit_mb: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=16_777_216,
+                description="memory that Metal may wire down; null leaves it as the system has it",
+            ),
+        ]
+        | None
+    ) = None
+    allocator_cache_mb: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=16_777_216,
+                description="freed memory that MLX may keep for reuse; null leaves its own limit",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class DefaultPriority(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,6 +311,13 @@ class RequestsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_prompt_bytes: Annotated[
         int, Meta(ge=1, le=67_108_864, description="the largest message body that is read")
     ] = 900_000
+    refuse_unmeetable: Annotated[
+        bool,
+        Meta(
+            description="whether a request is refused at once when its deadline cannot be met "
+            "by the measured rates"
+        ),
+    ] = True
     default_priority: DefaultPriority = DefaultPriority()
 
 

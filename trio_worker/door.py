@@ -31,12 +31,14 @@ class Door:
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
         self.state: AsyncValue[DoorState] = AsyncValue(DoorState.SHUT)
+        self.changed = trio.Event()
+        """Set at the next change of anything that decides about admission, memory included."""
         self._places: dict[RequestId, trio.Event] = {}
         """One event for each request that waits for a place; bound: max_depth."""
 
     def admit(self, sequence: Sequence) -> None:
         """Take a request in, or raise the `WorkerError` that speaks against it. Synchronous."""
-        if (refusal := self.admission.refusal(sequence.request_id)) is not None:
+        if (refusal := self.admission.refusal(sequence)) is not None:
             raise refusal
         self.admission.enter(sequence)
         if sequence.stage is Stage.WAITING:
@@ -87,6 +89,8 @@ class Door:
         self._changed()
 
     def _changed(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
         accepting = self.admission.assess()
         if self.admission.draining:
             self.state.value = DoorState.CLOSED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import trio
 
@@ -11,11 +10,10 @@ from trio_worker import __version__
 from trio_worker.config import WorkerConfig
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
-from trio_worker.core.memory import MB, Pressure
+from trio_worker.core.memory import MB, DegradationStep, Pressure
 from trio_worker.core.priority import name_of
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
-from trio_worker.core.sequence import Sequence as RequestSequence
 from trio_worker.core.statistics import (
     BatchReading,
     EngineReading,
@@ -113,13 +111,16 @@ class Overview:
                 max_batch_seen=batches.max_batch_seen,
                 last_formation_ms=round(batches.last_formation_ms, 3),
                 by_trigger=dict(batches.by_trigger),
+                preemptions=batches.preemptions,
             ),
             resources=ResourcesReading(
                 memory_mb=round(gauge.used / MB, 1),
-                reserved_mb=round(_longest_caches(running) * per_token / MB, 1),
+                reserved_mb=round(self._scheduler.ledger.reserved_bytes / MB, 1),
                 can_accept_request=gauge.level is not Pressure.CRITICAL,
                 under_pressure=gauge.level is not Pressure.NORMAL,
                 pressure=gauge.level,
+                steps=[step for step in DegradationStep if step in gauge.steps],
+                degradations=dict(batches.degradations),
                 available_mb=round(gauge.available / MB, 1),
                 limits={
                     "max_memory_mb": limits.max_memory_mb,
@@ -148,9 +149,11 @@ class Overview:
                 time_to_first_token_ms=counters.time_to_first_token_ms.percentiles(),
                 inter_token_ms=counters.inter_token_ms.percentiles(),
                 request_ms=counters.request_ms.percentiles(),
+                cancel_ms=counters.cancel_ms.percentiles(),
             ),
             tokens=TokensReading(
                 prompt=counters.prompt_tokens,
+                cached=counters.cached_tokens,
                 generated=counters.generated_tokens,
                 per_second=round(counters.throughput.per_second(now=now), 3),
             ),
@@ -161,8 +164,3 @@ class Overview:
         if self._admission.draining:
             return "draining"
         return engine_state
-
-
-def _longest_caches(running: Sequence[RequestSequence]) -> int:
-    """Tokens that the running requests may come to hold in their caches."""
-    return sum(len(each.prompt) + each.max_tokens for each in running)

@@ -22,8 +22,14 @@ class _State:
     def __init__(self, queue: RequestQueue) -> None:
         self.queue = queue
         self.parked = trio.lowlevel.ParkingLot()
+        self.changed = trio.Event()
         self.send_open = True
         self.receive_open = True
+
+    def wake(self) -> None:
+        self.parked.unpark_all()
+        self.changed.set()
+        self.changed = trio.Event()
 
 
 @final
@@ -40,7 +46,7 @@ class PrioritySendChannel:
         if not self._state.receive_open:
             raise trio.BrokenResourceError
         self._state.queue.add(sequence)
-        self._state.parked.unpark_all()
+        self._state.wake()
 
     def withdraw(self, sequence: Sequence) -> bool:
         """Take a sequence out wherever it stands; False if it is not (or no longer) queued."""
@@ -48,7 +54,7 @@ class PrioritySendChannel:
 
     def close(self) -> None:
         self._state.send_open = False
-        self._state.parked.unpark_all()
+        self._state.wake()
 
     def __enter__(self) -> PrioritySendChannel:
         return self
@@ -72,9 +78,17 @@ class PriorityReceiveChannel:
     def __len__(self) -> int:
         return len(self._state.queue)
 
-    def first(self) -> Sequence | None:
-        """The sequence that would be received next, left where it is."""
-        return self._state.queue.first()
+    def first(self, *, hold_level: int | None = None) -> Sequence | None:
+        """The most urgent sequence, left where it is; those of `hold_level` are passed over."""
+        return self._state.queue.first(hold_level=hold_level)
+
+    def take_nowait(self, sequence: Sequence) -> None:
+        """Take the sequence that `first` has just shown."""
+        self._state.queue.take(sequence)
+
+    def put_back_nowait(self, sequence: Sequence) -> None:
+        """Return a sequence to the place that its key gives it."""
+        self._state.queue.add(sequence)
 
     def receive_nowait(self) -> Sequence:
         """The most urgent sequence.
@@ -111,9 +125,14 @@ class PriorityReceiveChannel:
             await self._state.parked.park()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
+    @property
+    def changed(self) -> trio.Event:
+        """Set when the next sequence has been put in, or the sending end closed."""
+        return self._state.changed
+
     def close(self) -> None:
         self._state.receive_open = False
-        self._state.parked.unpark_all()
+        self._state.wake()
 
     def __enter__(self) -> PriorityReceiveChannel:
         return self

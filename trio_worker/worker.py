@@ -24,11 +24,11 @@ from typing import Protocol
 import trio
 from loguru import logger
 
-from trio_worker.config import Config
+from trio_worker.config import Config, WorkerConfig
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation
-from trio_worker.core.memory import MB, PressureGauge
+from trio_worker.core.memory import MB, PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.priority import level_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
@@ -41,11 +41,11 @@ from trio_worker.errors import WorkerFault
 from trio_worker.overview import Overview
 from trio_worker.ports import Broker, Engine, MemoryProbe, Observed
 from trio_worker.priority_channel import open_priority_channel
-from trio_worker.stages.batcher import run_batcher
+from trio_worker.stages.batcher import BatchRules, run_batcher
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import run_control
 from trio_worker.stages.intake import run_intake
-from trio_worker.stages.monitor import run_monitor
+from trio_worker.stages.monitor import read_memory, run_monitor
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
@@ -148,18 +148,22 @@ async def _serve(
     gauge = PressureGauge(
         soft_bytes=limits.max_memory_mb * MB, critical_bytes=limits.critical_memory_mb * MB
     )
+    ledger = ReservationLedger(limit_bytes=gauge.critical_bytes)
     rate, arrivals = ServiceRate(), ArrivalRate()
+    # Every place, and room for what leaves the batch for a while.
+    queue = RequestQueue(max_size=(queueing.max_depth if queueing.enabled else slots) + slots)
     admission = Admission(
         queue_enabled=queueing.enabled,
         max_depth=queueing.max_depth,
         reject_when_full=queueing.reject_when_full,
         slots=slots,
+        refuse_unmeetable=worker.requests.refuse_unmeetable,
         gauge=gauge,
+        queue=queue,
         rate=rate,
         arrivals=arrivals,
     )
     door = Door(admission)
-    queue = RequestQueue(max_size=admission.max_depth)
     send, receive = open_priority_channel(queue)
     scheduler = Scheduler(
         slots=slots,
@@ -167,6 +171,7 @@ async def _serve(
             chunk_max=batching.prefill_chunk_tokens,
             gap_target_s=worker.engine.token_gap_target_ms / 1000,
         ),
+        ledger=ledger,
     )
     batches, counters = BatchCounters(), RequestCounters()
     overview = Overview(
@@ -188,11 +193,8 @@ async def _serve(
                 engine=engine,
                 scheduler=scheduler,
                 door=door,
-                formation=Formation(
-                    min_batch_size=min(batching.min_batch_size, slots),
-                    timeout_s=batching.batch_timeout_ms / 1000,
-                    adaptive=batching.adaptive_timeout,
-                ),
+                rules=_batch_rules(worker, slots),
+                gauge=gauge,
                 arrivals=arrivals,
                 batches=batches,
                 counters=counters,
@@ -205,9 +207,11 @@ async def _serve(
                 probe=probe,
                 engine=engine,
                 gauge=gauge,
+                scheduler=scheduler,
                 door=door,
                 batches=batches,
                 check_interval_s=limits.check_interval_ms / 1000,
+                relief_timeout_s=limits.relief_timeout_ms / 1000,
             )
         )
         services.start_soon(partial(run_readiness, engine=engine, door=door))
@@ -231,6 +235,8 @@ async def _serve(
             )
         )
         info = await engine.wait_ready()
+        ledger.bytes_per_token = info.cache_bytes_per_token
+        read_memory(probe, engine, gauge, scheduler)
         await claim_id(broker, worker.id)
         reply_prefixes = config.nats.reply_prefixes
         await services.start(
@@ -311,6 +317,21 @@ async def _noting_the_end(  # noqa: ASYNC128 - what it runs reports the start
 async def _watch_broker(broker: Broker) -> None:
     reason = await broker.wait_lost()
     raise WorkerFault(f"the connection to NATS has ended for good: {reason}")
+
+
+def _batch_rules(worker: WorkerConfig, slots: int) -> BatchRules:
+    batching, levels = worker.continuous_batching, worker.request_queue.priority_levels
+    return BatchRules(
+        formation=Formation(
+            min_batch_size=min(batching.min_batch_size, slots),
+            timeout_s=batching.batch_timeout_ms / 1000,
+            adaptive=batching.adaptive_timeout,
+        ),
+        preempt=batching.preempt,
+        degraded_max_tokens=worker.resource_limits.degraded_max_tokens,
+        lowest_level=levels - 1 if levels > 1 else -1,
+        recycle_after_tokens=worker.engine.recycle_after_tokens,
+    )
 
 
 def _request_limits(config: Config) -> RequestLimits:

@@ -16,10 +16,12 @@ from sortedcontainers import SortedDict
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request import RequestId
+from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Event, Key, Sequence, Stage
 from trio_worker.errors import (
     DuplicateRequest,
     QueueFull,
+    RequestTimeout,
     ResourceLimitExceeded,
     WorkerDraining,
     WorkerError,
@@ -36,7 +38,9 @@ class Admission:
         max_depth: int,
         reject_when_full: bool,
         slots: int,
+        refuse_unmeetable: bool,
         gauge: PressureGauge,
+        queue: RequestQueue,
         rate: ServiceRate,
         arrivals: ArrivalRate,
     ) -> None:
@@ -49,7 +53,9 @@ class Admission:
         """Bound: max_depth + slots; with `reject_when_full: false` 2 × max_depth + slots."""
         self.engine_ready = False
         self.draining = False
+        self._queue = queue
         self._queue_enabled = queue_enabled
+        self._refuse_unmeetable = refuse_unmeetable
         self._max_waiting = 0 if reject_when_full or not queue_enabled else max_depth
         self._placed: set[RequestId] = set()
         self._waiting: SortedDict[Key, Sequence] = SortedDict()
@@ -70,8 +76,9 @@ class Admission:
             return self.depth >= self.max_depth
         return len(self.in_flight) >= self.slots
 
-    def refusal(self, request_id: RequestId) -> WorkerError | None:
-        """What speaks against taking one more request now, if anything does."""
+    def refusal(self, sequence: Sequence) -> WorkerError | None:
+        """What speaks against taking this request now, if anything does."""
+        request_id = sequence.request_id
         if self.draining:
             return WorkerDraining("this worker is shutting down; ask another one")
         if request_id in self.in_flight:
@@ -93,7 +100,31 @@ class Admission:
                 f"Request queue full (depth: {self.depth})",
                 details={"depth": self.depth, "max_depth": self.max_depth},
             )
-        return None
+        return self._unmeetable(sequence) if self._refuse_unmeetable else None
+
+    def _unmeetable(self, sequence: Sequence) -> WorkerError | None:
+        """Whether the deadline would pass even if all went as well as it ever did of late.
+
+        Those that stand before it take as long as the mean request, shared by all slots; it
+        takes itself as long as the quickest.
+        """
+        mean_s, quickest_s = self.rate.mean_service_s, self.rate.quickest_service_s
+        if mean_s is None or quickest_s is None:
+            return None
+        estimate_s = self._queue.ahead_of(sequence.key) * mean_s / self.slots + quickest_s
+        timeout_s = sequence.request.timeout_s
+        if estimate_s <= timeout_s:
+            return None
+        return RequestTimeout(
+            f"the deadline of {timeout_s:g} s cannot be met: an answer would take about "
+            f"{estimate_s:.1f} s",
+            details={
+                "stage": "admission",
+                "tokens": 0,
+                "timeout_ms": round(1000 * timeout_s),
+                "estimate_ms": round(1000 * estimate_s),
+            },
+        )
 
     def enter(self, sequence: Sequence) -> None:
         """Take in a request that nothing speaks against, with a place or waiting for one."""

@@ -60,6 +60,9 @@ class RequestCounters:
         self.time_to_first_token_ms = Samples()
         self.inter_token_ms = Samples()
         self.request_ms = Samples()
+        self.cancel_ms = Samples()
+        """From the end of a request before its answer's end to its slot being free."""
+        self.cached_tokens = 0
         self.throughput = Throughput()
 
 
@@ -73,6 +76,10 @@ class BatchCounters:
         self.max_batch_seen = 0
         self.last_formation_ms = 0.0
         self.by_trigger: Counter[str] = Counter()
+        self.preemptions = 0
+        self.degradations: Counter[str] = Counter()
+        self.reliefs = 0
+        """Engines replaced because memory stayed critical."""
         self.engine_memory = EngineMemory(active=0, cache=0, peak=0)
         """As of the last turn."""
         self.turn_began_at: float | None = None

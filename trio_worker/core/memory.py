@@ -1,14 +1,19 @@
-"""Memory: what was read, and how much pressure that is."""
+"""Memory: what was read, how much pressure that is, and what is promised to running requests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trio_worker.core.request import RequestId
+
 MB = 2**20
 
-RESUME_SHARE = 0.95
-"""A level is left when usage has fallen below this share of what entered it."""
+HYSTERESIS = 0.05
+"""A step or level is left this share of the band between the limits below where it begins."""
+SCARCE_SHARE = 0.02
+"""Less of the machine's memory than this available is critical, whatever we use ourselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,34 +30,142 @@ class Pressure(StrEnum):
 
     NORMAL = "normal"
     SOFT = "soft"
-    """Over `max_memory_mb`."""
+    """Over `max_memory_mb`: the worker does less."""
     CRITICAL = "critical"
-    """Over `critical_memory_mb`: no new request is taken."""
+    """Over `critical_memory_mb`: nothing new is taken, and what runs is thinned out."""
+
+
+class DegradationStep(StrEnum):
+    """What the worker does less of under pressure, in the order in which it begins."""
+
+    TRIM_CACHES = "trim_caches"
+    """What is kept for reuse only is given back."""
+    HOLD_LOW = "hold_low"
+    """Requests of the least urgent level wait."""
+    SHRINK_BATCH = "shrink_batch"
+    """Half the slots, half the prefill."""
+    CAP_TOKENS = "cap_tokens"
+    """Requests that enter the batch get at most `degraded_max_tokens`."""
 
 
 class PressureGauge:
-    """Turns readings into a level, with hysteresis: it does not flap around a limit."""
+    """Turns readings into a level and steps, with hysteresis: they do not flap around a limit.
+
+    The steps begin at the soft limit and follow at equal distances up to the hard one, where the
+    level becomes critical. Critical is left only below the soft limit.
+    """
 
     def __init__(self, *, soft_bytes: int, critical_bytes: int) -> None:
         self.soft_bytes = soft_bytes
         self.critical_bytes = critical_bytes
         self.level = Pressure.NORMAL
-        self.used = 0
+        self.steps: frozenset[DegradationStep] = frozenset()
         self.available = 0
+        self.readings = 0
+        """Counts what may be acted upon: a look at the processes, or an engine over the limit."""
+        self._processes = 0
+        self._engine = 0
+        self._is_scarce = False
 
-    def read(self, *, used: int, available: int) -> Pressure:
-        """Take in a reading; returns the level that now holds."""
-        self.used = used
-        self.available = available
-        if used >= self.critical_bytes:
+    @property
+    def used(self) -> int:
+        """What the processes hold or the engine's allocator counts, whichever is larger.
+
+        Neither sees all of the other: memory of the GPU, or everything beside the model.
+        """
+        return max(self._processes, self._engine)
+
+    def read(self, reading: MemoryReading) -> None:
+        """Take in a reading of the processes and of the machine."""
+        self._processes = reading.used
+        self.available = reading.available
+        scarce = reading.total * SCARCE_SHARE
+        self._is_scarce = reading.available < (2 * scarce if self._is_scarce else scarce)
+        self.readings += 1
+        self._assess()
+
+    def read_engine(self, counted: int) -> None:
+        """Take in what the engine's allocator counts, as of its last turn."""
+        self._engine = counted
+        if counted >= self.critical_bytes:
+            self.readings += 1
+        self._assess()
+
+    def _assess(self) -> None:
+        used = self.used
+        band = self.critical_bytes - self.soft_bytes
+        slack = HYSTERESIS * band
+        if used >= self.critical_bytes or self._is_scarce:
             self.level = Pressure.CRITICAL
         elif used >= self.soft_bytes:
-            critical_holds = (
-                self.level is Pressure.CRITICAL and used >= self.critical_bytes * RESUME_SHARE
-            )
-            self.level = Pressure.CRITICAL if critical_holds else Pressure.SOFT
-        elif self.level is not Pressure.NORMAL and used >= self.soft_bytes * RESUME_SHARE:
-            self.level = Pressure.SOFT
-        else:
+            if self.level is not Pressure.CRITICAL:
+                self.level = Pressure.SOFT
+        elif self.level is Pressure.CRITICAL or used < self.soft_bytes - slack:
             self.level = Pressure.NORMAL
-        return self.level
+        self.steps = frozenset(
+            step
+            for step, begins_at in self._thresholds()
+            if self._is_scarce
+            or used >= (begins_at - slack if step in self.steps else max(begins_at, 1))
+        )
+
+    def _thresholds(self) -> Iterator[tuple[DegradationStep, float]]:
+        band = self.critical_bytes - self.soft_bytes
+        for index, step in enumerate(DegradationStep):
+            yield step, self.soft_bytes + band * index / len(DegradationStep)
+
+
+class ReservationLedger:
+    """Bytes promised to the caches of running requests, and whether more can be promised.
+
+    A promise is the longest the cache may become: (prompt + max_tokens) × bytes per token. What
+    the worker uses beside these caches (the model, the interpreter, kept prefixes) is reconciled
+    with every reading as what the readings show beyond the caches' present size; promises are
+    made out of what that leaves below the hard limit.
+    """
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes_per_token = 0
+        """0 until the model is loaded: then nothing can be said, and everything fits."""
+        self._reserved: dict[RequestId, int] = {}
+        self._beside = 0
+        self._least_beside: int | None = None
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(self._reserved.values())
+
+    def need(self, *, prompt: int, max_tokens: int) -> int:
+        """Bytes of the longest cache of such a request."""
+        return (prompt + max_tokens) * self.bytes_per_token
+
+    def fits(self, need: int) -> bool:
+        """Whether so much more can be promised now."""
+        return self._beside + self.reserved_bytes + need <= self.limit_bytes
+
+    def room_ever(self) -> int:
+        """The largest need that could be met if nothing else ran."""
+        return self.limit_bytes - (self._least_beside or 0)
+
+    def fits_ever(self, need: int) -> bool:
+        """Whether so much could be promised if nothing else ran."""
+        return need <= self.room_ever()
+
+    def reserve(self, request_id: RequestId, need: int) -> None:
+        assert request_id not in self._reserved, f"{request_id} holds a reservation already"
+        self._reserved[request_id] = need
+
+    def release(self, request_id: RequestId) -> None:
+        """Give back what the request holds, if anything."""
+        self._reserved.pop(request_id, None)
+
+    def reconcile(self, *, used: int, cached_tokens: int) -> None:
+        """`used` bytes were read while the running sequences' caches held so many tokens."""
+        self._beside = max(0, used - cached_tokens * self.bytes_per_token)
+        if self._least_beside is None or self._beside < self._least_beside:
+            self._least_beside = self._beside
+
+    def engine_restarted(self) -> None:
+        """What the old engine used beside its caches says little about the new one."""
+        self._least_beside = None

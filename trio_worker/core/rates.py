@@ -30,6 +30,11 @@ class ServiceRate:
             return None
         return sum(self._service_s) / len(self._service_s)
 
+    @property
+    def quickest_service_s(self) -> float | None:
+        """The shortest of the last 64; None as `mean_service_s`."""
+        return None if self.completed < COMPLETIONS_NEEDED else min(self._service_s)
+
     def retry_after_ms(self, *, waiting: int, slots: int) -> int:
         """When a place may be free: the time one of `slots` takes to come around.
 

@@ -36,16 +36,25 @@ class RequestQueue:
         self._by_key[sequence.key] = sequence
         self._by_level[sequence.level] += 1
 
-    def first(self) -> Sequence | None:
-        return self._by_key.peekitem(0)[1] if self._by_key else None
+    def first(self, *, hold_level: int | None = None) -> Sequence | None:
+        """The first, passing over those of `hold_level`."""
+        if hold_level is None or not self._by_level[hold_level]:
+            return self._by_key.peekitem(0)[1] if self._by_key else None
+        return next((each for each in self._by_key.values() if each.level != hold_level), None)
 
-    def take(self) -> Sequence:
-        """Remove the first. Raises `KeyError` when empty."""
-        sequence: Sequence = self._by_key.popitem(0)[1]
-        self._by_level[sequence.level] -= 1
+    def take(self, sequence: Sequence | None = None) -> Sequence:
+        """Remove the first, or this one, to be served. Raises `KeyError` when empty."""
+        if sequence is None:
+            sequence = self._by_key.peekitem(0)[1] if self._by_key else None
+        if sequence is None or not self.remove(sequence):
+            raise KeyError("nothing to take")
         if any(self._by_level[level] for level in range(sequence.level)):
             self.promotions += 1
         return sequence
+
+    def ahead_of(self, key: Key) -> int:
+        """How many stand before a sequence with this key."""
+        return int(self._by_key.bisect_left(key))
 
     def remove(self, sequence: Sequence) -> bool:
         """Take out a sequence wherever it stands; False if it is not here."""

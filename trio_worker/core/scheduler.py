@@ -2,7 +2,8 @@
 
 Rule 1: the engine holds exactly the running sequences, and those withdrawn since the last plan.
 Rule 2: a sequence that left the running set gets no further output.
-Rule 3: after a loss of the engine every running sequence comes back with the tokens it has; when
+Rule 3: every running sequence holds a reservation, from when it enters until it leaves.
+Rule 4: after a loss of the engine every running sequence comes back with the tokens it has; when
 two crashes in a row had the same sequences aboard, these return alone, newest first, each until
 it is `PROOF_TOKENS` past where it was, so that only the one that brings the engine down fails.
 """
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trio_worker.core.prefill import PrefillBudget
+from trio_worker.core.memory import ReservationLedger
+from trio_worker.core.prefill import CHUNK_MIN, PrefillBudget
 from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Event, Sequence, Stage
 from trio_worker.core.turn import Admit, Output, Report, SequenceFailure, Work
 
 SUSPECT_CRASHES = 2
 PROOF_TOKENS = 16
+PREEMPTIONS_MAX = 2
+"""A request gives its slot to a more urgent one at most so often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +35,20 @@ class Delivery:
 class Scheduler:
     """All its state: the running sequences, which of them are resident, and who is on trial."""
 
-    def __init__(self, *, slots: int, prefill: PrefillBudget) -> None:
+    def __init__(
+        self, *, slots: int, prefill: PrefillBudget, ledger: ReservationLedger | None = None
+    ) -> None:
         self.slots = slots
+        self.ledger = ledger or ReservationLedger(limit_bytes=0)
+        self.shrunk = False
+        """Under pressure: half the slots, half the prefill."""
+        self.removed: tuple[Sequence, ...] = ()
+        """Those whose removal is part of the turn planned last."""
         self.running: dict[RequestId, Sequence] = {}
         """In the order in which they entered."""
         self._prefill = prefill
         self._resident: set[RequestId] = set()
-        self._leaving: set[RequestId] = set()
+        self._leaving: dict[RequestId, Sequence] = {}
         self._trial: list[Sequence] = []
         """Suspects still to be tried, the one being tried last."""
         self._trial_until = 0
@@ -46,7 +57,20 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         """How many sequences may enter now: none while suspects are on trial."""
-        return 0 if self._trial else self.slots - len(self.running)
+        return 0 if self._trial else max(0, self.slots_now - len(self.running))
+
+    @property
+    def slots_now(self) -> int:
+        return max(1, self.slots // 2) if self.shrunk else self.slots
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the caches of the resident sequences."""
+        return sum(
+            each.prefilled + len(each.produced)
+            for request_id, each in self.running.items()
+            if request_id in self._resident
+        )
 
     @property
     def has_work(self) -> bool:
@@ -57,22 +81,62 @@ class Scheduler:
         """Give a free slot to a sequence that has just been taken from the queue."""
         assert self.free_slots > 0
         sequence.advance(Event.BATCHED)
-        sequence.batched_at = now
+        if sequence.batched_at is None:
+            sequence.batched_at = now
         self.running[sequence.request_id] = sequence
+        self.ledger.reserve(sequence.request_id, self.need(sequence))
+
+    def need(self, sequence: Sequence) -> int:
+        """Bytes to reserve for a sequence."""
+        return self.ledger.need(prompt=len(sequence.prompt), max_tokens=sequence.max_tokens)
+
+    def victim_of(self, sequence: Sequence) -> Sequence | None:
+        """Whose slot this sequence may take: the latest key of a less urgent level.
+
+        None if there is none, or if those have been preempted often enough. Since keys age, one
+        that has waited its bound cannot be pushed aside.
+        """
+        if self._trial:
+            return None
+        candidates = [
+            each
+            for each in self.running.values()
+            if each.level > sequence.level
+            and each.key > sequence.key
+            and each.preempted < PREEMPTIONS_MAX
+        ]
+        return max(candidates, key=lambda each: each.key, default=None)
+
+    def least_urgent(self) -> Sequence | None:
+        """The running sequence with the latest key."""
+        return max(self.running.values(), key=lambda each: each.key, default=None)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence out, with the tokens it has; it belongs into the queue again."""
+        self._leave(sequence)
+        sequence.advance(Event.PREEMPTED)
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a sequence out at any time; its slot is free from the next plan on."""
-        if self.running.get(sequence.request_id) is not sequence:
-            return
-        del self.running[sequence.request_id]
-        self._acquit(sequence)
-        if sequence.request_id in self._resident:
-            self._leaving.add(sequence.request_id)
+        if self.running.get(sequence.request_id) is sequence:
+            self._leave(sequence)
 
-    def plan(self) -> Work:
+    def _leave(self, sequence: Sequence) -> None:
+        self._forget(sequence)
+        if sequence.request_id in self._resident:
+            self._leaving[sequence.request_id] = sequence
+
+    def _forget(self, sequence: Sequence) -> None:
+        """It is not running any more, for whatever reason."""
+        del self.running[sequence.request_id]
+        self.ledger.release(sequence.request_id)
+        self._acquit(sequence)
+
+    def plan(self, *, trim_caches: bool = False) -> Work:
         """The next turn. What it removes and admits counts as done from here on."""
         removed = tuple(self._leaving)
-        self._resident -= self._leaving
+        self.removed = tuple(self._leaving.values())
+        self._resident.difference_update(removed)
         self._leaving.clear()
         active = self._trial[-1:] or list(self.running.values())
         admitted = [each for each in active if each.request_id not in self._resident]
@@ -94,8 +158,13 @@ class Scheduler:
                 for each in admitted
             ),
             remove=removed,
-            prefill_tokens=self._prefill.chunk,
+            prefill_tokens=self._chunk,
+            trim_caches=trim_caches,
         )
+
+    @property
+    def _chunk(self) -> int:
+        return max(CHUNK_MIN, self._prefill.chunk // 2) if self.shrunk else self._prefill.chunk
 
     def book(self, report: Report, *, now: float) -> list[Delivery]:
         """Take in what a turn did; returns what is to be handed out, in order."""
@@ -119,7 +188,7 @@ class Scheduler:
         ended = output.finish is not None
         if ended:
             self._resident.discard(output.request_id)
-            self._leaving.discard(output.request_id)
+            self._leaving.pop(output.request_id, None)
         sequence = self.running.get(output.request_id)
         if sequence is None:
             return None
@@ -129,22 +198,24 @@ class Scheduler:
             sequence.first_token_at = now
         sequence.last_token_at = now
         if ended:
-            del self.running[sequence.request_id]
-        if sequence in self._trial and (ended or len(sequence.produced) >= self._trial_until):
+            self._forget(sequence)
+        elif sequence in self._trial and len(sequence.produced) >= self._trial_until:
             self._acquit(sequence)
         return Delivery(sequence=sequence, output=output)
 
     def _book_failure(self, failure: SequenceFailure) -> Delivery | None:
         self._resident.discard(failure.request_id)
-        self._leaving.discard(failure.request_id)
-        sequence = self.running.pop(failure.request_id, None)
+        self._leaving.pop(failure.request_id, None)
+        sequence = self.running.get(failure.request_id)
         if sequence is None:
             return None
-        self._acquit(sequence)
+        self._forget(sequence)
         return Delivery(sequence=sequence, output=failure)
 
     def lost(self, *, blameless: bool) -> list[Delivery]:
         """The engine is gone with all it held; returns the failure of the guilty, if found.
+
+        The guilty's `crashes` are then those that it caused.
 
         `blameless`: the loss was planned, and no sequence can have caused it.
         """
@@ -161,10 +232,12 @@ class Scheduler:
             guilty = self._trial[-1]
             if guilty not in aboard:
                 return []
+            crashes = guilty.crashes + 1
             for each in self._trial:
                 each.crashes = 0
             self._trial.clear()
-            del self.running[guilty.request_id]
+            self._forget(guilty)
+            guilty.crashes = crashes
             failure = SequenceFailure(
                 request_id=guilty.request_id,
                 message="the engine ended each time it computed this request, the last time alone",
@@ -187,7 +260,7 @@ class Scheduler:
             self._call_next()
             if sequence.request_id in self.running and sequence.request_id in self._resident:
                 # The next one is tried alone; the acquitted come back when all have been tried.
-                self._leaving.add(sequence.request_id)
+                self._leaving[sequence.request_id] = sequence
                 sequence.advance(Event.ENGINE_LOST)
 
     def _call_next(self) -> None:

@@ -38,6 +38,7 @@ class Event(StrEnum):
     BATCHED = "batched"
     DECODED = "decoded"
     ENGINE_LOST = "engine lost"
+    PREEMPTED = "preempted"
     END = "end"
 
 
@@ -51,6 +52,9 @@ TRANSITIONS: dict[tuple[Stage, Event], Stage] = {
     (Stage.DECODE, Event.ENGINE_LOST): Stage.RESUMING,
     (Stage.RESUMING, Event.ENGINE_LOST): Stage.RESUMING,
     (Stage.RESUMING, Event.BATCHED): Stage.PREFILL,
+    (Stage.PREFILL, Event.PREEMPTED): Stage.QUEUED,
+    (Stage.DECODE, Event.PREEMPTED): Stage.QUEUED,
+    (Stage.RESUMING, Event.PREEMPTED): Stage.QUEUED,
     **{(stage, Event.END): Stage.ENDED for stage in Stage if stage is not Stage.ENDED},
 }
 
@@ -65,6 +69,8 @@ class Ending(StrEnum):
     BACKLOG = "backlog"
     """Too much of its answer could not be published."""
     DRAINING = "draining"
+    TOO_LARGE = "too large"
+    """Its cache would not fit even if it ran alone, as was learnt while it waited."""
 
 
 class Cancellable(Protocol):
@@ -109,7 +115,13 @@ class Sequence:
     batched_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    left_at: float | None = None
+    """When its task ended; its slot is free a turn later."""
 
+    degraded: list[str] = field(default_factory=list)
+    """The steps of degradation that changed its answer."""
+    preempted: int = 0
+    """How often a more urgent request took its slot."""
     resumed: int = 0
     """How often the engine was lost while this request was aboard."""
     crashes: int = 0

@@ -16,6 +16,8 @@ class EngineInfo:
     cache_bytes_per_token: int
     device: str
     """For people: the chip, the number type, and the BLAS where that matters."""
+    accelerator: str = "cpu"
+    """`metal`, `cuda` or `cpu`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +81,22 @@ class BatchReading:
     max_batch_seen: int
     last_formation_ms: float
     by_trigger: dict[str, int]
+    preemptions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourcesReading:
     memory_mb: float
     reserved_mb: float
-    """Room that the running requests may still grow into: their longest caches."""
+    """The longest caches that the running requests may come to hold."""
     can_accept_request: bool
     under_pressure: bool
     pressure: str
     """`normal`, `soft` or `critical`."""
+    steps: list[str]
+    """The steps of degradation in force, in their order."""
+    degradations: dict[str, int]
+    """How often each step has begun."""
     available_mb: float
     limits: dict[str, int]
 
@@ -130,11 +137,15 @@ class RequestsReading:
     time_to_first_token_ms: Percentiles
     inter_token_ms: Percentiles
     request_ms: Percentiles
+    cancel_ms: Percentiles
+    """From the end of a cancelled request to its slot being free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokensReading:
     prompt: int
+    cached: int
+    """Of the prompts', those taken from the prefix cache."""
     generated: int
     per_second: float
     """Generated, over the last ten seconds."""

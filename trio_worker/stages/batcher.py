@@ -1,23 +1,43 @@
 """The batch loop: wait for work, plan, one turn of the engine, hand out tokens.
 
-It never waits for a caller: a token channel has room for every token its request may get.
+It never waits for a caller: a token channel has room for every token its request may get. From
+the look at the queue to the plan of the turn everything is one synchronous section.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import trio
 from loguru import logger
+from trio_util import wait_any
 
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation, Trigger
+from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
 from trio_worker.core.rates import ArrivalRate
 from trio_worker.core.scheduler import Delivery, Scheduler
-from trio_worker.core.sequence import Sequence
-from trio_worker.core.turn import Output, Report
+from trio_worker.core.sequence import Ending, Sequence
+from trio_worker.core.turn import Output, Report, SequenceFailure
 from trio_worker.door import Door
 from trio_worker.errors import EngineLost
 from trio_worker.ports import Engine
 from trio_worker.priority_channel import PriorityReceiveChannel
+
+TRIM_INTERVAL_S = 1.0
+"""While caches are to be trimmed, they are trimmed so often: doing it each turn costs turns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRules:
+    """What the configuration says about batches."""
+
+    formation: Formation
+    preempt: bool
+    degraded_max_tokens: int
+    lowest_level: int
+    """The level that `hold_low` holds back; -1 if there is but one level."""
+    recycle_after_tokens: int
 
 
 async def run_batcher(
@@ -26,7 +46,8 @@ async def run_batcher(
     engine: Engine,
     scheduler: Scheduler,
     door: Door,
-    formation: Formation,
+    rules: BatchRules,
+    gauge: PressureGauge,
     arrivals: ArrivalRate,
     batches: BatchCounters,
     counters: RequestCounters,
@@ -36,23 +57,32 @@ async def run_batcher(
     When the engine is lost, running sequences stay in the running set, and go back into the
     batch with the tokens they have once the engine is ready again.
     """
+    batcher = _Batcher(
+        queue, scheduler, door, rules=rules, gauge=gauge, batches=batches, counters=counters
+    )
     with queue:
         logger.debug("Batcher started")
         while True:
             trigger = Trigger.RUNNING
             if not scheduler.has_work:
                 try:
-                    trigger = await _wait_for_batch(queue, formation, arrivals)
+                    trigger = await _wait_for_batch(queue, rules.formation, arrivals)
                 except trio.EndOfChannel:
                     return
-            _fill(queue, scheduler, door, batches=batches, counters=counters, trigger=trigger)
+            # Taken before the look at the queue: no change in between is missed.
+            changes = (queue.changed, door.changed)
+            batcher.fill(trigger)
+            if not scheduler.has_work and not batcher.may_trim():
+                # What is queued is held back by memory: look again when something has changed.
+                await wait_any(*(change.wait for change in changes))
+                continue
             try:
-                await _turn(engine, scheduler, batches, counters)
+                await batcher.turn(engine)
             except EngineLost as lost:
                 logger.warning(
                     "Engine lost ({}) with {} requests aboard", lost.reason, len(scheduler.running)
                 )
-                _hand_out(scheduler.lost(blameless=lost.reason == "planned"))
+                batcher.lost(engine, lost)
                 await engine.wait_ready()
 
 
@@ -80,71 +110,207 @@ async def _wait_for_batch(
                 return decision.trigger
 
 
-def _fill(
-    queue: PriorityReceiveChannel,
-    scheduler: Scheduler,
-    door: Door,
-    *,
-    batches: BatchCounters,
-    counters: RequestCounters,
-    trigger: Trigger,
-) -> None:
-    """Give the free slots to the head of the queue. Synchronous up to the turn that follows."""
-    now = trio.current_time()
-    entered: list[Sequence] = []
-    while scheduler.free_slots and len(queue):
-        sequence = queue.receive_nowait()
-        scheduler.enter(sequence, now=now)
-        door.batched(sequence)
-        counters.queue_wait_ms.add(1000 * (now - sequence.arrived_at))
-        entered.append(sequence)
-    if entered:
-        queued_at = min(each.queued_at or now for each in entered)
-        batches.by_trigger[trigger] += 1
-        batches.last_formation_ms = 1000 * (now - queued_at)
-        logger.debug("{} requests entered the batch: {}", len(entered), trigger)
+class _Batcher:
+    """The synchronous parts around a turn."""
 
+    def __init__(
+        self,
+        queue: PriorityReceiveChannel,
+        scheduler: Scheduler,
+        door: Door,
+        *,
+        rules: BatchRules,
+        gauge: PressureGauge,
+        batches: BatchCounters,
+        counters: RequestCounters,
+    ) -> None:
+        self._queue = queue
+        self._scheduler = scheduler
+        self._door = door
+        self._rules = rules
+        self._gauge = gauge
+        self._batches = batches
+        self._counters = counters
+        self._steps: frozenset[DegradationStep] = frozenset()
+        self._trimmed_at = float("-inf")
+        self._thinned_at_reading = -1
+        self._tokens_of_engine = 0
 
-async def _turn(
-    engine: Engine, scheduler: Scheduler, batches: BatchCounters, counters: RequestCounters
-) -> None:
-    work = scheduler.plan()
-    batches.turn_began_at = trio.current_time()
-    try:
-        report = await engine.turn(work)
-    finally:
-        batches.turn_began_at = None
-    now = trio.current_time()
-    for output in report.outputs:
-        _sample(scheduler, output, counters, now)
-    deliveries = scheduler.book(report, now=now)
-    _hand_out(deliveries)
-    _count(report, batches, counters, now)
+    # --- before the turn ------------------------------------------------------------------
 
+    def fill(self, trigger: Trigger) -> None:
+        """Give the free slots to the head of the queue, and a busy one to an urgent head.
 
-def _sample(scheduler: Scheduler, output: Output, counters: RequestCounters, now: float) -> None:
-    """Latencies, before the booking moves the times on."""
-    sequence = scheduler.running.get(output.request_id)
-    if sequence is None:
-        return
-    if sequence.last_token_at is None:
-        counters.time_to_first_token_ms.add(1000 * (now - sequence.arrived_at))
-    else:
-        counters.inter_token_ms.add(1000 * (now - sequence.last_token_at))
+        Nobody passes a head whose bytes do not fit, and under critical pressure nobody enters;
+        instead the least urgent leaves, once for every reading that calls for it.
+        """
+        self._note_steps()
+        if self._gauge.level is Pressure.CRITICAL:
+            self._thin_out()
+            return
+        now = trio.current_time()
+        entered: list[Sequence] = []
+        while (head := self._head()) is not None:
+            max_tokens = self._allowed_tokens(head)
+            need = self._scheduler.ledger.need(prompt=len(head.prompt), max_tokens=max_tokens)
+            if self._scheduler.free_slots == 0:
+                if not self._make_room(head, need):
+                    break
+            elif not self._scheduler.ledger.fits(need):
+                if not self._scheduler.ledger.fits_ever(need):
+                    head.end(Ending.TOO_LARGE)
+                break
+            if max_tokens < head.max_tokens:
+                head.max_tokens = max_tokens
+                head.degraded.append(DegradationStep.CAP_TOKENS)
+            self._queue.take_nowait(head)
+            if head.batched_at is None:
+                self._counters.queue_wait_ms.add(1000 * (now - head.arrived_at))
+            self._scheduler.enter(head, now=now)
+            self._door.batched(head)
+            entered.append(head)
+        if entered:
+            queued_at = min(each.queued_at or now for each in entered)
+            self._batches.by_trigger[trigger] += 1
+            self._batches.last_formation_ms = 1000 * (now - queued_at)
+            logger.debug("{} requests entered the batch: {}", len(entered), trigger)
 
+    def _head(self) -> Sequence | None:
+        held = self._rules.lowest_level if DegradationStep.HOLD_LOW in self._steps else None
+        return self._queue.first(hold_level=held)
 
-def _hand_out(deliveries: list[Delivery]) -> None:
-    for delivery in deliveries:
-        assert delivery.sequence.outputs is not None
-        delivery.sequence.outputs.send_nowait(delivery.output)
+    def _make_room(self, head: Sequence, need: int) -> bool:
+        """Preempt for an urgent head, if the rules allow and the head then has a slot and fits."""
+        scheduler = self._scheduler
+        victim = scheduler.victim_of(head) if self._rules.preempt else None
+        if victim is None or len(scheduler.running) > scheduler.slots_now:
+            return False
+        if not scheduler.ledger.fits(need - scheduler.need(victim)):
+            return False
+        self._preempt(victim, "for a more urgent request")
+        victim.preempted += 1
+        return True
 
+    def _thin_out(self) -> None:
+        if self._gauge.readings == self._thinned_at_reading:
+            return
+        self._thinned_at_reading = self._gauge.readings
+        victim = self._scheduler.least_urgent()
+        if victim is not None:
+            self._preempt(victim, "to free memory")
 
-def _count(report: Report, batches: BatchCounters, counters: RequestCounters, now: float) -> None:
-    decoded = len(report.outputs)
-    batches.turns += 1
-    batches.engine_memory = report.memory
-    if decoded:
-        batches.decode_turns += 1
-        batches.decoded += decoded
-        batches.max_batch_seen = max(batches.max_batch_seen, decoded)
-        counters.throughput.add(decoded, now=now)
+    def _preempt(self, victim: Sequence, why: str) -> None:
+        self._scheduler.preempt(victim)
+        self._queue.put_back_nowait(victim)
+        self._batches.preemptions += 1
+        logger.bind(request_id=victim.request_id).debug(
+            "Preempted {} with {} tokens", why, len(victim.produced)
+        )
+
+    def _allowed_tokens(self, head: Sequence) -> int:
+        """Its `max_tokens`; under `cap_tokens` less, unless it has been in the batch before."""
+        capped = DegradationStep.CAP_TOKENS in self._steps and head.batched_at is None
+        cap = self._rules.degraded_max_tokens
+        return min(head.max_tokens, cap) if capped else head.max_tokens
+
+    def _note_steps(self) -> None:
+        """Follow the gauge; each step that begins or ends is a line and a count."""
+        steps = self._gauge.steps
+        for step in DegradationStep:
+            if step in steps and step not in self._steps:
+                self._batches.degradations[step] += 1
+                logger.warning("Degradation begins: {}", step)
+            elif step in self._steps and step not in steps:
+                logger.info("Degradation ends: {}", step)
+        self._steps = steps
+        self._scheduler.shrunk = DegradationStep.SHRINK_BATCH in steps
+
+    # --- the turn -------------------------------------------------------------------------
+
+    async def turn(self, engine: Engine) -> None:
+        """One turn. Raises `EngineLost`; then `lost` has to follow."""
+        trim = self._is_trim_due()
+        work = self._scheduler.plan(trim_caches=trim)
+        batches, counters = self._batches, self._counters
+        batches.turn_began_at = trio.current_time()
+        if trim:
+            self._trimmed_at = batches.turn_began_at
+        try:
+            report = await engine.turn(work)
+        finally:
+            batches.turn_began_at = None
+        now = trio.current_time()
+        for sequence in self._scheduler.removed:
+            if sequence.left_at is not None:
+                counters.cancel_ms.add(1000 * (now - sequence.left_at))
+        for output in report.outputs:
+            self._sample(output, now)
+        self._hand_out(self._scheduler.book(report, now=now))
+        self._gauge.read_engine(report.memory.active + report.memory.cache)
+        self._scheduler.ledger.reconcile(
+            used=self._gauge.used, cached_tokens=self._scheduler.cached_tokens
+        )
+        self._door.pressure_changed()
+        self._count(report, now)
+        self._recycle_if_due(engine)
+
+    def lost(self, engine: Engine, lost: EngineLost) -> None:
+        """Book the loss; whoever is found guilty of it fails, and the budget is given back."""
+        deliveries = self._scheduler.lost(blameless=lost.reason == "planned")
+        self._scheduler.ledger.engine_restarted()
+        self._tokens_of_engine = 0
+        for delivery in deliveries:
+            engine.pardon(delivery.sequence.crashes)
+        self._hand_out(deliveries)
+
+    def may_trim(self) -> bool:
+        """Whether an idle engine may be asked to trim, since the head of the queue does not fit."""
+        head = self._head()
+        return head is not None and self._is_trim_due()
+
+    def _is_trim_due(self) -> bool:
+        """While trimming is a step, regularly; in need of memory at once."""
+        if self._gauge.level is Pressure.CRITICAL and self._scheduler.has_work:
+            return True
+        wanted = DegradationStep.TRIM_CACHES in self._steps or not self._scheduler.has_work
+        return wanted and trio.current_time() - self._trimmed_at >= TRIM_INTERVAL_S
+
+    def _sample(self, output: Output, now: float) -> None:
+        """Latencies, before the booking moves the times on."""
+        sequence = self._scheduler.running.get(output.request_id)
+        if sequence is None:
+            return
+        if sequence.last_token_at is None:
+            self._counters.time_to_first_token_ms.add(1000 * (now - sequence.arrived_at))
+        else:
+            self._counters.inter_token_ms.add(1000 * (now - sequence.last_token_at))
+
+    def _hand_out(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            assert delivery.sequence.outputs is not None
+            output: Output | SequenceFailure = delivery.output
+            delivery.sequence.outputs.send_nowait(output)
+
+    def _count(self, report: Report, now: float) -> None:
+        decoded = len(report.outputs)
+        batches = self._batches
+        batches.turns += 1
+        batches.engine_memory = report.memory
+        if decoded:
+            batches.decode_turns += 1
+            batches.decoded += decoded
+            batches.max_batch_seen = max(batches.max_batch_seen, decoded)
+            self._counters.throughput.add(decoded, now=now)
+            self._tokens_of_engine += decoded
+
+    def _recycle_if_due(self, engine: Engine) -> None:
+        """Metal's count of buffers runs out after some 300,000 tokens; nothing else does."""
+        info = engine.statistics().info
+        if (
+            info is not None
+            and info.accelerator == "metal"
+            and self._tokens_of_engine >= self._rules.recycle_after_tokens
+        ):
+            logger.info("Replacing the engine after {} tokens", self._tokens_of_engine)
+            self._tokens_of_engine = 0
+            engine.recycle()

@@ -1,14 +1,27 @@
-"""Watches memory: owns the writing side of the pressure gauge."""
+"""Watches memory: reads it, and replaces an engine whose memory does not come back."""
 
 from __future__ import annotations
 
-import trio_util
+import trio
 from loguru import logger
 
 from trio_worker.core.counters import BatchCounters
-from trio_worker.core.memory import MB, PressureGauge
+from trio_worker.core.memory import MB, Pressure, PressureGauge
+from trio_worker.core.scheduler import Scheduler
 from trio_worker.door import Door
 from trio_worker.ports import Engine, MemoryProbe
+
+WATCHFUL_S = 0.25
+"""The time between readings while there is pressure, if that is shorter than the configured."""
+
+
+def read_memory(
+    probe: MemoryProbe, engine: Engine, gauge: PressureGauge, scheduler: Scheduler
+) -> None:
+    """Read once; the ledger is reconciled if there is a model to speak of."""
+    gauge.read(probe.read(engine.statistics().pid))
+    if engine.ready.value:
+        scheduler.ledger.reconcile(used=gauge.used, cached_tokens=scheduler.cached_tokens)
 
 
 async def run_monitor(
@@ -16,28 +29,40 @@ async def run_monitor(
     probe: MemoryProbe,
     engine: Engine,
     gauge: PressureGauge,
+    scheduler: Scheduler,
     door: Door,
     batches: BatchCounters,
     check_interval_s: float,
+    relief_timeout_s: float,
 ) -> None:
-    """Read now and then every `check_interval_s` until cancelled.
+    """Read now and then every `check_interval_s` until cancelled; under pressure more often.
 
-    Usage is what the processes hold or what the engine's allocator counts, whichever is larger:
-    neither sees all of the other.
+    Memory that stays critical for `relief_timeout_s` gets the engine recycled: the running
+    requests resume in the fresh one.
     """
     logger.debug("Resource monitoring started")
-    async for _ in trio_util.periodic(check_interval_s):
-        reading = probe.read(engine.statistics().pid)
-        counted = batches.engine_memory.active + batches.engine_memory.cache
+    critical_since: float | None = None
+    while True:
         before = gauge.level
-        level = gauge.read(used=max(reading.used, counted), available=reading.available)
+        read_memory(probe, engine, gauge, scheduler)
         door.pressure_changed()
-        if level is not before:
+        if gauge.level is not before:
             logger.warning(
                 "Memory pressure is {} (was {}): {} MB in use, limits {} and {} MB",
-                level,
+                gauge.level,
                 before,
                 round(gauge.used / MB),
                 round(gauge.soft_bytes / MB),
                 round(gauge.critical_bytes / MB),
             )
+        if gauge.level is not Pressure.CRITICAL:
+            critical_since = None
+        elif critical_since is None:
+            critical_since = trio.current_time()
+        elif trio.current_time() - critical_since >= relief_timeout_s and engine.ready.value:
+            logger.warning("Memory stays critical: replacing the engine by a fresh one")
+            batches.reliefs += 1
+            engine.recycle()
+            critical_since = None
+        calm = gauge.level is Pressure.NORMAL
+        await trio.sleep(check_interval_s if calm else min(check_interval_s, WATCHFUL_S))

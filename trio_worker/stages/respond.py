@@ -15,6 +15,7 @@ import trio
 from loguru import logger
 
 from trio_worker.core.counters import RequestCounters
+from trio_worker.core.memory import MB, ReservationLedger
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ServiceRate
 from trio_worker.core.request import FinishReason
@@ -29,6 +30,7 @@ from trio_worker.errors import (
     InternalError,
     RequestCancelled,
     RequestTimeout,
+    ResourceLimitExceeded,
     WorkerDraining,
     WorkerError,
 )
@@ -87,9 +89,12 @@ async def respond(
                     engine=engine,
                     door=door,
                     queue=queue,
+                    ledger=scheduler.ledger,
                     default_max_tokens=default_max_tokens,
                 )
-            error = _ended_early(sequence, answer) if scope.cancelled_caught else None
+            error = (
+                _ended_early(sequence, answer, scheduler.ledger) if scope.cancelled_caught else None
+            )
         except WorkerError as exc:
             error = exc
         except Exception as exc:  # noqa: BLE001 - the boundary of one request
@@ -97,6 +102,7 @@ async def respond(
             error = InternalError("the worker failed on this request; its log says why")
         finally:
             stage = sequence.stage
+            sequence.left_at = trio.current_time()
             sequence.advance(Event.END)
             queue.withdraw(sequence)
             scheduler.withdraw(sequence)
@@ -119,6 +125,7 @@ async def _serve(
     engine: Engine,
     door: Door,
     queue: PrioritySendChannel,
+    ledger: ReservationLedger,
     default_max_tokens: int,
 ) -> None:
     answer.open()
@@ -129,6 +136,7 @@ async def _serve(
     sequence.max_tokens = _fit(
         len(prompt), sequence.request.max_tokens, default_max_tokens, info.context_length
     )
+    _check_memory(sequence, ledger)
     # One output a token, and one failure: the batcher never has to wait for a caller.
     send, receive = trio.open_memory_channel[Output | SequenceFailure](sequence.max_tokens + 1)
     sequence.outputs = send
@@ -166,7 +174,32 @@ def _fit(prompt: int, asked: int | None, default: int, context_length: int) -> i
     return asked if asked is not None else min(default, room)
 
 
-def _ended_early(sequence: Sequence, answer: _Answer) -> WorkerError:
+def _check_memory(sequence: Sequence, ledger: ReservationLedger) -> None:
+    """Raise `ResourceLimitExceeded` if the request would not fit even if it ran alone."""
+    if not ledger.fits_ever(_need(sequence, ledger)):
+        raise _too_large(sequence, ledger)
+
+
+def _need(sequence: Sequence, ledger: ReservationLedger) -> int:
+    return ledger.need(prompt=len(sequence.prompt), max_tokens=sequence.max_tokens)
+
+
+def _too_large(sequence: Sequence, ledger: ReservationLedger) -> ResourceLimitExceeded:
+    need_mb, room_mb = _need(sequence, ledger) / MB, ledger.room_ever() / MB
+    return ResourceLimitExceeded(
+        f"the request may need {need_mb:.1f} MB of cache, and {room_mb:.1f} MB is all there "
+        "ever is beside the model: ask for fewer tokens",
+        details={
+            "need_mb": round(need_mb, 1),
+            "room_mb": round(room_mb, 1),
+            "prompt_tokens": len(sequence.prompt),
+            "max_tokens": sequence.max_tokens,
+        },
+        retryable=False,
+    )
+
+
+def _ended_early(sequence: Sequence, answer: _Answer, ledger: ReservationLedger) -> WorkerError:
     """What to tell the caller of a request whose scope was cancelled."""
     match sequence.ending:
         case Ending.CANCELLED:
@@ -178,6 +211,8 @@ def _ended_early(sequence: Sequence, answer: _Answer) -> WorkerError:
             return RequestCancelled("NATS was unreachable for so long that the answer piled up")
         case Ending.DRAINING:
             return WorkerDraining("this worker is shutting down; ask another one")
+        case Ending.TOO_LARGE:
+            return _too_large(sequence, ledger)
         case None:
             request = sequence.request
             return RequestTimeout(
@@ -197,6 +232,7 @@ def _count(
     now = trio.current_time()
     counters.by_outcome[error.code if error else "ok"] += 1
     counters.prompt_tokens += len(sequence.prompt) if sequence.batched_at is not None else 0
+    counters.cached_tokens += sequence.cached
     counters.generated_tokens += len(sequence.produced)
     counters.resumed += sequence.resumed
     counters.request_ms.add(1000 * (now - sequence.arrived_at))
@@ -303,7 +339,7 @@ class _Answer:
             decode_ms=_ms(sequence.last_token_at - sequence.first_token_at),
             priority=self._priority,
             resumed=sequence.resumed,
-            degraded=(),
+            degraded=tuple(sequence.degraded),
         )
 
 

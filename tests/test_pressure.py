@@ -1,0 +1,223 @@
+"""Priorities at work in the batch, and memory under pressure, in the whole worker."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import MockClock
+from worker_rig import Reply, Rig, running_worker
+
+from trio_worker.testing.simulated_engine import word
+
+MB = 2**20
+SOFT_MB, CRITICAL_MB = 1000, 2000
+LIMITS = (
+    f"worker.resource_limits.max_memory_mb={SOFT_MB}",
+    f"worker.resource_limits.critical_memory_mb={CRITICAL_MB}",
+    "worker.resource_limits.check_interval_ms=50",
+)
+
+
+def set_memory(rig: Rig, share: float) -> None:
+    """Usage at this share of the band between the limits."""
+    rig.probe.used = int((SOFT_MB + share * (CRITICAL_MB - SOFT_MB)) * MB)
+
+
+async def test_an_urgent_request_takes_the_slot_of_the_least_urgent_and_gives_it_back(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker("worker.continuous_batching.max_batch_size=2") as rig:
+        undisturbed = await rig.ask(prompt="low", max_tokens=100, seed=1)
+        replies: dict[str, Reply] = {}
+
+        async def ask(name: str, **fields: object) -> None:
+            replies[name] = await rig.ask(prompt="low", seed=1, **fields)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: ask("first", max_tokens=100, priority="low"))
+            await trio.sleep(0.1)
+            nursery.start_soon(lambda: ask("second", max_tokens=100, priority="low"))
+            await trio.sleep(0.5)
+            began = trio.current_time()
+            urgent = await rig.ask(prompt="now", max_tokens=5, priority="high", stream=True)
+            assert urgent.times[1] - began < 4 * 0.02, "first token within a few turns"
+            assert rig.snapshot().batch.preemptions == 1
+    assert replies["first"].text == replies["second"].text == undisturbed.text
+    assert replies["first"].worker["resumed"] == 0
+
+
+async def test_nobody_gives_its_slot_away_more_than_twice(autojump_clock: MockClock) -> None:
+    async with running_worker("worker.continuous_batching.max_batch_size=1") as rig:
+        replies: list[Reply] = []
+
+        async def low() -> None:
+            replies.append(await rig.ask(prompt="low", max_tokens=50, priority="low"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(low)
+            for _ in range(5):
+                await trio.sleep(0.3)
+                assert (await rig.ask(prompt="x", max_tokens=2, priority="high")).code == "ok"
+        assert rig.snapshot().batch.preemptions == 2
+    assert replies[0].code == "ok"
+
+
+async def test_a_deadline_beyond_the_measured_rate_is_refused_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(
+        "worker.continuous_batching.max_batch_size=1", "worker.continuous_batching.preempt=false"
+    ) as rig:
+        for _ in range(8):
+            await rig.ask(prompt="x", max_tokens=50)
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=50))
+            await trio.sleep(0.1)
+            began = trio.current_time()
+            hasty = await rig.ask(prompt="x", max_tokens=50, timeout_ms=3000)
+            assert trio.current_time() - began < 0.1
+            assert hasty.error is not None
+            assert hasty.error.details["stage"] == "admission"
+            assert hasty.error.details["estimate_ms"] == pytest.approx(6 * 1020, rel=0.05)
+            assert hasty.error.retryable
+
+
+async def test_under_pressure_the_least_urgent_wait_and_are_served_afterwards(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS) as rig:
+        set_memory(rig, 0.3)
+        await trio.sleep(0.1)
+        assert rig.snapshot().resources.steps == ["trim_caches", "hold_low"]
+        async with trio.open_nursery() as nursery:
+            replies: list[Reply] = []
+
+            async def low() -> None:
+                replies.append(await rig.ask(prompt="low", max_tokens=2, priority="low"))
+
+            nursery.start_soon(low)
+            await trio.sleep(1)
+            assert (await rig.ask(prompt="x", max_tokens=2, priority="medium")).code == "ok"
+            assert not replies
+            assert rig.overview.readiness().ok, "soft pressure stays ready"
+            set_memory(rig, -0.5)
+        assert replies[0].code == "ok"
+        assert rig.snapshot().resources.steps == []
+        assert rig.snapshot().resources.degradations == {"trim_caches": 1, "hold_low": 1}
+
+
+async def test_under_more_pressure_the_batch_shrinks_and_answers_are_capped(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS, "worker.resource_limits.degraded_max_tokens=10") as rig:
+        async with trio.open_nursery() as nursery:
+            running: list[Reply] = []
+
+            async def early() -> None:
+                running.append(await rig.ask(prompt="x", max_tokens=100))
+
+            nursery.start_soon(early)
+            await trio.sleep(0.5)
+            set_memory(rig, 0.8)
+            await trio.sleep(0.1)
+            late: list[Reply] = []
+
+            async def ask() -> None:
+                late.append(await rig.ask(prompt="y", max_tokens=100))
+
+            async with trio.open_nursery() as inner:
+                for _ in range(8):
+                    inner.start_soon(ask)
+                await trio.sleep(0.1)
+                assert rig.snapshot().batch.running == 4
+    assert running[0].usage["completion_tokens"] == 100, "who runs keeps its tokens"
+    assert running[0].worker["degraded"] == []
+    assert {reply.usage["completion_tokens"] for reply in late} == {10}
+    assert all(reply.worker["degraded"] == ["cap_tokens"] for reply in late)
+
+
+async def test_over_the_hard_limit_the_running_are_thinned_out_and_finish_later(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS) as rig:
+        undisturbed = await rig.ask(prompt="x", max_tokens=100, seed=3)
+        async with trio.open_nursery() as nursery:
+            replies: list[Reply] = []
+
+            async def ask() -> None:
+                replies.append(await rig.ask(prompt="x", max_tokens=100, seed=3))
+
+            for _ in range(3):
+                nursery.start_soon(ask)
+            await trio.sleep(0.5)
+            set_memory(rig, 1.1)
+            await trio.sleep(0.12)
+            assert 1 <= rig.snapshot().batch.preemptions <= 3
+            assert (await rig.ask(prompt="y", max_tokens=1)).code == "RESOURCE_LIMIT_EXCEEDED"
+            await trio.sleep(0.3)
+            assert rig.snapshot().batch.running == 0
+            set_memory(rig, 0.5)
+            await trio.sleep(0.3)
+            assert rig.snapshot().batch.running == 0, "resumes below the soft limit only"
+            set_memory(rig, -0.1)
+    assert [reply.text for reply in replies] == [undisturbed.text] * 3
+
+
+async def test_a_request_that_could_never_fit_is_told_so_with_the_numbers(
+    autojump_clock: MockClock,
+) -> None:
+    options = (*LIMITS, "worker.requests.max_tokens_limit=1000000")
+    async with running_worker(*options, context_length=10_000_000) as rig:
+        refused = await rig.ask(prompt="x y", max_tokens=500_000)
+        assert (await rig.ask(prompt="x y", max_tokens=5)).code == "ok"
+    assert refused.code == "RESOURCE_LIMIT_EXCEEDED"
+    assert refused.error is not None
+    assert not refused.error.retryable
+    assert refused.error.details == {
+        "need_mb": 1953.1,
+        "room_mb": 1900.0,
+        "prompt_tokens": 2,
+        "max_tokens": 500_000,
+    }
+
+
+async def test_nobody_passes_a_head_of_the_queue_that_does_not_fit_yet(
+    autojump_clock: MockClock,
+) -> None:
+    options = (*LIMITS, "worker.requests.max_tokens_limit=1000000")
+    async with running_worker(*options, context_length=10_000_000) as rig:
+        order: list[str] = []
+
+        async def ask(name: str, max_tokens: int, **fields: object) -> None:
+            await rig.ask(prompt=name, max_tokens=max_tokens, stop=word(0)[:1], **fields)
+            order.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for name, size in [("large", 300_000), ("larger", 400_000), ("small", 1)]:
+                nursery.start_soon(ask, name, size)
+                await trio.sleep(0.001)
+            await trio.sleep(0.03)
+            assert rig.snapshot().batch.running == 1
+            assert rig.snapshot().queue.depth == 2
+            assert rig.snapshot().resources.reserved_mb == pytest.approx(1171.9, abs=0.1)
+    assert order == ["large", "larger", "small"] or order == ["large", "small", "larger"]
+
+
+async def test_memory_that_stays_critical_gets_the_engine_replaced(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS, "worker.resource_limits.relief_timeout_ms=2000") as rig:
+        async with trio.open_nursery() as nursery:
+            replies: list[Reply] = []
+
+            async def ask() -> None:
+                replies.append(await rig.ask(prompt="x", max_tokens=200))
+
+            nursery.start_soon(ask)
+            await trio.sleep(0.5)
+            set_memory(rig, 1.2)
+            await trio.sleep(3)
+            assert rig.engine.restarts == 1
+            set_memory(rig, -0.5)
+    assert replies[0].code == "ok"
