@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 import trio
 from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
 
+from trio_worker.core.memory import DegradationStep
 from trio_worker.testing.simulated_engine import word
 
 MB = 2**20
@@ -221,3 +225,62 @@ async def test_memory_that_stays_critical_gets_the_engine_replaced(
             assert rig.engine.restarts == 1
             set_memory(rig, -0.5)
     assert replies[0].code == "ok"
+
+
+async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_answered(
+    autojump_clock: MockClock,
+) -> None:
+    """Ten virtual minutes; memory is the simulated engine's own count."""
+    limits = (
+        "worker.resource_limits.max_memory_mb=100",
+        "worker.resource_limits.critical_memory_mb=200",
+        "worker.resource_limits.check_interval_ms=1000",
+        "worker.resource_limits.degraded_max_tokens=20",
+        "worker.continuous_batching.max_batch_size=8",
+        "worker.simulated.turn_ms=50",
+    )
+    memory = {"model_bytes": 50 * MB, "cache_bytes_per_token": MB, "prefix_cache_tokens": 60}
+    rng = random.Random(7)
+    async with running_worker(*limits, engine_options=memory) as rig:
+        rig.probe.used = 10 * MB
+        codes: Counter[str] = Counter()
+        peak_mb = 0.0
+        combinations: list[list[str]] = []
+
+        async def one(max_tokens: int, priority: str) -> None:
+            reply = await rig.ask(
+                prompt="w " * 10, max_tokens=max_tokens, priority=priority, timeout_ms=120_000
+            )
+            codes[reply.code] += 1
+
+        async def watch() -> None:
+            nonlocal peak_mb
+            gauge = rig.overview._admission.gauge
+            while True:
+                peak_mb = max(peak_mb, gauge.used / MB)
+                steps = [step.value for step in DegradationStep if step in gauge.steps]
+                if not combinations or combinations[-1] != steps:
+                    combinations.append(steps)
+                await trio.sleep(0.05)
+
+        async with trio.open_nursery() as watching:
+            watching.start_soon(watch)
+            async with trio.open_nursery() as nursery:
+                sent = 0
+                while trio.current_time() < 600:
+                    # Eight of the largest at once would take (10 + 60) x 8 = 560 MB.
+                    size, priority = rng.randint(5, 60), rng.choice(["high", "medium", "low"])
+                    nursery.start_soon(one, size, priority)
+                    sent += 1
+                    # Waves: a calm minute after each busy one.
+                    busy = int(trio.current_time() / 60) % 2 == 0
+                    await trio.sleep(rng.expovariate(3.0 if busy else 0.2))
+            watching.cancel_scope.cancel()
+    assert sum(codes.values()) == sent > 500
+    assert codes["ok"] > 0.8 * sent
+    assert set(codes) <= {"ok", "QUEUE_FULL", "REQUEST_TIMEOUT", "RESOURCE_LIMIT_EXCEEDED"}
+    assert peak_mb <= 200 + 8, "the hard limit and one turn's growth"
+    order = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"]
+    assert all(steps == order[: len(steps)] for steps in combinations)
+    assert order in combinations
+    assert combinations.count([]) > 3, "engaged and disengaged again and again"

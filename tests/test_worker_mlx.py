@@ -120,6 +120,39 @@ async def test_the_death_of_the_engine_costs_a_pause_and_no_character(
     assert after["usage"]["completion_tokens"] <= 3
 
 
+async def test_a_preempted_request_says_what_it_would_have_said(tmp_path: Path, tiny: str) -> None:
+    low = {
+        "prompt": "abc" * 20,
+        "max_tokens": 400,
+        "seed": 3,
+        "temperature": 1.0,
+        "priority": "low",
+    }
+    high = {"prompt": "now", "max_tokens": 5, "priority": "high"}
+    async with running_command(
+        tmp_path,
+        *("--set", f"worker.model={tiny}"),
+        *("--set", "worker.continuous_batching.max_batch_size=1"),
+    ) as worker:
+        await worker.wait_ready()
+        async with open_client(worker.url) as client:
+            (undisturbed,) = await answers(client, [low])
+            async with trio.open_nursery() as nursery:
+                begun = trio.Event()
+                disturbed: list[dict[str, Any]] = []
+
+                async def ask() -> None:
+                    disturbed.extend(await answers(client, [low], begun=begun))
+
+                nursery.start_soon(ask)
+                await within(begun.wait)
+                (urgent,) = await answers(client, [high])
+        stats = await worker.stats()
+    assert disturbed[0]["text"] == undisturbed["text"]
+    assert urgent["usage"]["completion_tokens"] <= 5
+    assert stats["batch"]["preemptions"] == 1
+
+
 async def test_a_stop_while_the_model_loads_leaves_nothing(tmp_path: Path, tiny: str) -> None:
     async with running_command(tmp_path, "--set", f"worker.model={tiny}") as worker:
         await until(partial(_listens, worker), within_s=20)

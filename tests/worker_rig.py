@@ -139,6 +139,7 @@ async def running_worker(
     context_length: int = 8192,
     max_payload: int = 2**20,
     wait_ready: bool = True,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Rig]:
     """A worker that serves; at the end it is stopped, and must have left nothing behind."""
     config = make_config(*overrides)
@@ -164,6 +165,7 @@ async def running_worker(
             restart_s=restart_s,
             max_restarts=max_restarts,
             faults=faults,
+            **(engine_options or {}),
         ) as engine:
             opened["engine"] = engine
             yield engine
