@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import trio
 
 from trio_worker import __version__
 from trio_worker.config import WorkerConfig
+from trio_worker.core import metrics
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.memory import MB, DegradationStep, Pressure
+from trio_worker.core.metrics import (
+    CounterMetric,
+    Description,
+    GaugeReading,
+    HistogramMetric,
+    Labels,
+)
 from trio_worker.core.priority import name_of
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.statistics import (
     BatchReading,
     EngineReading,
+    InFlightReading,
     QueueReading,
     RequestsReading,
     ResourcesReading,
@@ -159,6 +169,63 @@ class Overview:
             ),
             nats=self._broker.statistics(),
         )
+
+    def metrics(self) -> Iterator[CounterMetric | HistogramMetric | GaugeReading]:
+        """Every metric with its present values."""
+        yield from self._counters.metrics.written()
+        yield from self._readings()
+
+    def in_flight(self) -> list[InFlightReading]:
+        """The requests in flight, the oldest first; neither prompts nor answers."""
+        now = trio.current_time()
+        levels = self._config.request_queue.priority_levels
+        return [
+            InFlightReading(
+                request_id=each.request_id,
+                stage=each.stage,
+                priority=name_of(each.level, levels),
+                age_s=round(now - each.arrived_at, 3),
+                prompt_tokens=len(each.prompt),
+                prefilled=each.prefilled,
+                tokens=len(each.produced),
+                max_tokens=each.max_tokens,
+                resumed=each.resumed,
+                preempted=each.preempted,
+            )
+            for each in self._admission.in_flight.values()
+        ]
+
+    def _readings(self) -> Iterator[GaugeReading]:
+        gauge, engine = self._admission.gauge, self._engine.statistics()
+        broker, memory = self._broker.statistics(), self._batches.engine_memory
+        levels = self._config.request_queue.priority_levels
+        by_level = self._queue.by_level()
+        depths = {(name_of(level, levels),): by_level.get(level, 0) for level in range(levels)}
+        build = (__version__, self._config.id, self._config.model_name)
+        values: dict[Description, Mapping[Labels, float]] = {
+            metrics.IN_FLIGHT: {(): len(self._admission.in_flight)},
+            metrics.QUEUE_DEPTH: depths,
+            metrics.PROMOTIONS: {(): self._queue.promotions},
+            metrics.MEMORY: {
+                ("used",): gauge.used,
+                ("engine_active",): memory.active,
+                ("engine_cache",): memory.cache,
+                ("available",): gauge.available,
+                ("soft",): gauge.soft_bytes,
+                ("hard",): gauge.critical_bytes,
+            },
+            metrics.RESERVED: {(): self._scheduler.ledger.reserved_bytes},
+            metrics.PRESSURE: {(): list(Pressure).index(gauge.level)},
+            metrics.ENGINE_RESTARTS: {
+                (reason,): count for reason, count in engine.restarts_by_reason.items()
+            },
+            metrics.CONNECTED: {(): int(broker.connected)},
+            metrics.RECONNECTS: {(): broker.reconnects},
+            metrics.SLOW_CONSUMER: {(): broker.slow_consumers},
+            metrics.BUILD_INFO: {build: 1},
+        }
+        for description, readings in values.items():
+            yield GaugeReading(description=description, values=readings)
 
     def _state(self, engine_state: str) -> str:
         if self._admission.draining:

@@ -6,15 +6,22 @@ Each port has two implementations that pass the same conformance tests: the real
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from trio_util import AsyncBool
 
 from trio_worker.core.memory import MemoryReading
+from trio_worker.core.metrics import CounterMetric, GaugeReading, HistogramMetric
 from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
-from trio_worker.core.statistics import BrokerStatistics, EngineInfo, EngineStatistics
+from trio_worker.core.statistics import (
+    BrokerStatistics,
+    EngineInfo,
+    EngineStatistics,
+    InFlightReading,
+    Snapshot,
+)
 from trio_worker.core.turn import (
     Admit,
     EngineMemory,
@@ -201,5 +208,11 @@ class Observed(Protocol):
 
     def readiness(self) -> Health: ...
 
-    def snapshot(self) -> object:
+    def snapshot(self) -> Snapshot:
         """The statistics snapshot: frozen dataclasses of plain values, ready for JSON."""
+
+    def metrics(self) -> Iterable[CounterMetric | HistogramMetric | GaugeReading]:
+        """Every metric with its present values."""
+
+    def in_flight(self) -> list[InFlightReading]:
+        """The requests in flight, the oldest first; neither prompts nor answers."""

@@ -46,6 +46,7 @@ from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import run_control
 from trio_worker.stages.intake import run_intake
 from trio_worker.stages.monitor import read_memory, run_monitor
+from trio_worker.stages.pulse import run_pulse
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
@@ -215,6 +216,7 @@ async def _serve(
             )
         )
         services.start_soon(partial(run_readiness, engine=engine, door=door))
+        services.start_soon(run_pulse, counters.metrics)
         services.start_soon(_watch_broker, broker)
         if serve_http is not None and worker.monitoring.port is not None:
             await services.start(
@@ -320,7 +322,7 @@ async def _watch_broker(broker: Broker) -> None:
 
 
 def _batch_rules(worker: WorkerConfig, slots: int) -> BatchRules:
-    batching, levels = worker.continuous_batching, worker.request_queue.priority_levels
+    batching = worker.continuous_batching
     return BatchRules(
         formation=Formation(
             min_batch_size=min(batching.min_batch_size, slots),
@@ -329,7 +331,7 @@ def _batch_rules(worker: WorkerConfig, slots: int) -> BatchRules:
         ),
         preempt=batching.preempt,
         degraded_max_tokens=worker.resource_limits.degraded_max_tokens,
-        lowest_level=levels - 1 if levels > 1 else -1,
+        levels=worker.request_queue.priority_levels,
         recycle_after_tokens=worker.engine.recycle_after_tokens,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from trio_worker.core.metrics import Metrics
 from trio_worker.core.statistics import Percentiles
 from trio_worker.core.turn import EngineMemory
 
@@ -47,9 +48,10 @@ class Throughput:
 
 
 class RequestCounters:
-    """What became of the requests."""
+    """What became of the requests, and all that is exported."""
 
     def __init__(self) -> None:
+        self.metrics = Metrics()
         self.by_outcome: Counter[str] = Counter()
         """`ok` or the error's code."""
         self.dropped = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class EngineStatistics:
     pid: int | None
     restarts: int
     info: EngineInfo | None
+    restarts_by_reason: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +151,22 @@ class TokensReading:
     generated: int
     per_second: float
     """Generated, over the last ten seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlightReading:
+    """One request in flight, without anything of its content."""
+
+    request_id: str
+    stage: str
+    priority: str
+    age_s: float
+    prompt_tokens: int
+    prefilled: int
+    tokens: int
+    max_tokens: int
+    resumed: int
+    preempted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from trio_util import wait_any
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation, Trigger
 from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
+from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ArrivalRate
 from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Ending, Sequence
@@ -35,8 +36,7 @@ class BatchRules:
     formation: Formation
     preempt: bool
     degraded_max_tokens: int
-    lowest_level: int
-    """The level that `hold_low` holds back; -1 if there is but one level."""
+    levels: int
     recycle_after_tokens: int
 
 
@@ -131,6 +131,7 @@ class _Batcher:
         self._gauge = gauge
         self._batches = batches
         self._counters = counters
+        self._metrics = counters.metrics
         self._steps: frozenset[DegradationStep] = frozenset()
         self._trimmed_at = float("-inf")
         self._thinned_at_reading = -1
@@ -166,6 +167,7 @@ class _Batcher:
             self._queue.take_nowait(head)
             if head.batched_at is None:
                 self._counters.queue_wait_ms.add(1000 * (now - head.arrived_at))
+                self._metrics.queue_wait.observe(now - head.arrived_at, self._label(head))
             self._scheduler.enter(head, now=now)
             self._door.batched(head)
             entered.append(head)
@@ -173,11 +175,12 @@ class _Batcher:
             queued_at = min(each.queued_at or now for each in entered)
             self._batches.by_trigger[trigger] += 1
             self._batches.last_formation_ms = 1000 * (now - queued_at)
+            self._metrics.batch_formation.observe(now - queued_at, (trigger.value,))
             logger.debug("{} requests entered the batch: {}", len(entered), trigger)
 
     def _head(self) -> Sequence | None:
-        held = self._rules.lowest_level if DegradationStep.HOLD_LOW in self._steps else None
-        return self._queue.first(hold_level=held)
+        held = DegradationStep.HOLD_LOW in self._steps and self._rules.levels > 1
+        return self._queue.first(hold_level=self._rules.levels - 1 if held else None)
 
     def _make_room(self, head: Sequence, need: int) -> bool:
         """Preempt for an urgent head, if the rules allow and the head then has a slot and fits."""
@@ -187,7 +190,7 @@ class _Batcher:
             return False
         if not scheduler.ledger.fits(need - scheduler.need(victim)):
             return False
-        self._preempt(victim, "for a more urgent request")
+        self._preempt(victim, "priority")
         victim.preempted += 1
         return True
 
@@ -197,14 +200,15 @@ class _Batcher:
         self._thinned_at_reading = self._gauge.readings
         victim = self._scheduler.least_urgent()
         if victim is not None:
-            self._preempt(victim, "to free memory")
+            self._preempt(victim, "memory")
 
-    def _preempt(self, victim: Sequence, why: str) -> None:
+    def _preempt(self, victim: Sequence, reason: str) -> None:
         self._scheduler.preempt(victim)
         self._queue.put_back_nowait(victim)
         self._batches.preemptions += 1
+        self._metrics.preemptions.add(labels=(reason,))
         logger.bind(request_id=victim.request_id).debug(
-            "Preempted {} with {} tokens", why, len(victim.produced)
+            "Preempted for {} with {} tokens", reason, len(victim.produced)
         )
 
     def _allowed_tokens(self, head: Sequence) -> int:
@@ -219,6 +223,7 @@ class _Batcher:
         for step in DegradationStep:
             if step in steps and step not in self._steps:
                 self._batches.degradations[step] += 1
+                self._metrics.degradations.add(labels=(step.value,))
                 logger.warning("Degradation begins: {}", step)
             elif step in self._steps and step not in steps:
                 logger.info("Degradation ends: {}", step)
@@ -232,17 +237,19 @@ class _Batcher:
         trim = self._is_trim_due()
         work = self._scheduler.plan(trim_caches=trim)
         batches, counters = self._batches, self._counters
-        batches.turn_began_at = trio.current_time()
+        batches.turn_began_at = began_at = trio.current_time()
         if trim:
-            self._trimmed_at = batches.turn_began_at
+            self._trimmed_at = began_at
         try:
             report = await engine.turn(work)
         finally:
             batches.turn_began_at = None
         now = trio.current_time()
+        self._metrics.turn_seconds.observe(now - began_at)
         for sequence in self._scheduler.removed:
             if sequence.left_at is not None:
                 counters.cancel_ms.add(1000 * (now - sequence.left_at))
+                self._metrics.cancel_latency.observe(now - sequence.left_at)
         for output in report.outputs:
             self._sample(output, now)
         self._hand_out(self._scheduler.book(report, now=now))
@@ -281,9 +288,16 @@ class _Batcher:
         if sequence is None:
             return
         if sequence.last_token_at is None:
-            self._counters.time_to_first_token_ms.add(1000 * (now - sequence.arrived_at))
+            first_s = now - sequence.arrived_at
+            self._counters.time_to_first_token_ms.add(1000 * first_s)
+            self._metrics.time_to_first_token.observe(first_s, self._label(sequence))
         else:
-            self._counters.inter_token_ms.add(1000 * (now - sequence.last_token_at))
+            gap_s = now - sequence.last_token_at
+            self._counters.inter_token_ms.add(1000 * gap_s)
+            self._metrics.inter_token.observe(gap_s)
+
+    def _label(self, sequence: Sequence) -> tuple[str]:
+        return (name_of(sequence.level, self._rules.levels),)
 
     def _hand_out(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
@@ -299,6 +313,7 @@ class _Batcher:
         if decoded:
             batches.decode_turns += 1
             batches.decoded += decoded
+            self._metrics.batch_size.observe(decoded)
             batches.max_batch_seen = max(batches.max_batch_seen, decoded)
             self._counters.throughput.add(decoded, now=now)
             self._tokens_of_engine += decoded

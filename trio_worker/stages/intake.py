@@ -234,6 +234,7 @@ class _Reception:
 
     def _answer(self, subject: str, request_id: RequestId, error: WorkerError) -> None:
         self._counters.by_outcome[error.code] += 1
+        self._counters.metrics.rejections.add(labels=(error.code.value,))
         logger.bind(request_id=request_id).debug("Request refused: {}", error.code)
         ReplyStream(
             self._broker.open_outlet(),

@@ -20,7 +20,7 @@ from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ServiceRate
 from trio_worker.core.request import FinishReason
 from trio_worker.core.scheduler import Scheduler
-from trio_worker.core.sequence import Ending, Event, Sequence
+from trio_worker.core.sequence import Ending, Event, Sequence, Stage
 from trio_worker.core.turn import Output, SequenceFailure, TokenLogprob
 from trio_worker.core.wire.native import AnswerWriter, Usage, WorkerNote
 from trio_worker.door import Door
@@ -109,7 +109,7 @@ async def respond(
             door.leave(sequence)
             if error is not None and not reply.ended:
                 reply.fail(error, retry_after_ms=door.admission.retry_after_ms())
-            _count(sequence, error, counters, rate)
+            _count(sequence, error, counters, rate, stage=stage, priority=answer.priority)
             logger.debug(
                 "Request ended: {} at stage {} after {:.0f} ms",
                 error.code if error else "ok",
@@ -227,10 +227,28 @@ def _ended_early(sequence: Sequence, answer: _Answer, ledger: ReservationLedger)
 
 
 def _count(
-    sequence: Sequence, error: WorkerError | None, counters: RequestCounters, rate: ServiceRate
+    sequence: Sequence,
+    error: WorkerError | None,
+    counters: RequestCounters,
+    rate: ServiceRate,
+    *,
+    stage: Stage,
+    priority: str,
 ) -> None:
     now = trio.current_time()
-    counters.by_outcome[error.code if error else "ok"] += 1
+    outcome = error.code.value if error else "ok"
+    counters.by_outcome[outcome] += 1
+    metrics = counters.metrics
+    metrics.requests.add(labels=(outcome, priority))
+    metrics.request_seconds.observe(now - sequence.arrived_at, (outcome,))
+    if sequence.ending is not None:
+        metrics.cancellations.add(labels=(sequence.ending.value, stage.value))
+    if sequence.batched_at is not None:
+        metrics.prompt_tokens.add(len(sequence.prompt))
+        metrics.cached_tokens.add(sequence.cached)
+    metrics.generated_tokens.add(len(sequence.produced))
+    if sequence.resumed:
+        metrics.resumed.add()
     counters.prompt_tokens += len(sequence.prompt) if sequence.batched_at is not None else 0
     counters.cached_tokens += sequence.cached
     counters.generated_tokens += len(sequence.produced)
@@ -257,7 +275,7 @@ class _Answer:
         self._sequence = sequence
         self._writer = writer
         self._worker_id = worker_id
-        self._priority = priority
+        self.priority = priority
         self._stream = sequence.request.stream
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -337,7 +355,7 @@ class _Answer:
             queue_ms=_ms(sequence.batched_at - sequence.arrived_at),
             prefill_ms=_ms(sequence.first_token_at - sequence.batched_at),
             decode_ms=_ms(sequence.last_token_at - sequence.first_token_at),
-            priority=self._priority,
+            priority=self.priority,
             resumed=sequence.resumed,
             degraded=tuple(sequence.degraded),
         )
