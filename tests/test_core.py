@@ -353,23 +353,28 @@ def test_what_the_engine_counts_is_pressure_too_and_so_is_a_machine_without_memo
 
 
 def test_the_ledger_promises_what_is_left_beside_everything_else() -> None:
-    ledger = ReservationLedger(limit_bytes=1000)
-    assert ledger.fits(10**9) is (ledger.bytes_per_token == 10**9), "but for the limit itself"
+    ledger = ReservationLedger(limit_bytes=5000)
+    assert ledger.need(prompt=50, max_tokens=100) == 0, "nothing is known before the model is"
     ledger.bytes_per_token = 2
-    need = ledger.need(prompt=50, max_tokens=100)
-    assert need == 300
-    ledger.reconcile(used=400, cached_tokens=0)
-    ledger.reserve(RequestId("a"), need)
-    assert ledger.fits(300)
-    assert not ledger.fits(301)
-    ledger.reconcile(used=600, cached_tokens=100)
-    assert ledger.fits(300), "200 of the 600 are the caches' own"
-    ledger.release(RequestId("a"))
-    ledger.release(RequestId("a"))
-    assert ledger.reserved_bytes == 0
-    ledger.reconcile(used=900, cached_tokens=0)
-    assert not ledger.fits(200)
-    assert ledger.room_ever() == 600
+    small, large = (ledger.need(prompt=1, max_tokens=size) for size in (100, 256))
+    assert (small, large) == (512, 1024), "in granules of 256 tokens"
+    ledger.reconcile(used=2000, cached_tokens=0)
+    ledger.reserve(RequestId("a"), small)
+    ledger.reserve(RequestId("b"), large)
+    assert ledger.reserved_bytes == 2048, "all rows are as long as the longest"
+    assert not ledger.fits(large)
+    assert ledger.fits(large, instead_of=RequestId("a"))
+    assert ledger.fits(4096) is False
+    ledger.reconcile(used=2100, cached_tokens=100)
+    assert ledger.fits(small) is (1900 + 3 * 1024 <= 5000)
+    ledger.release(RequestId("b"))
+    ledger.release(RequestId("b"))
+    assert ledger.reserved_bytes == 512
+    ledger.reconcile(used=4900, cached_tokens=0)
+    assert not ledger.fits(small)
+    assert ledger.room_ever() == 3100
+    assert ledger.fits_ever(3100)
+    assert not ledger.fits_ever(3101)
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_with_an_estimate() -> None:
@@ -600,7 +605,7 @@ def test_a_preempted_sequence_comes_back_with_its_tokens_and_its_reservation_is_
         slots=1, prefill=PrefillBudget(chunk_max=64, gap_target_s=0.2), ledger=ledger
     )
     (sequence,) = enter(scheduler, "a")
-    assert ledger.reserved_bytes == 103
+    assert ledger.reserved_bytes == 256
     scheduler.plan()
     scheduler.book(make_report([("a", None)], residents={"a"}), now=1)
     scheduler.preempt(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -179,7 +180,7 @@ async def test_a_request_that_could_never_fit_is_told_so_with_the_numbers(
     assert refused.error is not None
     assert not refused.error.retryable
     assert refused.error.details == {
-        "need_mb": 1953.1,
+        "need_mb": 1954.0,
         "room_mb": 1900.0,
         "prompt_tokens": 2,
         "max_tokens": 500_000,
@@ -204,7 +205,7 @@ async def test_nobody_passes_a_head_of_the_queue_that_does_not_fit_yet(
             await trio.sleep(0.03)
             assert rig.snapshot().batch.running == 1
             assert rig.snapshot().queue.depth == 2
-            assert rig.snapshot().resources.reserved_mb == pytest.approx(1171.9, abs=0.1)
+            assert rig.snapshot().resources.reserved_mb == pytest.approx(1172.0, abs=0.1)
     assert order == ["large", "larger", "small"] or order == ["large", "small", "larger"]
 
 
@@ -234,22 +235,21 @@ async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_an
     limits = (
         "worker.resource_limits.max_memory_mb=100",
         "worker.resource_limits.critical_memory_mb=200",
-        "worker.resource_limits.check_interval_ms=1000",
+        "worker.resource_limits.check_interval_ms=100",
         "worker.resource_limits.degraded_max_tokens=20",
         "worker.continuous_batching.max_batch_size=8",
-        "worker.simulated.turn_ms=50",
+        "worker.simulated.turn_ms=20",
     )
-    memory = {"model_bytes": 50 * MB, "cache_bytes_per_token": MB, "prefix_cache_tokens": 60}
+    memory = {"model_bytes": 50 * MB, "cache_bytes_per_token": MB // 8, "prefix_cache_tokens": 300}
     rng = random.Random(7)
     async with running_worker(*limits, engine_options=memory) as rig:
-        rig.probe.used = 10 * MB
         codes: Counter[str] = Counter()
         peak_mb = 0.0
         combinations: list[list[str]] = []
 
         async def one(max_tokens: int, priority: str) -> None:
             reply = await rig.ask(
-                prompt="w " * 10, max_tokens=max_tokens, priority=priority, timeout_ms=120_000
+                prompt="w " * 100, max_tokens=max_tokens, priority=priority, timeout_ms=120_000
             )
             codes[reply.code] += 1
 
@@ -257,6 +257,9 @@ async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_an
             nonlocal peak_mb
             gauge = rig.overview._admission.gauge
             while True:
+                # Beside the caches, something else of the processes grows and shrinks.
+                other = 40 * (1 + math.sin(2 * math.pi * trio.current_time() / 240))
+                rig.probe.used = rig.engine._memory().active + int(other * MB)
                 peak_mb = max(peak_mb, gauge.used / MB)
                 steps = [step.value for step in DegradationStep if step in gauge.steps]
                 if not combinations or combinations[-1] != steps:
@@ -268,16 +271,16 @@ async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_an
             async with trio.open_nursery() as nursery:
                 sent = 0
                 while trio.current_time() < 600:
-                    # Eight of the largest at once would take (10 + 60) x 8 = 560 MB.
-                    size, priority = rng.randint(5, 60), rng.choice(["high", "medium", "low"])
+                    # Eight of the largest at once would take 8 x 512 x 1/8 = 512 MB.
+                    size, priority = rng.randint(10, 400), rng.choice(["high", "medium", "low"])
                     nursery.start_soon(one, size, priority)
                     sent += 1
                     # Waves: a calm minute after each busy one.
                     busy = int(trio.current_time() / 60) % 2 == 0
-                    await trio.sleep(rng.expovariate(3.0 if busy else 0.2))
+                    await trio.sleep(rng.expovariate(1.0 if busy else 0.05))
             watching.cancel_scope.cancel()
-    assert sum(codes.values()) == sent > 500
-    assert codes["ok"] > 0.8 * sent
+    assert sum(codes.values()) == sent > 200
+    assert codes["ok"] > 0.7 * sent
     assert set(codes) <= {"ok", "QUEUE_FULL", "REQUEST_TIMEOUT", "RESOURCE_LIMIT_EXCEEDED"}
     assert peak_mb <= 200 + 8, "the hard limit and one turn's growth"
     order = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +12,8 @@ MB = 2**20
 
 HYSTERESIS = 0.05
 """A step or level is left this share of the band between the limits below where it begins."""
+GRANULE_TOKENS = 256
+"""mlx-lm's caches grow by so many tokens at a time."""
 SCARCE_SHARE = 0.02
 """Less of the machine's memory than this available is critical, whatever we use ourselves."""
 
@@ -118,31 +120,35 @@ class PressureGauge:
 class ReservationLedger:
     """Bytes promised to the caches of running requests, and whether more can be promised.
 
-    A promise is the longest the cache may become: (prompt + max_tokens) × bytes per token. What
-    the worker uses beside these caches (the model, the interpreter, kept prefixes) is reconciled
-    with every reading as what the readings show beyond the caches' present size; promises are
-    made out of what that leaves below the hard limit.
+    A promise is the longest the cache may become: (prompt + max_tokens) × bytes per token, in
+    whole granules. In a batch all rows are as long as the longest, so what is reserved for n
+    requests is n times the largest promise. What the worker uses beside these caches (the model,
+    the interpreter, kept prefixes) is reconciled with every reading as what the readings show
+    beyond the caches' present size; promises are made out of what that leaves below the hard
+    limit.
     """
 
     def __init__(self, *, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes_per_token = 0
         """0 until the model is loaded: then nothing can be said, and everything fits."""
-        self._reserved: dict[RequestId, int] = {}
+        self._promised: dict[RequestId, int] = {}
         self._beside = 0
         self._least_beside: int | None = None
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(self._reserved.values())
+        return _padded(self._promised.values())
 
     def need(self, *, prompt: int, max_tokens: int) -> int:
         """Bytes of the longest cache of such a request."""
-        return (prompt + max_tokens) * self.bytes_per_token
+        granules = -(-(prompt + max_tokens) // GRANULE_TOKENS)
+        return granules * GRANULE_TOKENS * self.bytes_per_token
 
-    def fits(self, need: int) -> bool:
-        """Whether so much more can be promised now."""
-        return self._beside + self.reserved_bytes + need <= self.limit_bytes
+    def fits(self, need: int, *, instead_of: RequestId | None = None) -> bool:
+        """Whether so much more can be promised now, or once this request has left."""
+        promised = [each for request_id, each in self._promised.items() if request_id != instead_of]
+        return self._beside + _padded((*promised, need)) <= self.limit_bytes
 
     def room_ever(self) -> int:
         """The largest need that could be met if nothing else ran."""
@@ -153,12 +159,12 @@ class ReservationLedger:
         return need <= self.room_ever()
 
     def reserve(self, request_id: RequestId, need: int) -> None:
-        assert request_id not in self._reserved, f"{request_id} holds a reservation already"
-        self._reserved[request_id] = need
+        assert request_id not in self._promised, f"{request_id} holds a reservation already"
+        self._promised[request_id] = need
 
     def release(self, request_id: RequestId) -> None:
         """Give back what the request holds, if anything."""
-        self._reserved.pop(request_id, None)
+        self._promised.pop(request_id, None)
 
     def reconcile(self, *, used: int, cached_tokens: int) -> None:
         """`used` bytes were read while the running sequences' caches held so many tokens."""
@@ -169,3 +175,7 @@ class ReservationLedger:
     def engine_restarted(self) -> None:
         """What the old engine used beside its caches says little about the new one."""
         self._least_beside = None
+
+
+def _padded(promises: Collection[int]) -> int:
+    return len(promises) * max(promises, default=0)

@@ -188,7 +188,7 @@ class _Batcher:
         victim = scheduler.victim_of(head) if self._rules.preempt else None
         if victim is None or len(scheduler.running) > scheduler.slots_now:
             return False
-        if not scheduler.ledger.fits(need - scheduler.need(victim)):
+        if not scheduler.ledger.fits(need, instead_of=victim.request_id):
             return False
         self._preempt(victim, "priority")
         victim.preempted += 1
