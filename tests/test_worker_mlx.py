@@ -207,6 +207,47 @@ async def test_a_model_that_cannot_be_loaded_is_a_configuration_error(tmp_path: 
     assert b"nothing" in outcome.stderr
 
 
+async def test_a_tight_limit_holds_requests_back_and_memory_stays_below_it(tmp_path: Path) -> None:
+    """The demo model's cache takes 45 kB a token; each of these may need 23 MB in the end."""
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"Here are {index} reasons to like bread", "max_tokens": 400, "stop": "."}
+        for index in range(12)
+    ]
+    room_mb = 160
+    async with running_command(tmp_path) as worker:
+        await worker.wait_ready()
+        base_mb = (await worker.stats())["resources"]["memory_mb"]
+        async with open_client(worker.url) as client:
+            undisturbed = await answers(client, requests[:4])
+    async with running_command(
+        tmp_path,
+        *("--set", f"worker.resource_limits.max_memory_mb={int(base_mb) + room_mb // 2}"),
+        *("--set", f"worker.resource_limits.critical_memory_mb={int(base_mb) + room_mb}"),
+        *("--set", "worker.resource_limits.check_interval_ms=100"),
+        *("--set", "worker.continuous_batching.max_batch_size=12"),
+    ) as worker:
+        await worker.wait_ready()
+        peak_mb = 0.0
+        async with open_client(worker.url) as client, trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal peak_mb
+                while True:
+                    peak_mb = max(peak_mb, (await worker.stats())["resources"]["memory_mb"])
+                    await trio.sleep(0.1)
+
+            nursery.start_soon(watch)
+            limited = await answers(client, requests)
+            (never,) = await answers(client, [{"prompt": "x", "max_tokens": 4096}])
+            nursery.cancel_scope.cancel()
+        stats = await worker.stats()
+    assert [each.get("code") for each in limited] == [None] * 12
+    assert [each["text"] for each in limited[:4]] == [each["text"] for each in undisturbed]
+    assert stats["batch"]["max_batch_seen"] < 12
+    assert peak_mb < base_mb + room_mb
+    assert never["code"] == "RESOURCE_LIMIT_EXCEEDED"
+
+
 async def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:
     async with running_command(tmp_path, "--hello") as worker:
         await worker.wait_ready()
