@@ -4,7 +4,8 @@
     └ open_broker            closed last: flushed and bounded
       └ open_engine          the engine; returns while the model loads
         └ services           cancelled when `requests` is empty; a crash here cancels all below
-          ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, serve_http
+          ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, run_service,
+          │ serve_http
           └ requests         at drain: deadline = now + drain_timeout
             ├ respond(r)     one per admitted request; scope = the request's deadline
             └ run_intake     subscribes when the engine is ready
@@ -50,6 +51,7 @@ from trio_worker.stages.pulse import run_pulse
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
+from trio_worker.stages.service import run_service
 
 
 class ServeHttp(Protocol):
@@ -187,6 +189,14 @@ async def _serve(
         broker=broker,
     )
 
+    logger.info(
+        "Queue of {} places and {} priorities, batches of up to {}, memory limits {} and {} MB",
+        admission.max_depth,
+        queueing.priority_levels,
+        slots,
+        limits.max_memory_mb,
+        limits.critical_memory_mb,
+    )
     async with trio.open_nursery() as services:
         services.start_soon(
             partial(
@@ -248,6 +258,18 @@ async def _serve(
                 door=door,
                 worker_id=worker.id,
                 reply_prefixes=reply_prefixes,
+            )
+        )
+        await services.start(
+            partial(
+                run_service,
+                broker=broker,
+                worker=worker,
+                info=info,
+                counters=counters,
+                snapshot=overview.snapshot,
+                reply_prefixes=reply_prefixes,
+                started_at=wall_clock(),
             )
         )
         intake_ended = trio.Event()

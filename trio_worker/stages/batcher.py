@@ -176,7 +176,13 @@ class _Batcher:
             self._batches.by_trigger[trigger] += 1
             self._batches.last_formation_ms = 1000 * (now - queued_at)
             self._metrics.batch_formation.observe(now - queued_at, (trigger.value,))
-            logger.debug("{} requests entered the batch: {}", len(entered), trigger)
+            logger.debug(
+                "{} requests entered the batch ({}): {} running, {} queued",
+                len(entered),
+                trigger,
+                len(self._scheduler.running),
+                len(self._queue),
+            )
 
     def _head(self) -> Sequence | None:
         held = DegradationStep.HOLD_LOW in self._steps and self._rules.levels > 1

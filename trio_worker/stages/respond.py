@@ -110,12 +110,26 @@ async def respond(
             if error is not None and not reply.ended:
                 reply.fail(error, retry_after_ms=door.admission.retry_after_ms())
             _count(sequence, error, counters, rate, stage=stage, priority=answer.priority)
-            logger.debug(
-                "Request ended: {} at stage {} after {:.0f} ms",
-                error.code if error else "ok",
-                stage,
-                1000 * (trio.current_time() - sequence.arrived_at),
-            )
+            _log_end(sequence, error, stage)
+
+
+def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> None:
+    """One line; what callers bring about is no news, what we fail at is."""
+    duration_ms = round(1000 * (trio.current_time() - sequence.arrived_at))
+    level = "DEBUG"
+    if isinstance(error, InternalError | EngineFailed):
+        level = "ERROR"
+    elif isinstance(error, RequestTimeout):
+        level = "INFO"
+    outcome = error.code.value if error else "ok"
+    logger.bind(outcome=outcome, stage=stage.value, duration_ms=duration_ms).log(
+        level,
+        "Request ended: {} at stage {} after {} ms with {} tokens",
+        outcome,
+        stage,
+        duration_ms,
+        len(sequence.produced),
+    )
 
 
 async def _serve(
@@ -144,6 +158,11 @@ async def _serve(
     sequence.queued_at = trio.current_time()
     with send, receive:
         queue.send_nowait(sequence)
+        logger.debug(
+            "Request queued: {} prompt tokens, up to {} more",
+            len(sequence.prompt),
+            sequence.max_tokens,
+        )
         while True:
             with trio.move_on_at(answer.last_sent_at + KEEP_ALIVE_S) as quiet:
                 output = await receive.receive()
@@ -237,7 +256,7 @@ def _count(
 ) -> None:
     now = trio.current_time()
     outcome = error.code.value if error else "ok"
-    counters.by_outcome[outcome] += 1
+    counters.answer(sequence.subject, error, after_s=now - sequence.arrived_at)
     metrics = counters.metrics
     metrics.requests.add(labels=(outcome, priority))
     metrics.request_seconds.observe(now - sequence.arrived_at, (outcome,))
