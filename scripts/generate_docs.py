@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trio_worker import config, errors
 from trio_worker.__main__ import make_parser
+from trio_worker.core.metrics import all_descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,10 +55,30 @@ def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argpars
                     yield name, sub
 
 
+def metrics() -> str:
+    """Every metric, by name."""
+    parts = []
+    for each in all_descriptions():
+        lines = [f"### `{each.full_name}`", "", f"A {each.kind}{_labels(each.labels)}."]
+        if each.buckets:
+            bounds = ", ".join(f"{bound:g}" for bound in each.buckets)
+            lines += [f"Buckets up to {bounds}."]
+        lines += ["", each.meaning]
+        if each.worry:
+            lines += ["", f"**When to worry:** {each.worry[0].lower()}{each.worry[1:]}"]
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+def _labels(labels: tuple[str, ...]) -> str:
+    return " by " + " and ".join(f"`{label}`" for label in labels) if labels else ""
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "config-keys": config.reference_markdown,
     "error-codes": error_codes,
+    "metrics": metrics,
 }
 """What can be generated. A new block is a function here and a pair of markers in a page."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from random import Random
@@ -60,8 +61,17 @@ def admit(
     )
 
 
-def turn(batch: Any, *admits: Any, remove: Any = (), prefill_tokens: Any = 512) -> Any:
-    return batch.turn(Turn(admit=admits, remove=tuple(remove), prefill_tokens=prefill_tokens))
+def turn(
+    batch: Any, *admits: Any, remove: Any = (), prefill_tokens: Any = 512, trim: Any = False
+) -> Any:
+    return batch.turn(
+        Turn(
+            admit=admits,
+            remove=tuple(remove),
+            prefill_tokens=prefill_tokens,
+            trim_caches=trim,
+        )
+    )
 
 
 def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
@@ -207,6 +217,32 @@ def test_no_history_of_comings_and_goings_changes_a_token(
     assert texts == {name: of.text for name, of in alone.items()}
 
 
+def test_sixteen_rows_of_unequal_length_get_the_tokens_that_each_gets_alone(batch: Any) -> None:
+    admits = [
+        admit(str(n), range(3 + n, 4 + 5 * n), max_tokens=8, temperature=n % 2, seed=n)
+        for n in range(16)
+    ]
+    together = run(batch, *admits, prefill_tokens=50)
+    for one in admits:
+        assert together[one.request_id].tokens == run(batch, one)[one.request_id].tokens
+
+
+def test_a_model_with_a_sliding_window_batches_too(tmp_path: Any) -> None:
+    """Its caches rotate: the chunks of a prompt and the rows of a batch meet them differently."""
+    folder = write_tiny_model(tmp_path / "sliding")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    sliding = load(str(folder), None, lambda *_: None)
+    admits = [admit(str(n), prompt, max_tokens=30) for n, prompt in enumerate(PROMPTS)]
+    alone = [run(open_batch(sliding, 0), one)[one.request_id].tokens for one in admits]
+    for prefix_bytes in (0, 2**20):
+        batch = open_batch(sliding, prefix_bytes)
+        for _ in range(2):
+            together = run(batch, *admits, prefill_tokens=30)
+            assert [together[one.request_id].tokens for one in admits] == alone
+
+
 # --- what each parameter does ---------------------------------------------------------------
 
 
@@ -266,6 +302,11 @@ def test_top_p_and_min_p_keep_what_their_definition_keeps(model: Any) -> None:
     assert drawn(min_p=0.29) == {0, 1, 2}
     assert drawn(top_k=2) == {0, 1}
     assert drawn(top_k=2, top_p=0.6) == {0}
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_every_token(batch: Any) -> None:
+    free = run_one(batch, temperature=1.0, seed=3, top_p=0.999)
+    assert run_one(batch, temperature=1.0, seed=3, top_p=0.999, top_k=10**6).tokens == free.tokens
 
 
 def test_a_logit_bias_forces_and_forbids(batch: Any) -> None:
@@ -374,6 +415,22 @@ def test_characters_of_several_tokens_come_whole(batch: Any) -> None:
     assert any(ord(character) > 0xFFFF for character in of.text)
 
 
+def test_a_stop_string_after_characters_of_several_tokens_with_log_probabilities(
+    batch: Any,
+) -> None:
+    """Every token has its log-probability, also those whose text is held back or empty."""
+    bias = tuple((byte_token(byte), 100.0) for byte in "\U0001f600".encode())
+    settings = {"logit_bias": bias, "temperature": 2.0, "seed": 1, "max_tokens": 300}
+    free = run_one(batch, **settings).text
+    face = next(character for character in free if ord(character) > 0xFFFF)
+    of = run_one(batch, stop=(face,), logprobs=True, top_logprobs=1, **settings)
+    assert of.finish == "stop"
+    assert of.text == free[: free.index(face)]
+    assert of.tokens[-4:] == [byte_token(byte) for byte in face.encode()]
+    assert len(of.logprobs) == len(of.tokens)
+    assert all(one is not None and len(one.top) == 1 for one in of.logprobs)
+
+
 # --- who is in the batch --------------------------------------------------------------------
 
 
@@ -479,7 +536,8 @@ def test_the_report_has_the_allocators_numbers_and_the_time(batch: Any) -> None:
         ({"prompt": ()}, "no tokens"),
         ({"prompt": (5, 512)}, "512"),
         ({"prompt": (-1,)}, "-1"),
-        ({"logit_bias": ((10**6, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((10**6, 1.0),)}, "logit_bias: token 1000000 is not one of"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias: token -1 is not one of"),
         ({"produced": (7,) * 12}, "max_tokens"),
     ],
 )
@@ -554,6 +612,49 @@ def test_a_sequence_that_was_removed_comes_back_without_computing_again(
         done = turn(cached)
         tokens += [output.token for output in done.outputs]
     assert tokens == run_one(open_batch(model, 0), PROMPTS[2], **MIXED["seeded"]).tokens
+
+
+def test_one_that_leaves_while_it_prefills_comes_back_to_what_was_computed(model: Any) -> None:
+    cached = open_batch(model, 2**20)
+    turn(cached, admit("one", PROMPTS[5]), prefill_tokens=50)
+    turn(cached, remove=["one"])
+    done = turn(cached, admit("one", PROMPTS[5]))
+    assert [prefill.cached for prefill in done.prefills] == [50]
+    assert done.prefill_tokens == len(PROMPTS[5]) - 50
+
+
+def test_a_prefix_serves_the_next_prompt_of_the_same_turn(model: Any) -> None:
+    cached = open_batch(model, 2**20)
+    shared = tuple(range(10, 110))
+    one, other = admit("one", (*shared, 200), max_tokens=5), admit("two", (*shared, 300, 301))
+    done = turn(cached, one, other)
+    assert [prefill.cached for prefill in done.prefills] == [0, 100]
+    tokens = defaultdict(list)
+    while done.residents:
+        done = turn(cached)
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+    plain = run(open_batch(model, 0), one, other)
+    assert tokens == {name: of.tokens for name, of in plain.items()}
+
+
+def test_trimming_gives_back_what_is_kept_for_reuse(model: Any, alone: Any) -> None:
+    """And nothing else: who decodes goes on, and who leaves in this turn is not kept either."""
+    cached = open_batch(model, 2**20)
+    run_one(cached, PROMPTS[5])
+    turn(cached, admit("greedy", PROMPTS[0]), admit("leaves", PROMPTS[2]))
+    assert nbytes(cached) > 0
+    done = turn(cached, remove=["leaves"], trim=True)
+    assert nbytes(cached) == 0
+    tokens = [output.token for output in done.outputs]
+    done = turn(cached, admit("again", PROMPTS[5], max_tokens=1))
+    assert [prefill.cached for prefill in done.prefills] == [0]
+    while True:
+        tokens += [o.token for o in done.outputs if o.request_id == "greedy"]
+        if not done.residents:
+            break
+        done = turn(cached)
+    assert tokens == alone["greedy"].tokens
 
 
 def nbytes(batch: Any) -> int:

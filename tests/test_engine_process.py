@@ -18,6 +18,7 @@ import psutil
 import pytest
 import trio
 from engine_conformance import CHECKS, PROMPTS, admits, request, run_all
+from loguru import logger
 from tiny_model import write_tiny_model
 from trio.testing import wait_all_tasks_blocked
 
@@ -402,6 +403,44 @@ def test_an_engine_ends_with_its_worker(tiny: Any, when: Any) -> None:
         talk.vanish()
         talk.process.kill()
         talk.process.wait()
+
+
+async def test_trimming_reaches_the_engine(tiny: Any) -> None:
+    prompt = tuple(range(10, 60))
+
+    async def cached(engine: Any, *, trim: bool) -> int:
+        first, *_ = await admits(engine, max_tokens=1)
+        admit = replace(first, prompt=prompt)
+        report = await engine.turn(Work(admit=(admit,), trim_caches=trim))
+        (prefill,) = report.prefills
+        while report.residents:
+            report = await engine.turn(Work())
+        return int(prefill.cached)
+
+    async with opened(tiny, prefix_cache_bytes=2**24) as engine:
+        await engine.wait_ready()
+        assert await cached(engine, trim=False) == 0
+        assert await cached(engine, trim=False) == len(prompt) - 1
+        assert await cached(engine, trim=True) == 0
+
+
+async def test_limits_of_memory_are_set_on_purpose_and_said(tiny: Any) -> None:
+    """On Metal only where it is Metal's own limit; without the settings nothing is touched."""
+    said: list[str] = []
+    handle = logger.add(lambda message: said.append(str(message)), level="INFO")
+    try:
+        async with opened(tiny, wired_limit_bytes=2**26, allocator_cache_bytes=3 * 2**20) as engine:
+            await engine.wait_ready()
+        with_limits = "".join(said)
+        said.clear()
+        async with opened(tiny) as engine:
+            await engine.wait_ready()
+    finally:
+        logger.remove(handle)
+    assert "at most 3 MB of freed memory" in with_limits
+    assert "64 MB" in with_limits
+    assert "freed memory" not in "".join(said)
+    assert "wired" not in "".join(said)
 
 
 def test_the_worker_side_imports_neither_mlx_nor_transformers() -> None:

@@ -60,7 +60,9 @@ def test_bytes_that_are_no_frame_raise_a_frame_error_and_nothing_else(body: Any)
 
 
 def test_a_frame_of_the_other_direction_is_refused() -> None:
-    frame = Loaded(model="m", context_length=1, cache_bytes_per_token=1, device="cpu")
+    frame = Loaded(
+        model="m", context_length=1, cache_bytes_per_token=1, device="cpu", accelerator="cpu"
+    )
     body = encode(frame)[4:]
     assert decode_from_engine(body) == frame
     with pytest.raises(FrameError):

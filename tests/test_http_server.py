@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import trio
@@ -14,21 +15,98 @@ import trio_asyncio
 
 from trio_worker.adapters import http_server
 from trio_worker.adapters.http_server import serve_http
+from trio_worker.core.statistics import (
+    BatchReading,
+    BrokerStatistics,
+    EngineReading,
+    InFlightReading,
+    Percentiles,
+    QueueReading,
+    RequestsReading,
+    ResourcesReading,
+    Snapshot,
+    TokensReading,
+    WorkerReading,
+)
 from trio_worker.errors import ConfigError
 from trio_worker.ports import Health
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    depth: int = 3
-    by_priority: dict[str, int] = field(default_factory=lambda: {"high": 1})
+NONE_YET = Percentiles(p50=None, p95=None, p99=None)
+SNAPSHOT = Snapshot(
+    worker=WorkerReading(id="w1", version="0.1.0", state="ready", uptime_s=1.0),
+    queue=QueueReading(
+        depth=3,
+        max_depth=100,
+        is_full=False,
+        by_priority={"high": 3, "low": 0},
+        promotions=0,
+        waiting_for_place=0,
+    ),
+    batch=BatchReading(
+        running=2,
+        max_batch_size=8,
+        turns=10,
+        mean_batch_size=1.5,
+        max_batch_seen=2,
+        last_formation_ms=0.1,
+        by_trigger={},
+        preemptions=0,
+    ),
+    resources=ResourcesReading(
+        memory_mb=100,
+        reserved_mb=1,
+        can_accept_request=True,
+        under_pressure=False,
+        pressure="normal",
+        steps=[],
+        degradations={},
+        available_mb=1000,
+        limits={"max_memory_mb": 8192, "critical_memory_mb": 10240},
+    ),
+    engine=EngineReading(
+        pid=1,
+        state="ready",
+        model="m",
+        restarts=0,
+        resumed=0,
+        context_length=8192,
+        cache_bytes_per_token=1,
+        device="none",
+        memory_active_mb=0,
+        memory_cache_mb=0,
+    ),
+    requests=RequestsReading(
+        in_flight=1,
+        completed=7,
+        by_outcome={"ok": 7},
+        by_stage={"decode": 1},
+        dropped=0,
+        queue_wait_ms=NONE_YET,
+        time_to_first_token_ms=NONE_YET,
+        inter_token_ms=NONE_YET,
+        request_ms=NONE_YET,
+        cancel_ms=NONE_YET,
+    ),
+    tokens=TokensReading(prompt=1, cached=0, generated=70, per_second=12.5),
+    nats=BrokerStatistics(
+        url="nats://here",
+        connected=True,
+        reconnects=0,
+        received=1,
+        published=1,
+        dropped=0,
+        unpublished_bytes=0,
+        slow_consumers=0,
+    ),
+)
 
 
 class FakeWorker:
     def __init__(self) -> None:
         self.live = Health(ok=True, reason="every loop makes progress")
         self.ready = Health(ok=True, reason="accepting requests")
-        self.stats: object = Snapshot()
+        self.stats: Any = SNAPSHOT
+        self.snapshots = 0
 
     def liveness(self) -> Health:
         return self.live
@@ -36,10 +114,33 @@ class FakeWorker:
     def readiness(self) -> Health:
         return self.ready
 
-    def snapshot(self) -> object:
+    def snapshot(self) -> Any:
+        self.snapshots += 1
         if isinstance(self.stats, Exception):
             raise self.stats
         return self.stats
+
+    def metrics(self) -> list[Any]:
+        return []
+
+    def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
+        reading = InFlightReading(
+            request_id="r1",
+            stage="decode",
+            priority="high",
+            age_s=0.5,
+            prompt_tokens=3,
+            prefilled=3,
+            tokens=2,
+            max_tokens=9,
+            resumed=0,
+            preempted=0,
+        )
+        return [reading] * min(99, limit or 99)
+
+
+def fake_exposition(_observed: object, accept: str) -> tuple[bytes, str]:
+    return b"up 1\n", "application/openmetrics-text" if "openmetrics" in accept else "text/plain"
 
 
 @contextlib.asynccontextmanager
@@ -48,7 +149,11 @@ async def serving(worker: FakeWorker) -> AsyncIterator[int]:
         with trio.fail_after(5):
             port = await nursery.start(
                 lambda task_status: serve_http(
-                    host="127.0.0.1", port=0, observed=worker, task_status=task_status
+                    host="127.0.0.1",
+                    port=0,
+                    observed=worker,
+                    exposition=fake_exposition,
+                    task_status=task_status,
                 )
             )
         yield port
@@ -56,14 +161,23 @@ async def serving(worker: FakeWorker) -> AsyncIterator[int]:
 
 
 async def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+    head, body = await ask(port, path, method)
+    return int(head.split()[1]), body
+
+
+async def ask(port: int, path: str, method: str = "GET", accept: str = "*/*") -> tuple[str, str]:
+    """The head and the body of an answer."""
     with trio.fail_after(5):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(
-                f"{method} {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n".encode()
-            )
+            await stream.send_all(_request(method, path, accept))
             answer = b"".join([chunk async for chunk in stream])
     head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), body.decode()
+    return head.decode().lower(), body.decode()
+
+
+def _request(method: str, path: str, accept: str) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: worker\r\nAccept: {accept}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode()
 
 
 async def test_probes_answer_with_their_reason() -> None:
@@ -85,7 +199,8 @@ async def test_probes_answer_with_their_reason() -> None:
 async def test_the_snapshot_is_json() -> None:
     async with serving(FakeWorker()) as port:
         status, body = await get(port, "/stats")
-    assert (status, json.loads(body)) == (200, {"depth": 3, "by_priority": {"high": 1}})
+    assert status == 200
+    assert json.loads(body)["queue"]["by_priority"] == {"high": 3, "low": 0}
 
 
 async def test_the_index_names_pages_that_exist() -> None:
@@ -93,7 +208,131 @@ async def test_the_index_names_pages_that_exist() -> None:
         status, body = await get(port, "/")
         assert status == 200
         for path in json.loads(body):
-            assert (await get(port, path))[0] == 200
+            assert (await get(port, path, "HEAD"))[0] == 200
+
+
+async def test_a_browser_gets_the_dashboard_which_may_ask_nobody_else_for_anything() -> None:
+    async with serving(FakeWorker()) as port:
+        head, body = await ask(port, "/", accept="text/html,application/xhtml+xml,*/*;q=0.8")
+        assert "content-type: text/html" in head
+        assert "content-security-policy: default-src 'none'; script-src 'self'" in head
+        assert "http://" not in body
+        assert "https://" not in body
+        parts = re.findall(r'(?:src|href)="(page/[^"]+)"', body)
+        assert len(parts) == 5
+        for part in parts:
+            assert (await get(port, f"/{part}"))[0] == 200
+        assert (await get(port, "/page/uplot-LICENSE"))[0] == 404
+        assert (await get(port, "/page/..%2fhttp_server.py"))[0] == 404
+
+
+async def test_metrics_are_given_as_asked_for() -> None:
+    async with serving(FakeWorker()) as port:
+        head, body = await ask(port, "/metrics")
+        assert "content-type: text/plain\r\n" in head
+        assert body == "up 1\n"
+        head, _ = await ask(port, "/metrics", accept="application/openmetrics-text")
+        assert "content-type: application/openmetrics-text\r\n" in head
+
+
+async def test_asking_in_a_loop_does_not_compute_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "FRESH_S", 60)
+    monkeypatch.setattr(http_server, "SAMPLE_S", 60)
+    worker = FakeWorker()
+    async with serving(worker) as port:
+        before = worker.snapshots
+        for _ in range(5):
+            assert (await get(port, "/stats"))[0] == 200
+    assert worker.snapshots == before + 1
+
+
+async def read_events(stream: trio.SocketStream, count: int) -> list[tuple[str, Any]]:
+    """Names and contents of the next events of a response that is being streamed."""
+    text = ""
+    with trio.fail_after(5):
+        while text.count("\n\n") < count:
+            text += (await stream.receive_some(65536)).decode().replace("\r\n", "")
+    events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", text)
+    return [(name, json.loads(data)) for name, data in events]
+
+
+async def test_a_stream_begins_with_the_history_and_tells_how_things_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "SAMPLE_S", 0.02)
+    worker = FakeWorker()
+    async with serving(worker) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(_request("GET", "/events", "text/event-stream"))
+        (first, history), (second, state) = (await read_events(stream, 2))[:2]
+        worker.ready = Health(ok=False, reason="queue: full")
+        while state["ready"]["ok"]:
+            _, state = (await read_events(stream, 1))[-1]
+    assert (first, second) == ("history", "state")
+    assert history["samples"][-1]["tokens_per_second"] == 12.5
+    assert state["ready"] == {"ok": False, "reason": "queue: full"}
+    assert state["snapshot"]["requests"]["completed"] == 7
+    assert len(state["in_flight"]) == http_server.IN_FLIGHT_SHOWN
+    assert state["in_flight"][0]["request_id"] == "r1"
+
+
+async def status_of_a_stream(port: int) -> int:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(_request("GET", "/events", "*/*"))
+        return int((await stream.receive_some(100)).split()[1])
+
+
+async def test_streams_are_few_and_their_places_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "SAMPLE_S", 0.02)
+    monkeypatch.setattr(http_server, "STREAMS_MAX", 1)
+    async with serving(FakeWorker()) as port:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(_request("GET", "/events", "*/*"))
+            await read_events(stream, 1)
+            assert (await get(port, "/events"))[0] == 503
+            assert (await get(port, "/livez"))[0] == 200
+        with trio.fail_after(5):
+            while await status_of_a_stream(port) == 503:  # noqa: ASYNC110 - in another task's time
+                await trio.sleep(0.01)
+
+
+async def test_a_stream_ends_by_itself_and_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "STREAM_S", 0.05)
+    async with serving(FakeWorker()) as port:
+        status, body = await get(port, "/events")
+        assert status == 200
+        assert body.endswith("0\r\n\r\n")
+        monkeypatch.setattr(http_server, "STREAM_S", 60)
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        await stream.send_all(_request("GET", "/events", "*/*"))
+        await read_events(stream, 1)
+    with trio.fail_after(5), contextlib.suppress(trio.BrokenResourceError):
+        while await stream.receive_some(65536):
+            pass
+    await stream.aclose()
+
+
+async def test_a_stream_that_is_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "SEND_S", 0.02)
+    monkeypatch.setattr(http_server, "SAMPLE_S", 0.005)
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 1)
+    worker = FakeWorker()
+    async with serving(worker) as port, await trio.open_tcp_stream("127.0.0.1", port) as stuck:
+        await stuck.send_all(_request("GET", "/events", "*/*"))
+        assert await stuck.receive_some(1)
+        assert await get_when_free(port, "/livez") == 200
+
+
+async def test_sampling_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "SAMPLE_S", 0.01)
+    worker = FakeWorker()
+    worker.stats = ValueError("broken")
+    async with serving(worker) as port:
+        while worker.snapshots < 3:
+            assert (await get(port, "/livez"))[0] == 200
+        worker.stats = SNAPSHOT
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(_request("GET", "/events", "*/*"))
+            assert (await read_events(stream, 1))[0][0] == "history"
 
 
 @pytest.mark.parametrize(
@@ -119,13 +358,15 @@ async def test_a_taken_port_is_a_configuration_error() -> None:
         with pytest.raises(
             ConfigError, match=rf"monitoring\.port: {port} is taken on 127\.0\.0\.1"
         ):
-            await serve_http(host="127.0.0.1", port=port, observed=FakeWorker())
+            await serve_http(
+                host="127.0.0.1", port=port, observed=FakeWorker(), exposition=fake_exposition
+            )
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "host name", "x" * 70])
 async def test_an_address_that_is_not_ours_is_a_configuration_error(host: str) -> None:
     with pytest.raises(ConfigError, match=r"monitoring\.host"):
-        await serve_http(host=host, port=0, observed=FakeWorker())
+        await serve_http(host=host, port=0, observed=FakeWorker(), exposition=fake_exposition)
 
 
 async def test_the_port_is_free_again_after_the_end() -> None:

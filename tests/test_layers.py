@@ -19,7 +19,17 @@ BETWEEN = {"door", "overview", "priority_channel", "reply"}
 """What stages share with each other and with worker.py."""
 EVERYTHING = {
     *("errors", "frames", "core", "config", "ports", *BETWEEN),
-    *("stages", "testing", "adapters", "worker", "client", "launch", "logs", "bench"),
+    *(
+        "stages",
+        "testing",
+        "adapters",
+        "worker",
+        "client",
+        "launch",
+        "logs",
+        "bench",
+        "bench_scheduling",
+    ),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # unit (a module of the top level or a folder): the others of ours that it may import
@@ -40,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"core", "errors", "ports", "config", *BETWEEN, "stages"},
     "client": {"core", "errors", "ports", "adapters.nats_broker"},
     "bench": EVERYTHING,
+    "bench_scheduling": EVERYTHING,
     "launch": EVERYTHING,
     "logs": set(),
     "__main__": EVERYTHING,
@@ -53,6 +64,7 @@ WORLD = {
     *("time", "socket", "select", "selectors", "subprocess", "threading", "multiprocessing"),
     *("signal", "ssl", "urllib.request", "http", "tempfile", "shutil", "secrets", "os", "io"),
     *("psutil", "nats", "hypercorn", "starlette", "loguru", "queue", "concurrent", "logging"),
+    "prometheus_client",
 }
 """What reads a clock or touches something outside of the process."""
 GENERAL_LIBRARIES = {"trio", "trio_util", "msgspec", "loguru"}

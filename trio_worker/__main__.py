@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,10 @@ from trio_worker.ports import Broker
 
 HELLO = "What is the capital of France?"
 ANSWERED_WITH_AN_ERROR = 1
+BENCH_PARTS = {
+    "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
+    "scheduling": ("overhead", "priority", "preemption"),
+}
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -119,8 +124,12 @@ def make_parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="batching",
-        choices=("batching",),
-        help="batching: eight requests together against one at a time",
+        choices=(*BENCH_PARTS, *itertools.chain(*BENCH_PARTS.values())),
+        help="batching: eight requests together against one at a time; bare: against mlx-lm's own "
+        "loop; prefix: with and without reuse; seeds, mixing: against greedy requests only; "
+        "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
+        "operations; priority: an urgent request among many; preemption: what it costs; "
+        "scheduling: these three",
     )
     bench.add_argument("--engine", choices=("mlx", "simulated"), default="mlx")
     bench.add_argument("--max-tokens", type=int, metavar="N", default=64)
@@ -301,18 +310,16 @@ def _model(action: str, args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from trio_worker.bench import bench_batching  # noqa: PLC0415 - only here
+    from trio_worker import bench_scheduling  # noqa: PLC0415 - only here
+    from trio_worker.bench import PARTS, Bench, run_bench  # noqa: PLC0415
 
     set_up_logging(log_format="human", level="warning")
-    trio.run(
-        partial(
-            bench_batching,
-            _load(args),
-            engine=args.engine,
-            max_tokens=args.max_tokens,
-            rounds=args.rounds,
-        )
+    bench = Bench(
+        config=_load(args), engine=args.engine, max_tokens=args.max_tokens, rounds=args.rounds
     )
+    parts = {**PARTS, **bench_scheduling.PARTS}
+    names = BENCH_PARTS.get(args.what, (args.what,))
+    trio.run(run_bench, bench, [parts[name] for name in names])
     return ExitStatus.OK
 
 

@@ -95,6 +95,8 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     context_length: int
     cache_bytes_per_token: int
     device: str
+    accelerator: str
+    """`metal`, `cuda` or `cpu`."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):

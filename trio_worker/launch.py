@@ -6,12 +6,14 @@ import random
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Literal, TypeAlias
 
 from trio_worker.adapters.engine_process import open_engine
 from trio_worker.adapters.http_server import serve_http
 from trio_worker.adapters.nats_broker import Login, open_nats_broker
 from trio_worker.adapters.nats_server import is_loopback, open_nats_server, somebody_listens
+from trio_worker.adapters.prometheus import exposition
 from trio_worker.adapters.psutil_probe import PsutilProbe
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
@@ -40,7 +42,7 @@ async def launch(
         probe=PsutilProbe(),
         rng=random.Random(),  # noqa: S311 - seeds and ids are no secrets
         wall_clock=time.time,
-        serve_http=serve_http,
+        serve_http=partial(serve_http, exposition=exposition),
         greet=greet,
         on_ready=on_ready,
     )
@@ -102,5 +104,11 @@ def _open_engine(
         prewarm_prompt=worker.prewarm.prompt,
         prewarm_max_tokens=worker.prewarm.max_tokens,
         prefix_cache_bytes=worker.engine.prefix_cache_mb * MB,
+        wired_limit_bytes=_bytes(worker.engine.wired_limit_mb),
+        allocator_cache_bytes=_bytes(worker.engine.allocator_cache_mb),
         on_progress=on_progress,
     )
+
+
+def _bytes(megabytes: int | None) -> int | None:
+    return None if megabytes is None else megabytes * MB

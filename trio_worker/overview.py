@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import trio
 
@@ -68,6 +69,8 @@ class Overview:
         self._engine = engine
         self._broker = broker
         self._started_at = trio.current_time()
+        self.is_subscribed = False
+        """Set by the worker once requests reach it."""
 
     def liveness(self) -> Health:
         """False when a turn is under way for much longer than a turn may take."""
@@ -82,9 +85,13 @@ class Overview:
     def readiness(self) -> Health:
         """True when a request sent now would be taken."""
         if self._door.state.value is DoorState.OPEN:
+            if not self.is_subscribed:
+                return Health(ok=False, reason="loading: not subscribed to requests yet")
             if not self._broker.statistics().connected:
                 return Health(ok=False, reason="nats: the connection is down")
             return Health(ok=True, reason="accepting requests")
+        if not self._admission.draining and self._engine.statistics().state == "restarting":
+            return Health(ok=False, reason="restarting: the engine was lost and starts again")
         return Health(ok=False, reason=self._admission.why_not_accepting())
 
     def snapshot(self) -> Snapshot:
@@ -175,7 +182,7 @@ class Overview:
         yield from self._counters.metrics.written()
         yield from self._readings()
 
-    def in_flight(self) -> list[InFlightReading]:
+    def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         """The requests in flight, the oldest first; neither prompts nor answers."""
         now = trio.current_time()
         levels = self._config.request_queue.priority_levels
@@ -192,7 +199,7 @@ class Overview:
                 resumed=each.resumed,
                 preempted=each.preempted,
             )
-            for each in self._admission.in_flight.values()
+            for each in islice(self._admission.in_flight.values(), limit)
         ]
 
     def _readings(self) -> Iterator[GaugeReading]:
@@ -200,8 +207,12 @@ class Overview:
         broker, memory = self._broker.statistics(), self._batches.engine_memory
         levels = self._config.request_queue.priority_levels
         by_level = self._queue.by_level()
-        depths = {(name_of(level, levels),): by_level.get(level, 0) for level in range(levels)}
+        depths: dict[Labels, float] = {
+            (name_of(level, levels),): by_level.get(level, 0) for level in range(levels)
+        }
         build = (__version__, self._config.id, self._config.model_name)
+        restarts: dict[Labels, float] = dict.fromkeys(metrics.ENGINE_RESTARTS.starts, 0)
+        restarts |= {(reason,): count for reason, count in engine.restarts_by_reason.items()}
         values: dict[Description, Mapping[Labels, float]] = {
             metrics.IN_FLIGHT: {(): len(self._admission.in_flight)},
             metrics.QUEUE_DEPTH: depths,
@@ -216,12 +227,11 @@ class Overview:
             },
             metrics.RESERVED: {(): self._scheduler.ledger.reserved_bytes},
             metrics.PRESSURE: {(): list(Pressure).index(gauge.level)},
-            metrics.ENGINE_RESTARTS: {
-                (reason,): count for reason, count in engine.restarts_by_reason.items()
-            },
+            metrics.ENGINE_RESTARTS: restarts,
             metrics.CONNECTED: {(): int(broker.connected)},
             metrics.RECONNECTS: {(): broker.reconnects},
             metrics.SLOW_CONSUMER: {(): broker.slow_consumers},
+            metrics.READY: {(): int(self.readiness().ok)},
             metrics.BUILD_INFO: {build: 1},
         }
         for description, readings in values.items():

@@ -214,5 +214,5 @@ class Observed(Protocol):
     def metrics(self) -> Iterable[CounterMetric | HistogramMetric | GaugeReading]:
         """Every metric with its present values."""
 
-    def in_flight(self) -> list[InFlightReading]:
+    def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         """The requests in flight, the oldest first; neither prompts nor answers."""

@@ -44,8 +44,8 @@ from trio_worker.ports import Broker, Engine, MemoryProbe, Observed
 from trio_worker.priority_channel import open_priority_channel
 from trio_worker.stages.batcher import BatchRules, run_batcher
 from trio_worker.stages.claim import claim_id
-from trio_worker.stages.control import run_control
-from trio_worker.stages.intake import run_intake
+from trio_worker.stages.control import Control, run_control
+from trio_worker.stages.intake import open_intake_buffer, run_intake
 from trio_worker.stages.monitor import read_memory, run_monitor
 from trio_worker.stages.pulse import run_pulse
 from trio_worker.stages.readiness import run_readiness
@@ -249,16 +249,18 @@ async def _serve(
         info = await engine.wait_ready()
         ledger.bytes_per_token = info.cache_bytes_per_token
         read_memory(probe, engine, gauge, scheduler)
-        await claim_id(broker, worker.id)
         reply_prefixes = config.nats.reply_prefixes
+        await claim_id(broker, worker.id, reply_prefixes)
+        intake_buffer = open_intake_buffer()
+        control = Control(broker, door, reply_prefixes)
         await services.start(
             partial(
                 run_control,
                 broker=broker,
-                door=door,
                 worker_id=worker.id,
-                reply_prefixes=reply_prefixes,
-            )
+                intake=intake_buffer[0],
+            ),
+            control,
         )
         await services.start(
             partial(
@@ -279,6 +281,8 @@ async def _serve(
                 requests,
                 broker=broker,
                 door=door,
+                buffer=intake_buffer,
+                act_on_control=control.act,
                 respond=partial(
                     respond,
                     engine=engine,
@@ -301,6 +305,7 @@ async def _serve(
                 rng=rng,
             )
             await requests.start(_noting_the_end, intake, intake_ended)
+            overview.is_subscribed = True
             stop.ready(requests.cancel_scope)
             logger.info("Worker {} serves {} on {}", worker.id, info.model, info.device)
             if on_ready is not None:

@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -80,6 +80,7 @@ PREWARM_TURNS = 10
 
 LAST_LINES = 20
 LINE_CHARACTERS = 400
+LEVELS = frozenset({"INFO", "WARNING", "ERROR"})
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 1.0
 TOKENISE_TRIES = 2
@@ -133,7 +134,10 @@ class EngineProcess:
         self._settings = settings
         self._state = "loading"
         self._pid: int | None = None
-        self._restarts = 0
+        self._restarts: Counter[str] = Counter()
+        self._last_end = "load"
+        """Why there is no child, while there is none: a planned end is nobody's fault."""
+        """By the reason of the end before it."""
         self._info: EngineInfo | None = None
         self._child: _Child | None = None
         # True exactly while there is a `_child`.
@@ -185,7 +189,7 @@ class EngineProcess:
         """
         child = self._child
         if child is None:
-            raise EngineLost("the engine is not ready", reason="load")
+            raise EngineLost("the engine is not ready", reason=self._last_end)
         try:
             answer = await _ask(child, child.control, encode(_turn_frame(work)))
         except _NeverAskedError as exc:
@@ -205,7 +209,11 @@ class EngineProcess:
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
-            state=self._state, pid=self._pid, restarts=self._restarts, info=self._info
+            state=self._state,
+            pid=self._pid,
+            restarts=self._restarts.total(),
+            info=self._info,
+            restarts_by_reason=dict(self._restarts),
         )
 
     async def _wait_child(self) -> _Child:
@@ -225,7 +233,7 @@ class EngineProcess:
                     logger.warning("the engine was lost ({}): {}", end.reason, end.message)
                     self._spend_restart(end)
                     await trio.sleep(self._backoff_s())
-                self._restarts += 1
+                self._restarts[end.reason] += 1
         finally:
             self._state = "stopped"
 
@@ -304,6 +312,7 @@ class EngineProcess:
     def _finish(self, child: _Child, reason: str, message: str) -> None:
         """Begin the end of this child; the first reason counts."""
         if child.end is None:
+            self._last_end = reason
             child.end = _End(reason, message)
             self._forget(child)
             child.scope.cancel(reason=message)
@@ -328,6 +337,7 @@ class EngineProcess:
                         context_length=frame.context_length,
                         cache_bytes_per_token=frame.cache_bytes_per_token,
                         device=frame.device,
+                        accelerator=frame.accelerator,
                     )
                     logger.info("the engine is ready: {} on {}", frame.model, frame.device)
                     return True
@@ -395,9 +405,9 @@ class EngineProcess:
         text = line.decode("utf-8", "replace").rstrip()[:LINE_CHARACTERS]
         if text:
             self._lines.append(text)
-            # What libraries say is for those who look for it; what the engine warns of is not.
-            level = "WARNING" if text.startswith("WARNING trio_worker.") else "DEBUG"
-            logger.log(level, "engine: {}", text)
+            # What libraries say is for those who look for it; what the engine itself says is not.
+            level, _, rest = text.partition(" trio_worker.")
+            logger.log(level if rest and level in LEVELS else "DEBUG", "engine: {}", text)
 
 
 @asynccontextmanager
@@ -413,6 +423,8 @@ async def open_engine(
     prewarm_prompt: str,
     prewarm_max_tokens: int,
     prefix_cache_bytes: int,
+    wired_limit_bytes: int | None = None,
+    allocator_cache_bytes: int | None = None,
     on_progress: ProgressSink | None = None,
 ) -> AsyncIterator[EngineProcess]:
     """An engine in a child process of its own, restarted when it dies, gone when this ends.
@@ -431,6 +443,8 @@ async def open_engine(
                 prewarm_prompt=prewarm_prompt,
                 prewarm_max_tokens=prewarm_max_tokens,
                 prefix_cache_bytes=prefix_cache_bytes,
+                wired_limit_bytes=wired_limit_bytes,
+                allocator_cache_bytes=allocator_cache_bytes,
             ),
             turn_timeout_s=turn_timeout_s,
             max_restarts=max_restarts,
@@ -541,6 +555,7 @@ def _turn_frame(work: Work) -> Turn:
         admit=tuple(_admit_frame(admit) for admit in work.admit),
         remove=tuple(work.remove),
         prefill_tokens=work.prefill_tokens,
+        trim_caches=work.trim_caches,
     )
 
 

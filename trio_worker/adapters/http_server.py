@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from importlib import resources
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import trio
+import trio_util
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio.tcp_server import TCPServer
@@ -25,7 +30,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import ConfigError
 from trio_worker.ports import Health, Observed
 
@@ -40,11 +47,49 @@ CLOSING_S = 0.5
 READ_S = 10
 """The longest that a client may be silent in the middle of a request."""
 
+FRESH_S = 0.1
+"""What was computed for one client so short a time ago is good enough for the next."""
+SAMPLE_S = 1.0
+"""From one event of the page's stream to the next."""
+HISTORY = 180
+"""Samples that a new stream begins with: three minutes."""
+IN_FLIGHT_SHOWN = 50
+STREAMS_MAX = 8
+"""Event streams at a time; the other connections stay free for probes."""
+STREAM_S = 45.0
+"""A stream ends by itself before its connection is cut; the page opens the next one."""
+
 ENDPOINTS = {
+    "/": "this index, or the dashboard for a browser",
     "/livez": "200 while the loops make progress",
     "/readyz": "200 only while requests are accepted; the reason otherwise",
     "/healthz": "both as JSON",
+    "/metrics": "for Prometheus; OpenMetrics if asked for",
     "/stats": "the statistics snapshot",
+    "/events": "the same and the requests in flight, every second, as server-sent events",
+}
+
+Exposition: TypeAlias = Callable[[Observed, str], tuple[bytes, str]]
+"""From what is observed and an Accept header to the metrics and their content type."""
+
+_T = TypeVar("_T")
+
+_FRESH = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_PAGE_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept",
+    "X-Content-Type-Options": "nosniff",
 }
 
 
@@ -53,6 +98,7 @@ async def serve_http(
     host: str,
     port: int,
     observed: Observed,
+    exposition: Exposition,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on `host` and `port` until cancelled; 0 is any free port.
@@ -64,15 +110,17 @@ async def serve_http(
     """
     listeners = await _listen(host, port)
     connections: set[trio.SocketStream] = set()
+    feed = _Feed(observed)
     serve = partial(
         _serve_connection,
-        ASGIWrapper(_application(observed)),  # type: ignore[arg-type]  # starlette's own types
+        ASGIWrapper(_application(observed, exposition, feed)),  # type: ignore[arg-type]  # starlette's own types
         _hypercorn_config(),
         WorkerContext(None),
         connections,
     )
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed.run)
             await nursery.start(trio.serve_listeners, serve, listeners)
             bound: int = listeners[0].socket.getsockname()[1]
             logger.info(
@@ -175,7 +223,9 @@ class _BoundedStream:
             raise trio.BrokenResourceError("the client does not read its answer")
 
 
-def _application(observed: Observed) -> Starlette:
+def _application(observed: Observed, exposition: Exposition, feed: _Feed) -> Starlette:
+    recent = _Recent()
+
     async def livez(_: Request) -> Response:
         return _probe(observed.liveness())
 
@@ -184,40 +234,214 @@ def _application(observed: Observed) -> Starlette:
 
     async def healthz(_: Request) -> Response:
         live, ready = observed.liveness(), observed.readiness()
-        return _json({"live": live, "ready": ready}, ok=live.ok and ready.ok)
+        body = msgspec.json.encode({"live": live, "ready": ready})
+        return _json(body, ok=live.ok and ready.ok)
 
     async def stats(_: Request) -> Response:
-        return _json(observed.snapshot())
+        return _json(recent.get("", lambda: msgspec.json.encode(observed.snapshot())))
 
-    async def index(_: Request) -> Response:
-        return _json(ENDPOINTS)
+    async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "*/*")
+        body, content_type = recent.get(accept, lambda: exposition(observed, accept))
+        # As a header: starlette would add a second charset to a media type.
+        return Response(body, headers={**_FRESH, "Content-Type": content_type})
+
+    async def events(_: Request) -> Response:
+        if feed.streams >= STREAMS_MAX:
+            return PlainTextResponse("too many streams are open\n", status_code=503)
+        return _EventStream(feed)
 
     endpoints = {
-        "/": index,
         "/livez": livez,
         "/readyz": readyz,
         "/healthz": healthz,
+        "/metrics": metrics,
         "/stats": stats,
+        "/events": events,
     }
     return Starlette(
-        routes=[Route(path, endpoint) for path, endpoint in endpoints.items()],
+        routes=[Route(path, endpoint) for path, endpoint in {**endpoints, **_page()}.items()],
         exception_handlers={Exception: _failed},
     )
 
 
+def _page() -> Mapping[str, Callable[[Request], Awaitable[Response]]]:
+    """The dashboard and its parts."""
+    parts = _read_page()
+
+    async def index(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return parts["index.html"]
+        return _json(msgspec.json.encode(ENDPOINTS))
+
+    async def part(request: Request) -> Response:
+        return parts.get(request.path_params["name"]) or PlainTextResponse(
+            "there is no such page\n", status_code=404
+        )
+
+    return {"/": index, "/page/{name}": part}
+
+
 def _probe(health: Health) -> Response:
-    return PlainTextResponse(f"{health.reason}\n", status_code=200 if health.ok else 503)
+    return PlainTextResponse(
+        f"{health.reason}\n", status_code=200 if health.ok else 503, headers=_FRESH
+    )
 
 
-def _json(value: Any, *, ok: bool = True) -> Response:
+def _json(body: bytes, *, ok: bool = True) -> Response:
     return Response(
-        msgspec.json.encode(value),
+        body,
         media_type="application/json",
         status_code=200 if ok else 503,
-        headers={"Cache-Control": "no-store"},
+        headers={**_FRESH, "Vary": "Accept"},
     )
+
+
+def _read_page() -> Mapping[str, Response]:
+    """The dashboard's files, by name."""
+    folder = resources.files("trio_worker.adapters").joinpath("page")
+    return {
+        part.name: Response(
+            part.read_bytes(), headers={**_PAGE_HEADERS, "Content-Type": _PAGE_TYPES[suffix]}
+        )
+        for part in folder.iterdir()
+        if (suffix := part.name.rpartition(".")[2]) in _PAGE_TYPES
+    }
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     logger.opt(exception=error).error("the page {} failed", request.url.path)
     return PlainTextResponse("this page failed; the worker's log says how\n", status_code=500)
+
+
+class _Recent:
+    """What was computed within the last `FRESH_S`: polling in a loop costs next to nothing."""
+
+    def __init__(self) -> None:
+        self._since = float("-inf")
+        self._kept: dict[str, Any] = {}
+
+    def get(self, key: str, compute: Callable[[], _T]) -> _T:
+        now = trio.current_time()
+        if now - self._since > FRESH_S:
+            self._since = now
+            self._kept.clear()
+        if key not in self._kept:
+            self._kept[key] = compute()
+        value: _T = self._kept[key]
+        return value
+
+
+class _Feed:
+    """What the streams carry: sampled once for all of them, and a short history."""
+
+    def __init__(self, observed: Observed) -> None:
+        self.streams = 0
+        self.sampled = trio.Event()
+        """Set at the next sample."""
+        self._observed = observed
+        self._samples: deque[Mapping[str, float | None]] = deque(maxlen=HISTORY)
+        self._event = b""
+        self._is_broken = False
+
+    async def run(self) -> None:
+        """Sample every `SAMPLE_S` until cancelled."""
+        async for _ in trio_util.periodic(SAMPLE_S):
+            try:
+                self._sample()
+            except Exception as error:  # noqa: BLE001 - what is shown must not stop what it shows
+                if not self._is_broken:
+                    logger.opt(exception=error).error("sampling for the dashboard failed")
+                self._is_broken = True
+            else:
+                self._is_broken = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A stream is open meanwhile."""
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    def history(self) -> bytes:
+        """The event that a stream begins with."""
+        samples = msgspec.json.encode({"now": trio.current_time(), "samples": [*self._samples]})
+        return b"retry: 1000\nevent: history\ndata: " + samples + b"\n\n"
+
+    def event(self) -> bytes:
+        """How things are; never older than the last sample."""
+        return self._event or self._state(self._observed.snapshot())
+
+    def _sample(self) -> None:
+        snapshot = self._observed.snapshot()
+        self._samples.append(_sample_of(snapshot))
+        self._event = self._state(snapshot) if self.streams else b""
+        self.sampled.set()
+        self.sampled = trio.Event()
+
+    def _state(self, snapshot: Snapshot) -> bytes:
+        state = msgspec.json.encode(
+            {
+                "now": trio.current_time(),
+                "live": self._observed.liveness(),
+                "ready": self._observed.readiness(),
+                "snapshot": snapshot,
+                "in_flight": self._observed.in_flight(IN_FLIGHT_SHOWN),
+                "sample": _sample_of(snapshot),
+            }
+        )
+        return b"event: state\ndata: " + state + b"\n\n"
+
+
+def _sample_of(snapshot: Snapshot) -> Mapping[str, float | None]:
+    """One point of each of the page's charts."""
+    requests = snapshot.requests
+    return {
+        "at": trio.current_time(),
+        "tokens_per_second": snapshot.tokens.per_second,
+        "running": snapshot.batch.running,
+        "depth": snapshot.queue.depth,
+        "first_p50": requests.time_to_first_token_ms.p50,
+        "first_p95": requests.time_to_first_token_ms.p95,
+        "gap_p50": requests.inter_token_ms.p50,
+        "gap_p95": requests.inter_token_ms.p95,
+        "memory_mb": snapshot.resources.memory_mb,
+    }
+
+
+class _EventStream(Response):
+    """Server-sent events until the client leaves, does not read, or `STREAM_S` have passed.
+
+    One event at most is under way to a client: the next one is taken when it has been sent.
+    """
+
+    def __init__(self, feed: _Feed) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={**_FRESH, "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._feed = feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if scope["method"] == "GET":
+            async with trio.open_nursery() as nursery:
+                nursery.cancel_scope.deadline = trio.current_time() + STREAM_S
+                nursery.start_soon(self._until_gone, receive, nursery.cancel_scope)
+                await self._tell(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _tell(self, send: Send) -> None:
+        with self._feed.watched():
+            body = self._feed.history() + self._feed.event()
+            while True:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await self._feed.sampled.wait()
+                body = self._feed.event()
+
+    async def _until_gone(self, receive: Receive, stream: trio.CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        stream.cancel(reason="the client is gone")

@@ -72,9 +72,11 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """Whether the next request would not get a place."""
+        live = len(self.in_flight) - self.waiting
         if self._queue_enabled:
-            return self.depth >= self.max_depth
-        return len(self.in_flight) >= self.slots
+            # Preempted requests hold no place, but the queue has to have room for them.
+            return self.depth >= self.max_depth or live >= self.max_depth + self.slots
+        return live >= self.slots
 
     def refusal(self, sequence: Sequence) -> WorkerError | None:
         """What speaks against taking this request now, if anything does."""

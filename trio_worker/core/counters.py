@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 
 from trio_worker.core.metrics import Metrics
 from trio_worker.core.statistics import Percentiles
 from trio_worker.core.turn import EngineMemory
+from trio_worker.errors import WorkerError
 
 WINDOW_S = 10.0
 
@@ -47,11 +48,25 @@ class Throughput:
         return sum(count for second, count in self._buckets if second > now - WINDOW_S) / WINDOW_S
 
 
+class SubjectCounters:
+    """What became of the requests that came in on one subject."""
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.failed = 0
+        """Of those answered."""
+        self.processing_s = 0.0
+        """From arrival to the terminal message, summed up."""
+        self.last_error = ""
+
+
 class RequestCounters:
     """What became of the requests, and all that is exported."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.by_subject: defaultdict[str, SubjectCounters] = defaultdict(SubjectCounters)
+        """Bound: the subjects that are subscribed to."""
         self.by_outcome: Counter[str] = Counter()
         """`ok` or the error's code."""
         self.dropped = 0
@@ -66,6 +81,16 @@ class RequestCounters:
         """From the end of a request before its answer's end to its slot being free."""
         self.cached_tokens = 0
         self.throughput = Throughput()
+
+    def answer(self, subject: str, error: WorkerError | None, *, after_s: float = 0.0) -> None:
+        """A request that came in on `subject` has got its terminal message."""
+        self.by_outcome[error.code if error is not None else "ok"] += 1
+        of_subject = self.by_subject[subject]
+        of_subject.answered += 1
+        of_subject.processing_s += after_s
+        if error is not None:
+            of_subject.failed += 1
+            of_subject.last_error = f"{error.number}:{error.code}"
 
 
 class BatchCounters:

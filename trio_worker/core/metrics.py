@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from trio_worker.core.memory import DegradationStep
+from trio_worker.errors import ErrorCode
+
 PREFIX = "trio_worker_"
 
 Labels: TypeAlias = tuple[str, ...]
@@ -33,6 +36,8 @@ class Description:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     worry: str = ""
+    starts: tuple[Labels, ...] = ()
+    """Label values that are there with 0 from the start: else their first count is no increase."""
 
     @property
     def full_name(self) -> str:
@@ -44,7 +49,9 @@ class CounterMetric:
 
     def __init__(self, description: Description) -> None:
         self.description = description
-        self.values: dict[Labels, float] = {}
+        self.values: dict[Labels, float] = dict.fromkeys(description.starts, 0)
+        if not description.labels:
+            self.values[()] = 0
 
     def add(self, amount: float = 1, labels: Labels = ()) -> None:
         self.values[labels] = self.values.get(labels, 0) + amount
@@ -107,7 +114,7 @@ class Metrics:
 REQUESTS = Description(
     name="requests_total",
     kind="counter",
-    meaning="Requests that ended; `outcome` is `ok` or the error's code.",
+    meaning="Admitted requests that ended; `outcome` is `ok` or the error's code.",
     labels=("outcome", "priority"),
     worry="The share of outcomes other than `ok` and `CANCELLED` grows.",
 )
@@ -116,6 +123,7 @@ REJECTIONS = Description(
     kind="counter",
     meaning="Requests that were not admitted, by code.",
     labels=("code",),
+    starts=tuple((code.value,) for code in ErrorCode),
     worry="`QUEUE_FULL` or `RESOURCE_LIMIT_EXCEEDED` keep growing: more workers are needed.",
 )
 CANCELLATIONS = Description(
@@ -128,7 +136,10 @@ PROMPT_TOKENS = Description(
     name="prompt_tokens_total", kind="counter", meaning="Tokens of the prompts that were served."
 )
 GENERATED_TOKENS = Description(
-    name="generated_tokens_total", kind="counter", meaning="Tokens that were generated."
+    name="generated_tokens_total",
+    kind="counter",
+    meaning="Tokens of the answers, counted when a request ends; for the rate of this moment see "
+    "`batch_size`, whose sum counts them turn by turn.",
 )
 CACHED_TOKENS = Description(
     name="prefix_cache_hit_tokens_total",
@@ -140,6 +151,7 @@ DEGRADATIONS = Description(
     kind="counter",
     meaning="How often each step of degradation began.",
     labels=("step",),
+    starts=tuple((step.value,) for step in DegradationStep),
     worry="It grows: memory is too small for the load.",
 )
 RESUMED = Description(
@@ -152,6 +164,7 @@ PREEMPTIONS = Description(
     kind="counter",
     meaning="Requests taken out of the batch for a more urgent one (`priority`) or `memory`.",
     labels=("reason",),
+    starts=(("priority",), ("memory",)),
 )
 QUEUE_WAIT = Description(
     name="queue_wait_seconds",
@@ -253,8 +266,10 @@ PRESSURE = Description(
 ENGINE_RESTARTS = Description(
     name="engine_restarts_total",
     kind="counter",
-    meaning="Restarts of the engine process: after a `crash` or a `hang`, or `planned`.",
+    meaning="Restarts of the engine process: after a `crash`, a `hang`, a failed `load`, or "
+    "`planned`.",
     labels=("reason",),
+    starts=(("crash",), ("hang",), ("load",), ("planned",)),
     worry="`crash` or `hang` grow: see the log for the engine's last lines.",
 )
 CONNECTED = Description(
@@ -271,6 +286,12 @@ SLOW_CONSUMER = Description(
     kind="counter",
     meaning="Messages that the NATS client threw away because they were not taken in time.",
     worry="It grows at all.",
+)
+READY = Description(
+    name="ready",
+    kind="gauge",
+    meaning="1 while requests are accepted, as `/readyz` says, which also says why not.",
+    worry="It is 0 for minutes, or changes all the time: more workers are needed.",
 )
 BUILD_INFO = Description(
     name="build_info",
@@ -290,6 +311,7 @@ READ = (
     CONNECTED,
     RECONNECTS,
     SLOW_CONSUMER,
+    READY,
     BUILD_INFO,
 )
 """Metrics that are read from the state they describe."""

@@ -101,6 +101,8 @@ class Sequence:
     """The earliest key is served first."""
     stage: Stage = Stage.TOKENISING
     ending: Ending | None = None
+    subject: str = ""
+    """Where the request came in."""
 
     prompt: tuple[int, ...] = ()
     max_tokens: int = 0

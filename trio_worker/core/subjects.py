@@ -30,6 +30,11 @@ def control(worker_id: str, request_id: RequestId | str) -> str:
     return f"inference.{worker_id}.ctl.{request_id}"
 
 
+def is_control(subject: str, worker_id: str) -> bool:
+    """Whether a message there is about a request rather than one."""
+    return subject == CANCEL or subject.startswith(control(worker_id, ""))
+
+
 def ping(worker_id: str) -> str:
     return f"worker.{worker_id}.ping"
 

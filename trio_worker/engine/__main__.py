@@ -23,6 +23,8 @@ def main() -> int:
     preparing.add_argument("name")
     checking = commands.add_parser("check", help="compare a model's answers alone and batched")
     checking.add_argument("name")
+    bare = commands.add_parser("bare", help="mlx-lm's own loop, for `trio-worker bench`")
+    bare.add_argument("name")
     asked = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -39,7 +41,7 @@ def main() -> int:
     from trio_worker.engine.models import CannotLoad  # noqa: PLC0415
 
     try:
-        return _prepare(asked.name) if asked.command == "prepare" else _check(asked.name)
+        return {"prepare": _prepare, "check": _check, "bare": _bare}[asked.command](asked.name)
     except CannotLoad as exc:
         sys.stderr.write(f"{exc}\n")
         return ExitStatus.CONFIG
@@ -71,6 +73,14 @@ def _check(name: str) -> int:
     sys.stdout.write(
         f"{name} batches correctly on {model.device}: {len(PROMPTS)} prompts, same tokens\n"
     )
+    return ExitStatus.OK
+
+
+def _bare(name: str) -> int:
+    from trio_worker.engine.bare import run_bare  # noqa: PLC0415
+    from trio_worker.engine.models import load  # noqa: PLC0415
+
+    run_bare(load(name, None, _say))
     return ExitStatus.OK
 
 

@@ -1,12 +1,12 @@
 """The running batch: sequences wait, prefill and decode together; any may come or go at any turn.
 
-Built from the two halves of mlx-lm's `BatchGenerator` rather than on it. The generator bounds
-prefill per row and not per turn, samples row by row as soon as requests differ, and sets Metal's
-wired limit when it is made, which has brought whole machines down (ml-explore/mlx#3186).
+Built on the decoding half of mlx-lm's `BatchGenerator` rather than on the whole. The generator
+bounds prefill per row and not per turn, samples row by row as soon as requests differ, and sets
+Metal's wired limit when it is made, which has brought whole machines down (ml-explore/mlx#3186).
 
 1. A sequence is in `_arriving` until its prompt is computed, then a row of `_decoding`.
-2. A row that prefills has a cache of its own, so its chunks are exact and need no padding; rows
-   that become ready in one turn join the batch together.
+2. A sequence that prefills has a cache of its own, so its chunks are exact and need no padding;
+   those that become ready in one turn join the batch together.
 3. A step is in flight on the device between turns: a turn takes its tokens and starts the next.
 """
 
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
+from mlx_lm.generate import GenerationBatch, StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
+from trio_worker.engine import heap
 from trio_worker.engine.prefix import PrefixCache
 from trio_worker.engine.sampling import Logprobs, Plan
 from trio_worker.engine.text import Answer, Vocabulary
@@ -57,8 +58,8 @@ class Sequence:
     done: int = 0
     """How many of `tokens` are computed, or came from the prefix cache."""
     cached: int = 0
-    prefill: Any = None
-    """A `PromptProcessingBatch` of this row alone, once its first chunk has been computed."""
+    cache: list[Any] | None = None
+    """Of the tokens that are done, from the first chunk until the sequence decodes."""
 
 
 @dataclass(slots=True)
@@ -143,6 +144,9 @@ class Batch:
         started = time.perf_counter()
         outcome = _Outcome()
         self._remove(frozenset(turn.remove))
+        if turn.trim_caches:
+            # After the removal: what has just left for want of memory is not worth keeping.
+            self._trim()
         for admit in turn.admit:
             self._admit(admit, outcome)
         self._decode(outcome)
@@ -162,11 +166,28 @@ class Batch:
     def _remove(self, leaving: frozenset[str]) -> None:
         if not leaving:
             return
-        self._arriving = [s for s in self._arriving if s.request_id not in leaving]
+        for sequence in [s for s in self._arriving if s.request_id in leaving]:
+            self._arriving.remove(sequence)
+            self._keep(sequence)
         rows = range(len(self._decoding))
         gone = [i for i in rows if self._decoding.uids[i] in leaving]
         # It may only have made room for a more urgent one, and then it comes back.
         self._leave(gone)
+
+    def _trim(self) -> None:
+        if self._prefixes is not None:
+            self._prefixes.clear()
+        mx.clear_cache()
+        heap.give_back()
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Let the next prompt that begins alike have what was computed for this one."""
+        if self._prefixes is None or sequence.cache is None:
+            return
+        computed = min(sequence.done, len(sequence.tokens) - 1)
+        # A copy, and without the room for more: a cache grows by hundreds of tokens at a time.
+        cache = [layer.merge([layer]).extract(0) for layer in sequence.cache]
+        self._prefixes.keep(sequence.tokens[:computed], cache)
 
     def _admit(self, admit: AdmitFrame, outcome: _Outcome) -> None:
         if admit.request_id in self.residents:
@@ -287,8 +308,9 @@ class Batch:
         for sequence in self._arriving:
             if budget <= 0:
                 break
-            if sequence.prefill is None:
-                self._begin(sequence)
+            if sequence.cache is None:
+                sequence.cache, sequence.cached = self._begin(sequence.tokens)
+                sequence.done = sequence.cached
             chunk = sequence.tokens[sequence.done : sequence.done + budget]
             budget -= len(chunk)
             outcome.prefill_tokens += len(chunk)
@@ -298,7 +320,11 @@ class Batch:
                 ready.append(sequence)
                 del chunk[-1:]
             if chunk:
-                sequence.prefill.prompt([chunk])
+                self._model(mx.array([chunk]), cache=sequence.cache)
+                mx.eval([layer.state for layer in sequence.cache])
+                if sequence in ready:
+                    # At once, for the next in this loop may begin with the same tokens.
+                    self._keep(sequence)
             outcome.prefills.append(
                 PrefillFrame(
                     request_id=sequence.request_id,
@@ -311,52 +337,41 @@ class Batch:
             self._arriving = [s for s in self._arriving if s not in ready]
             self._join(ready)
 
-    def _begin(self, sequence: Sequence) -> None:
-        cache, length = None, 0
-        if self._prefixes is not None and (found := self._prefixes.find(sequence.tokens[:-1])):
-            cache, length = found
-        sequence.done = sequence.cached = length
-        sequence.prefill = PromptProcessingBatch(
-            self._model,
-            uids=[sequence.request_id],
-            caches=[cache or make_prompt_cache(self._model)],
-            tokens=[sequence.tokens[:length]],
-            prefill_step_size=len(sequence.tokens),
-            samplers=[sequence],
-            logits_processors=[()],
-            max_tokens=[0],
-        )
+    def _begin(self, tokens: list[int]) -> tuple[list[Any], int]:
+        """A cache for these tokens, and how many of them it holds already."""
+        # The last one has to go through the model for the logits that follow it.
+        if self._prefixes is not None and (found := self._prefixes.find(tokens[:-1])):
+            return found
+        return make_prompt_cache(self._model), 0
 
     def _join(self, ready: list[Sequence]) -> None:
-        for sequence in ready:
-            if self._prefixes is not None and sequence.done - sequence.cached > 1:
-                self._prefixes.keep(sequence.tokens[:-1], sequence.prefill.extract_cache(0))
-        first = ready[0].prefill
-        for sequence in ready[1:]:
-            first.extend(sequence.prefill)
-        joining = _decoding(self._model, ready, first)
-        for sequence in ready:
-            sequence.prefill = None
+        joining = _decoding(self._model, ready)
         if len(self._decoding):
             self._decoding.extend(joining)
         else:
             self._decoding = joining
+        # Prompts leave behind buffers of sizes that decoding has no use for.
+        mx.clear_cache()
 
 
-def _decoding(model: Any, rows: list[Sequence], prefilled: Any = None) -> Decoding:
+def _decoding(model: Any, rows: list[Sequence]) -> Decoding:
     """Rows whose prompts are computed but for the last token; their first step is started."""
-    return Decoding(
+    caches = zip(*(row.cache or () for row in rows), strict=True)
+    decoding = Decoding(
         model,
         uids=[row.request_id for row in rows],
         inputs=mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32),
-        prompt_cache=prefilled.prompt_cache if prefilled is not None else [],
-        tokens=prefilled.tokens if prefilled is not None else [],
+        prompt_cache=[layers[0].merge(list(layers)) for layers in caches],
+        tokens=[row.tokens[:-1] for row in rows],
         samplers=list(rows),
         fallback_sampler=None,
         logits_processors=[() for _ in rows],
-        stop_sequences=list(prefilled.stop_sequences) if prefilled is not None else [],
+        stop_sequences=[StopSequences() for _ in rows],
         max_tokens=[0 for _ in rows],
     )
+    for row in rows:
+        row.cache = None
+    return decoding
 
 
 def _arrays(places: list[tuple[Logprobs, int] | None]) -> list[mx.array]:

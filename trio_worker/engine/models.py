@@ -50,6 +50,7 @@ class LoadedModel:
     cache_bytes_per_token: int
     vocabulary_size: int
     device: str
+    accelerator: str
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -86,6 +87,7 @@ def load(model: str, model_name: str | None, progress: ProgressSink) -> LoadedMo
         cache_bytes_per_token=bytes_per_token,
         vocabulary_size=vocabulary_size,
         device=_device(module),
+        accelerator=_accelerator(),
     )
 
 
@@ -227,6 +229,12 @@ def _memory_bytes() -> int:
 
 def _on_cpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def _accelerator() -> str:
+    if _on_cpu():
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def _measure(module: Any) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import logging
 import threading
 from typing import Any, NoReturn
 
+import mlx.core as mx
+
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.lines import Line, leave
 from trio_worker.engine.models import CannotLoad, LoadedModel, blas_warning, load
@@ -32,6 +34,7 @@ from trio_worker.frames import (
 
 log = logging.getLogger("trio_worker.engine")
 
+MB = 2**20
 PREWARM_PREFILL_TOKENS = 512
 
 GREEDY = SamplingFrame(
@@ -67,6 +70,7 @@ def _serve(control: Line, tokenising: Line) -> NoReturn:
         control.send(Progress(step=step, done=done, total=total, unit=unit))
 
     try:
+        set_limits(hello)
         model = load(hello.model, hello.model_name, progress)
     except CannotLoad as exc:
         control.send(LoadFailed(message=str(exc)))
@@ -84,12 +88,33 @@ def _serve(control: Line, tokenising: Line) -> NoReturn:
             context_length=model.context_length,
             cache_bytes_per_token=model.cache_bytes_per_token,
             device=model.device,
+            accelerator=model.accelerator,
         )
     )
     while True:
         turn = control.receive()
         assert isinstance(turn, Turn)
         control.send(batch.turn(turn))
+
+
+def set_limits(hello: Hello) -> None:
+    """Bound MLX's memory as the worker asks, and say so; nothing else in this process does.
+
+    Raises `CannotLoad` for a limit that Metal refuses.
+    """
+    if (size := hello.allocator_cache_bytes) is not None:
+        mx.set_cache_limit(size)
+        log.info("MLX keeps at most %d MB of freed memory for reuse", size // MB)
+    if (size := hello.wired_limit_bytes) is None:
+        return
+    if not mx.metal.is_available():
+        log.info("the wired limit of %d MB is not set: this is no Metal device", size // MB)
+        return
+    try:
+        mx.set_wired_limit(size)
+    except (RuntimeError, ValueError) as exc:
+        raise CannotLoad(f"a wired limit of {size // MB} MB is refused: {exc}") from exc
+    log.info("Metal may wire down %d MB", size // MB)
 
 
 def open_batch(model: LoadedModel, prefix_cache_bytes: int) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
+
 import trio
 from loguru import logger
 
@@ -13,7 +15,7 @@ CLAIM_S = 1.0
 """How long an answer may take. Where nobody listens, the server says so at once."""
 
 
-async def claim_id(broker: Broker, worker_id: str) -> None:
+async def claim_id(broker: Broker, worker_id: str, reply_prefixes: Many[str]) -> None:
     """Return once the id is ours. Raises `ConfigError` if another worker answers to it."""
     subject = subjects.ping(worker_id)
     inbox = broker.new_inbox()
@@ -40,7 +42,8 @@ async def claim_id(broker: Broker, worker_id: str) -> None:
             await subscription.drain()
 
     def answer_ping(message: Message) -> None:
-        if message.reply is not None:
+        if subjects.may_reply_to(message.reply, reply_prefixes):
+            assert message.reply is not None
             broker.publish(Message(subject=message.reply, body=worker_id.encode()))
 
     await broker.subscribe(subject, answer_ping)

@@ -1,7 +1,7 @@
 """Ending requests from outside: cancel messages, and the server's word that a caller is gone.
 
-Everything happens inside the broker's callback: ending a request is synchronous, so there is
-nothing to buffer and nothing to wait for.
+Acting on such a message is synchronous, so there is nothing to wait for. It goes through intake's
+buffer all the same, while there is one with room: a cancel message must not overtake its request.
 """
 
 from __future__ import annotations
@@ -21,44 +21,63 @@ from trio_worker.ports import Broker, Message
 CANCEL_BODY = b"cancel"
 
 
-async def run_control(
-    *,
-    broker: Broker,
-    door: Door,
-    worker_id: str,
-    reply_prefixes: Many[str],
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Listen for ends until cancelled. Started when the subscriptions stand."""
+class Control:
+    """Acts on messages about requests in flight."""
 
-    def on_control(message: Message) -> None:
+    def __init__(self, broker: Broker, door: Door, reply_prefixes: Many[str]) -> None:
+        self._broker = broker
+        self._door = door
+        self._reply_prefixes = reply_prefixes
+
+    def act(self, message: Message) -> None:
+        """End the request that the message is about, if it says so and there is one."""
+        if message.subject == subjects.CANCEL:
+            if (named := native.cancelled_id(message.body)) is not None:
+                self._door.end(named, Ending.CANCELLED)
+            return
         request_id = RequestId(message.subject.rpartition(".")[2])
         if message.headers.get("Status") == "503":
-            _caller_gone(door, request_id, message.headers.get("Nats-Subject"))
+            self._caller_gone(request_id, message.headers.get("Nats-Subject"))
         elif message.body == CANCEL_BODY:
-            cancelled = door.end(request_id, Ending.CANCELLED)
-            if subjects.may_reply_to(message.reply, reply_prefixes):
+            cancelled = self._door.end(request_id, Ending.CANCELLED)
+            if subjects.may_reply_to(message.reply, self._reply_prefixes):
                 assert message.reply is not None
                 body = native.cancel_reply(request_id, cancelled=cancelled)
-                broker.publish(Message(subject=message.reply, body=body))
+                self._broker.publish(Message(subject=message.reply, body=body))
 
-    def on_cancel(message: Message) -> None:
-        if (request_id := native.cancelled_id(message.body)) is not None:
-            door.end(request_id, Ending.CANCELLED)
+    def _caller_gone(self, request_id: RequestId, subject: str | None) -> None:
+        """The server found nobody to take a message of ours.
 
-    await broker.subscribe(subjects.control(worker_id, "*"), on_control)
-    await broker.subscribe(subjects.CANCEL, on_cancel)
+        Only what this very request's reply subject met counts: an id may be used again, and the
+        503 of an earlier request with it may still be under way.
+        """
+        sequence = self._door.admission.in_flight.get(request_id)
+        if sequence is not None and sequence.reply_subject == subject:
+            logger.bind(request_id=request_id).debug("The caller is gone")
+            sequence.end(Ending.CALLER_GONE)
+
+
+async def run_control(
+    control: Control,
+    *,
+    broker: Broker,
+    worker_id: str,
+    intake: trio.MemorySendChannel[Message],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Listen until cancelled. Started when the subscriptions stand.
+
+    Messages go into `intake`, whose owner closes it; from then on, and while it is full, they are
+    acted on here.
+    """
+
+    def take(message: Message) -> None:
+        try:
+            intake.send_nowait(message)
+        except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
+            control.act(message)
+
+    await broker.subscribe(subjects.control(worker_id, "*"), take)
+    await broker.subscribe(subjects.CANCEL, take)
     task_status.started()
     await trio.sleep_forever()
-
-
-def _caller_gone(door: Door, request_id: RequestId, subject: str | None) -> None:
-    """The server found nobody to take a message of ours.
-
-    Only what this very request's reply subject met counts: an id may be used again, and the
-    503 of an earlier request with it may still be under way.
-    """
-    sequence = door.admission.in_flight.get(request_id)
-    if sequence is not None and sequence.reply_subject == subject:
-        logger.bind(request_id=request_id).debug("The caller is gone")
-        sequence.end(Ending.CALLER_GONE)

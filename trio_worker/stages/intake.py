@@ -1,7 +1,8 @@
 """From a message to a request's own task, or to an error reply. Never waits for inference.
 
-Bounds: `INTAKE_BUFFER` messages between the broker's callback and this task; what does not fit is
-answered `QUEUE_FULL` on the spot.
+Bounds: `INTAKE_BUFFER` messages between the broker's callbacks and this task; a request that does
+not fit is answered `QUEUE_FULL` on the spot. Messages on control subjects come through the same
+buffer, so that a cancel message does not overtake the request it is about.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import random
 from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Many
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import trio
 from loguru import logger
+from trio_util import move_on_when
 
 from trio_worker.core import subjects
 from trio_worker.core.counters import RequestCounters
@@ -29,6 +31,8 @@ from trio_worker.reply import ReplyStream
 INTAKE_BUFFER = 256
 SUBSCRIPTION_DRAIN_S = 0.5
 
+IntakeBuffer: TypeAlias = tuple[trio.MemorySendChannel[Message], trio.MemoryReceiveChannel[Message]]
+
 
 class Respond(Protocol):
     """Starts one request's own task: stages/respond.py with everything else filled in."""
@@ -38,12 +42,18 @@ class Respond(Protocol):
     ) -> Awaitable[None]: ...
 
 
+def open_intake_buffer() -> IntakeBuffer:
+    return trio.open_memory_channel[Message](INTAKE_BUFFER)
+
+
 async def run_intake(
     requests: trio.Nursery,
     *,
     broker: Broker,
     door: Door,
     respond: Respond,
+    buffer: IntakeBuffer,
+    act_on_control: Callable[[Message], None],
     limits: native.RequestLimits,
     worker_id: str,
     reply_prefixes: Many[str],
@@ -68,7 +78,7 @@ async def run_intake(
         rng=rng,
         door=door,
     )
-    send, receive = trio.open_memory_channel[Message](INTAKE_BUFFER)
+    send, receive = buffer
 
     def offer(message: Message) -> None:
         try:
@@ -87,6 +97,9 @@ async def run_intake(
         )
         task_status.started()
         async for message in receive:
+            if subjects.is_control(message.subject, worker_id):
+                act_on_control(message)
+                continue
             admitted = reception.admit(message)
             if admitted is not None:
                 requests.start_soon(respond, *admitted)
@@ -108,24 +121,32 @@ async def _hold_subscriptions(
     Then drain them, and close the intake channel.
     """
     async with send:
-        direct = await broker.subscribe(subjects.direct(worker_id), offer)
+        held: list[Subscription] = [await broker.subscribe(subjects.direct(worker_id), offer)]
         try:
             task_status.started()
             while await door.state.wait_value(_not_shut) is DoorState.OPEN:
-                shared = [
-                    await broker.subscribe(subject, offer, group=subjects.GROUP)
-                    for subject in subjects.shared(model_name)
-                ]
-                logger.info("Joined the queue group")
-                try:
-                    await door.state.wait_value(_not_open)
-                finally:
-                    with trio.move_on_after(SUBSCRIPTION_DRAIN_S, shield=True):
+                # While NATS is away subscribing waits; the door may shut or close meanwhile.
+                async with move_on_when(door.state.wait_value, _not_open):
+                    await _hold_shared(broker, model_name, offer, held)
+                if door.state.value is DoorState.SHUT:
+                    shared, held = held[1:], held[:1]
+                    with trio.move_on_after(SUBSCRIPTION_DRAIN_S):
                         await _drain(shared)
                     logger.info("Left the queue group")
         finally:
             with trio.move_on_after(SUBSCRIPTION_DRAIN_S, shield=True):
-                await _drain([direct])
+                await _drain(held)
+
+
+async def _hold_shared(
+    broker: Broker, model_name: str, offer: Callable[[Message], None], held: list[Subscription]
+) -> None:
+    """Join the queue group, and stay until cancelled; what stands so far is in `held`."""
+    for subject in subjects.shared(model_name):
+        subscription = await broker.subscribe(subject, offer, group=subjects.GROUP)
+        held += [subscription]
+    logger.info("Joined the queue group")
+    await trio.sleep_forever()
 
 
 def _not_shut(state: DoorState) -> bool:
@@ -190,6 +211,7 @@ class _Reception:
             scope = trio.CancelScope(deadline=now + request.timeout_s)
             sequence = Sequence(
                 request=request,
+                subject=message.subject,
                 reply_subject=reply_subject,
                 arrival=arrival,
                 arrived_at=now,
@@ -203,7 +225,7 @@ class _Reception:
             )
             self._door.admit(sequence)
         except WorkerError as error:
-            self._answer(reply_subject, request_id or self._draw_id(), error)
+            self._answer(message, reply_subject, request_id or self._draw_id(), error)
             return None
         logger.bind(request_id=request.request_id).debug(
             "Request admitted: priority {}, depth {}",
@@ -222,7 +244,7 @@ class _Reception:
     def refuse(self, message: Message, error: WorkerError) -> None:
         """Answer a message that is not even read."""
         if (subject := self._reply_subject(message)) is not None:
-            self._answer(subject, self._draw_id(), error)
+            self._answer(message, subject, self._draw_id(), error)
 
     def _reply_subject(self, message: Message) -> str | None:
         """Where to answer, or None, counted, if there is nowhere: the caller aims us nowhere."""
@@ -232,8 +254,10 @@ class _Reception:
         logger.debug("Message dropped: no reply subject, or one that is not permitted")
         return None
 
-    def _answer(self, subject: str, request_id: RequestId, error: WorkerError) -> None:
-        self._counters.by_outcome[error.code] += 1
+    def _answer(
+        self, message: Message, subject: str, request_id: RequestId, error: WorkerError
+    ) -> None:
+        self._counters.answer(message.subject, error)
         self._counters.metrics.rejections.add(labels=(error.code.value,))
         logger.bind(request_id=request_id).debug("Request refused: {}", error.code)
         ReplyStream(

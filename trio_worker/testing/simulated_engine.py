@@ -11,7 +11,7 @@ import hashlib
 import math
 import random as randomness
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -247,7 +247,8 @@ class SimulatedEngine:
         self._deaths = 0
         """Ends that count against `max_restarts`."""
         self._peak = 0
-        self.restarts = 0
+        self._restarts: Counter[str] = Counter()
+        """By the reason of the end before it."""
         self.largest_batch = 0
         """The most sequences that got a token in one turn."""
 
@@ -294,7 +295,7 @@ class SimulatedEngine:
                 self._deaths += 1
             if self._deaths > max_restarts:
                 raise WorkerFault(f"the simulated engine ended {self._deaths} times")
-            self.restarts += 1
+            self._restarts[self._end_reason] += 1
             await trio.sleep(restart_s)
 
     async def wait_ready(self) -> EngineInfo:
@@ -392,10 +393,20 @@ class SimulatedEngine:
         ]
         return list(dict.fromkeys(hit + unlucky))
 
+    @property
+    def restarts(self) -> int:
+        return self._restarts.total()
+
     def statistics(self) -> EngineStatistics:
         state = "ready" if self._ready.value else "restarting" if self._loaded_once else "loading"
         info = self._info if self._loaded_once else None
-        return EngineStatistics(state=state, pid=None, restarts=self.restarts, info=info)
+        return EngineStatistics(
+            state=state,
+            pid=None,
+            restarts=self.restarts,
+            info=info,
+            restarts_by_reason=dict(self._restarts),
+        )
 
     async def _spend(self, *, decoding: bool, prefilled: int) -> None:
         """Let the time of a turn pass, unless the engine is lost meanwhile."""

@@ -1,0 +1,141 @@
+"""The worker as a NATS micro service: what `nats micro` is told, and that it is true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+import trio
+from commands import running_command
+from trio.testing import MockClock
+from worker_rig import WORKER_ID, Rig, running_worker
+
+from trio_worker.client import open_client
+from trio_worker.ports import Message
+
+SEMVER = re.compile(r"\A\d+\.\d+\.\d+\Z")
+
+
+async def ask_service(rig: Rig, subject: str, *, inbox: str | None = None) -> list[Any]:
+    """Everything that is answered within a second of virtual time."""
+    answers: list[Any] = []
+    inbox = inbox or rig.caller.new_inbox()
+    subscription = await rig.caller.subscribe(
+        inbox, lambda message: answers.append(json.loads(message.body))
+    )
+    rig.caller.publish(Message(subject=subject, reply=inbox))
+    await trio.sleep(1)
+    await subscription.drain()
+    return answers
+
+
+@pytest.mark.parametrize("suffix", ["", ".trio-worker", f".trio-worker.{WORKER_ID}"])
+@pytest.mark.parametrize("verb", ["ping", "info", "stats"])
+async def test_each_question_is_answered_once_by_whatever_subject(
+    autojump_clock: MockClock, verb: str, suffix: str
+) -> None:
+    async with running_worker() as rig:
+        (answer,) = await ask_service(rig, f"$SRV.{verb.upper()}{suffix}")
+    assert answer["type"] == f"io.nats.micro.v1.{verb}_response"
+    assert (answer["name"], answer["id"]) == ("trio-worker", WORKER_ID)
+    assert SEMVER.match(answer["version"])
+    assert answer["metadata"]["model"] == "smollm2-135m-instruct"
+    assert answer["metadata"]["context_length"] == "8192"
+    assert all(isinstance(value, str) for value in answer["metadata"].values())
+
+
+async def test_info_lists_the_subjects_and_queue_groups_of_requests(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker("worker.model_name=m") as rig:
+        (info,) = await ask_service(rig, "$SRV.INFO")
+        (stats,) = await ask_service(rig, "$SRV.STATS")
+    found = [(each["subject"], each["queue_group"]) for each in info["endpoints"]]
+    assert found == [
+        (f"inference.{WORKER_ID}", ""),
+        ("inference", "trio-workers"),
+        ("inference.model.m", "trio-workers"),
+    ]
+    assert found == [(each["subject"], each["queue_group"]) for each in stats["endpoints"]]
+    assert stats["started"] == "2023-11-14T22:13:20Z"
+
+
+async def test_counts_are_those_of_each_subject(autojump_clock: MockClock) -> None:
+    async with running_worker("worker.simulated.turn_ms=10", "worker.model_name=m") as rig:
+        for _ in range(3):
+            assert (await rig.ask(prompt="a", max_tokens=4)).code == "ok"
+        assert (await rig.ask(prompt="a", max_tokens=0)).code == "INVALID_REQUEST"
+        async with rig.client.ask({"prompt": "a", "max_tokens": 4}) as answer:
+            await answer.text()
+        (stats,) = await ask_service(rig, "$SRV.STATS.trio-worker")
+        own, fleet, model = stats["endpoints"]
+        assert (own["num_requests"], own["num_errors"]) == (4, 1)
+        assert own["last_error"] == "400:INVALID_REQUEST"
+        assert own["processing_time"] >= 3 * 4 * 10_000_000
+        assert own["average_processing_time"] == own["processing_time"] // 4
+        assert (fleet["num_requests"], fleet["num_errors"], fleet["last_error"]) == (1, 0, "")
+        assert (model["num_requests"], model["average_processing_time"]) == (0, 0)
+        assert own["data"]["requests"]["completed"] == 4
+        assert own["data"]["tokens"]["generated"] == 16
+        assert fleet["data"] is None
+
+
+async def test_an_answer_may_not_be_aimed_at_any_subject(autojump_clock: MockClock) -> None:
+    async with running_worker() as rig:
+        assert await ask_service(rig, "$SRV.STATS", inbox="inference.other") == []
+        assert len(await ask_service(rig, "$SRV.STATS")) == 1
+
+
+async def test_the_snapshot_is_left_out_where_the_server_would_not_take_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(max_payload=2048) as rig:
+        (stats,) = await ask_service(rig, "$SRV.STATS")
+    assert stats["endpoints"][0]["data"] is None
+
+
+async def test_prompts_and_answers_are_no_part_of_it(autojump_clock: MockClock) -> None:
+    async with running_worker() as rig, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(rig.ask, prompt="Geheimnis " * 9, max_tokens=500))
+        nursery.start_soon(partial(rig.ask, prompt="x", Geheimnis=1))
+        await trio.sleep(0.5)
+        for verb in ("PING", "INFO", "STATS"):
+            (answer,) = await ask_service(rig, f"$SRV.{verb}")
+            assert "Geheimnis" not in json.dumps(answer)
+        nursery.cancel_scope.cancel()
+
+
+async def raw_requests(url: str, *subjects: str) -> list[Any]:
+    """What is answered to any NATS client, which knows nothing of ours."""
+
+    async def ask() -> list[Any]:
+        async with await nats.connect(url) as connection:
+            answers = [await connection.request(subject, timeout=5) for subject in subjects]
+            return [json.loads(answer.data) for answer in answers]
+
+    return await trio.to_thread.run_sync(lambda: asyncio.run(ask()))
+
+
+@pytest.mark.nats
+async def test_any_nats_client_gets_the_answers_of_a_real_worker(tmp_path: Path) -> None:
+    async with running_command(tmp_path, "--engine", "simulated") as worker:
+        await worker.wait_ready()
+        async with open_client(worker.url) as client:
+            for _ in range(5):
+                async with client.ask({"prompt": "a", "max_tokens": 3}, worker_id="w1") as answer:
+                    await answer.text()
+        ping, info, stats = await raw_requests(
+            worker.url, "$SRV.PING", "$SRV.INFO.trio-worker", "$SRV.STATS.trio-worker.w1"
+        )
+    assert ping["id"] == info["id"] == stats["id"] == "w1"
+    assert info["endpoints"][0]["subject"] == "inference.w1"
+    assert stats["endpoints"][0]["num_requests"] == 5
+    assert stats["endpoints"][0]["num_errors"] == 0
+    assert 0 < stats["endpoints"][0]["average_processing_time"] < 10e9
+    assert stats["endpoints"][0]["data"]["requests"]["completed"] == 5

@@ -1,0 +1,201 @@
+"""Answers to `$SRV.PING`, `INFO` and `STATS`: the worker as a NATS micro service (ADR-32).
+
+The service's instance id is the worker's id, which is used once. Its endpoints are the subjects
+that requests come in on, each with its own counts; the snapshot is the data of the worker's own
+subject. Everything happens inside the broker's callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import msgspec
+import trio
+from loguru import logger
+
+from trio_worker import __version__
+from trio_worker.config import WorkerConfig
+from trio_worker.core import subjects
+from trio_worker.core.counters import RequestCounters
+from trio_worker.core.statistics import EngineInfo, Snapshot
+from trio_worker.errors import MessageTooLarge
+from trio_worker.ports import Broker, Message
+
+NAME = "trio-worker"
+FRESH_S = 0.1
+"""An answer is computed at most so often, however many ask."""
+_TYPE = "io.nats.micro.v1.{}_response"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A subject that requests come in on."""
+
+    name: str
+    subject: str
+    queue_group: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def endpoints_of(worker: WorkerConfig) -> tuple[Endpoint, ...]:
+    any_model, this_model = subjects.shared(worker.model_name)
+    return (
+        Endpoint(name="worker", subject=subjects.direct(worker.id)),
+        Endpoint(name="fleet", subject=any_model, queue_group=subjects.GROUP),
+        Endpoint(name="model", subject=this_model, queue_group=subjects.GROUP),
+    )
+
+
+async def run_service(
+    *,
+    broker: Broker,
+    worker: WorkerConfig,
+    info: EngineInfo,
+    counters: RequestCounters,
+    snapshot: Callable[[], Snapshot],
+    reply_prefixes: Many[str],
+    started_at: float,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer until cancelled. Started when the subscriptions stand.
+
+    `started_at` is by the wall clock, in seconds since 1970.
+    """
+    service = _Service(
+        worker=worker, info=info, counters=counters, snapshot=snapshot, started_at=started_at
+    )
+
+    def answer(bodies: _Bodies, message: Message) -> None:
+        if not subjects.may_reply_to(message.reply, reply_prefixes):
+            return
+        assert message.reply is not None
+        for body in bodies():
+            try:
+                broker.publish(Message(subject=message.reply, body=body))
+            except MessageTooLarge:
+                continue
+            return
+        logger.debug("The server's max_payload is too small for an answer to $SRV")
+
+    for verb, compute in (
+        ("PING", service.ping),
+        ("INFO", service.info),
+        ("STATS", service.stats),
+    ):
+        sink = partial(answer, _Recent(compute).bodies)
+        for subject in (
+            f"$SRV.{verb}",
+            f"$SRV.{verb}.{NAME}",
+            f"$SRV.{verb}.{NAME}.{worker.id}",
+        ):
+            await broker.subscribe(subject, sink)
+    task_status.started()
+    await trio.sleep_forever()
+
+
+_Bodies = Callable[[], tuple[bytes, ...]]
+
+
+class _Recent:
+    """Answers, encoded, for as long as they are fresh."""
+
+    def __init__(self, compute: Callable[[], tuple[Mapping[str, Any], ...]]) -> None:
+        self._compute = compute
+        self._bodies: tuple[bytes, ...] = ()
+        self._computed_at = float("-inf")
+
+    def bodies(self) -> tuple[bytes, ...]:
+        now = trio.current_time()
+        if now - self._computed_at > FRESH_S:
+            self._bodies = tuple(map(msgspec.json.encode, self._compute()))
+            self._computed_at = now
+        return self._bodies
+
+
+class _Service:
+    """The answers: each a choice of bodies, to be tried in turn until one is not too large."""
+
+    def __init__(
+        self,
+        *,
+        worker: WorkerConfig,
+        info: EngineInfo,
+        counters: RequestCounters,
+        snapshot: Callable[[], Snapshot],
+        started_at: float,
+    ) -> None:
+        self._endpoints = endpoints_of(worker)
+        self._counters = counters
+        self._snapshot = snapshot
+        self._started = datetime.fromtimestamp(started_at, UTC).isoformat().replace("+00:00", "Z")
+        self._identity = {
+            "name": NAME,
+            "id": worker.id,
+            "version": __version__,
+            "metadata": _metadata(worker, info),
+        }
+
+    def ping(self) -> tuple[Mapping[str, Any], ...]:
+        return ({"type": _TYPE.format("ping"), **self._identity},)
+
+    def info(self) -> tuple[Mapping[str, Any], ...]:
+        about = {
+            "type": _TYPE.format("info"),
+            **self._identity,
+            "description": "Serves a language model to callers on NATS.",
+            "endpoints": self._endpoints,
+        }
+        return (about,)
+
+    def stats(self) -> tuple[Mapping[str, Any], ...]:
+        return (self._stats(self._snapshot()), self._stats(None))
+
+    def _stats(self, snapshot: Snapshot | None) -> Mapping[str, Any]:
+        own, *shared = self._endpoints
+        return {
+            "type": _TYPE.format("stats"),
+            **self._identity,
+            "started": self._started,
+            "endpoints": [self._counts(own, snapshot), *(self._counts(each) for each in shared)],
+        }
+
+    def _counts(self, endpoint: Endpoint, data: Snapshot | None = None) -> Mapping[str, Any]:
+        """Of the requests that have got their terminal message; those in flight are in `data`."""
+        counts = self._counters.by_subject[endpoint.subject]
+        processing_ns = round(1e9 * counts.processing_s)
+        return {
+            "name": endpoint.name,
+            "subject": endpoint.subject,
+            "queue_group": endpoint.queue_group,
+            "num_requests": counts.answered,
+            "num_errors": counts.failed,
+            "last_error": counts.last_error,
+            "processing_time": processing_ns,
+            "average_processing_time": processing_ns // max(counts.answered, 1),
+            "data": data,
+        }
+
+
+def _metadata(worker: WorkerConfig, info: EngineInfo) -> Mapping[str, str]:
+    """What a caller or a scheduler wants to know before it sends anything; all text, by ADR-32."""
+    batching = worker.continuous_batching
+    values = {
+        "worker_id": worker.id,
+        "model": worker.model_name,
+        "context_length": info.context_length,
+        "device": info.device,
+        "max_batch_size": batching.max_batch_size if batching.enabled else 1,
+        "max_queue_depth": worker.request_queue.max_depth if worker.request_queue.enabled else 0,
+        "priority_levels": worker.request_queue.priority_levels,
+        "max_tokens_limit": worker.requests.max_tokens_limit,
+        "max_prompt_bytes": worker.requests.max_prompt_bytes,
+        "timeout_limit_ms": worker.requests.timeout_limit_ms,
+        "max_memory_mb": worker.resource_limits.max_memory_mb,
+        "critical_memory_mb": worker.resource_limits.critical_memory_mb,
+    }
+    return {key: str(value) for key, value in values.items()}
