@@ -27,6 +27,18 @@ uv := env("UV", "uv")
 @test *args:
     exec "{{ uv }}" run pytest "$@"
 
+# many runs of the worker in virtual time, or one with its log: just sim seeds=200, just sim seed=123
+@sim *options="seeds=200":
+    cd tests && "{{ uv }}" run python -m sim "$@"
+
+# hours of load in virtual time, and whether anything grows: just soak hours=2
+@soak *options="hours=24":
+    cd tests && "{{ uv }}" run python -m sim.soak "$@"
+
+# look at the dashboard in a real Chromium: needs Debian's chromium and chromium-driver
+@test-page *args:
+    exec "{{ uv }}" run pytest -m browser "$@"
+
 # what has to pass before a commit
 check: lint types test
 

@@ -1,0 +1,439 @@
+"""What has to hold in every run, whatever went wrong. Each check yields sentences.
+
+To add one: a generator over (plan, record), listed in `CHECKS`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
+from typing import Any, TypeAlias
+
+from trio_worker.core import subjects
+from trio_worker.core.memory import MB
+from trio_worker.ports import Message
+from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
+from trio_worker.testing.simulated_engine import answer_tokens, word
+
+from .plan import Call, Plan
+from .record import Admitted, Published, Record
+
+Check: TypeAlias = Callable[[Plan, Record], Iterator[str]]
+
+SLACK_S = 1e-6
+
+
+def violations(plan: Plan, record: Record) -> list[str]:
+    """Everything that is wrong with a run; empty if nothing is."""
+    return [
+        *record.violations,
+        *(f"{check.__name__}: {each}" for check in CHECKS for each in check(plan, record)),
+    ]
+
+
+def outcomes_of(record: Record) -> Iterator[str]:
+    """`ok` or the error's code, for each answered request."""
+    for each in record.published:
+        for _, terminal in each.terminals:
+            error = terminal.headers.get("Nats-Service-Error", "ok")
+            yield error.partition(":")[0]
+
+
+# --- messages -------------------------------------------------------------------------------
+
+
+def exactly_one_terminal_message(_plan: Plan, record: Record) -> Iterator[str]:
+    for each in record.published:
+        if not each.messages:
+            continue
+        headers = [message.headers for _, message in each.messages]
+        terminals = [at for at, header in enumerate(headers) if "Terminal" in header]
+        if len(terminals) > 1:
+            yield f"{each.inbox} got {len(terminals)} terminal messages"
+        elif terminals and terminals[0] != len(headers) - 1:
+            yield f"{each.inbox} got messages after the terminal one"
+    answered = defaultdict(list)
+    for each in record.published:
+        if each.messages and each.is_admitted and each.terminals:
+            answered[each.inbox].append(each)
+    for inbox, group in _by_inbox(record.admitted).items():
+        if len(answered[inbox]) != len(group):
+            yield f"{len(group)} requests of {inbox} were admitted, {len(answered[inbox])} answered"
+
+
+def every_request_that_arrives_is_answered(plan: Plan, record: Record) -> Iterator[str]:
+    """Unless the worker was ended at once: then what intake had not read is lost."""
+    if plan.disturbed or len(record.stops_at) > 1 or record.ended != "ok":
+        return
+    answered: dict[str, int] = defaultdict(int)
+    for each in record.published:
+        if each.terminals:
+            answered[each.inbox] += 1
+    arrived: dict[str, int] = defaultdict(int)
+    for _, message in record.delivered:
+        if subjects.may_reply_to(message.reply, ["_INBOX."]):
+            assert message.reply is not None
+            arrived[message.reply] += 1
+    for inbox in sorted({*answered, *arrived}):
+        if answered[inbox] != arrived[inbox]:
+            yield f"{arrived[inbox]} requests of {inbox} arrived, {answered[inbox]} were answered"
+
+
+def sequence_numbers_have_no_gaps(_plan: Plan, record: Record) -> Iterator[str]:
+    for each in record.published:
+        numbers = [int(message.headers["Sequence"]) for _, message in each.messages]
+        if numbers != list(range(len(numbers))):
+            yield f"{each.inbox} was sent the numbers {numbers}"
+
+
+def callers_get_what_was_published(plan: Plan, record: Record) -> Iterator[str]:
+    """Backlogged answers come with a gap, and what a dead connection held is lost."""
+    if record.outbox_dropped or any(each.what == "close" for each in plan.happenings):
+        return
+    vanished = {call.inbox for call in plan.calls if call.cancel == "vanish"}
+    published: dict[str, list[Message]] = defaultdict(list)
+    cut: set[str] = set()
+    for each in record.published:
+        if each.messages:
+            published[each.inbox] += [message for _, message in each.messages]
+            if each.discarded:
+                cut.add(each.inbox)
+    for inbox, received in record.received.items():
+        if inbox in vanished:
+            continue
+        got = [message for _, message in received if "Status" not in message.headers]
+        sent = published[inbox]
+        if inbox in cut:
+            if any("Terminal" in each.headers and each not in got for each in sent):
+                yield f"{inbox} did not get the terminal message of a backlogged answer"
+        elif _sorted(got) != _sorted(sent):
+            yield f"{inbox} was sent {len(sent)} messages and got {len(got)}"
+
+
+def _sorted(messages: list[Message]) -> list[tuple[str, bytes]]:
+    return sorted((message.headers["Sequence"], message.body) for message in messages)
+
+
+def a_refused_request_gets_one_error_and_no_control_subject(
+    _plan: Plan, record: Record
+) -> Iterator[str]:
+    for each in record.published:
+        if not each.messages or each.is_admitted:
+            continue
+        if len(each.messages) != 1 or each.messages[0][1].headers.get("Terminal") != "error":
+            yield f"{each.inbox} was refused with {len(each.messages)} messages"
+    for each in record.published:
+        if each.messages and len({message.reply for _, message in each.messages}) != 1:
+            yield f"{each.inbox} was told several control subjects"
+
+
+def nobody_is_answered_whom_the_worker_may_not_answer(_plan: Plan, record: Record) -> Iterator[str]:
+    for each in record.published:
+        if each.messages and not each.inbox.startswith("_INBOX."):
+            yield f"published to {each.inbox}"
+
+
+# --- answers --------------------------------------------------------------------------------
+
+
+def completed_answers_are_those_of_a_run_without_trouble(
+    plan: Plan, record: Record
+) -> Iterator[str]:
+    calls = {call.inbox: call for call in plan.calls if call.fields is not None}
+    for each in record.published:
+        if not each.terminals:
+            continue
+        _, terminal = each.terminals[0]
+        body = json.loads(terminal.body)
+        if terminal.headers["Terminal"] == "done":
+            yield from _compare_answer(plan, calls[each.inbox], each, body)
+        elif "text" in (details := body["error"].get("details") or {}):
+            yield from _compare_part(plan, calls[each.inbox], details)
+
+
+def _compare_answer(
+    plan: Plan, call: Call, published: Published, body: dict[str, Any]
+) -> Iterator[str]:
+    assert call.fields is not None
+    note, usage = body["worker"], body["usage"]
+    asked = call.fields.get("max_tokens", min(12, plan.context_length - usage["prompt_tokens"]))
+    if note["degraded"]:
+        asked = usage["completion_tokens"]
+    text, tokens, finish = expected_answer(plan, call, note["seed"], asked)
+    got = "".join(_text(message) for _, message in published.messages)
+    if got != text:
+        yield f"{published.inbox} was told {got!r} rather than {text!r}"
+    if usage["completion_tokens"] != tokens:
+        yield f"{published.inbox} was counted {usage['completion_tokens']} tokens, not {tokens}"
+    if body["choices"][0]["finish_reason"] != finish:
+        yield f"{published.inbox} ended for another reason than {finish}"
+    if call.fields.get("seed", note["seed"]) != note["seed"]:
+        yield f"{published.inbox} got another seed than it asked for"
+
+
+def _compare_part(plan: Plan, call: Call, details: dict[str, Any]) -> Iterator[str]:
+    if call.fields is None or "seed" not in call.fields or "stop" in call.fields:
+        return
+    text, _, _ = expected_answer(plan, call, call.fields["seed"], details["tokens"])
+    if details["text"] != text:
+        yield f"{call.inbox} timed out with {details['text']!r} rather than {text!r}"
+
+
+def expected_answer(plan: Plan, call: Call, seed: int, max_tokens: int) -> tuple[str, int, str]:
+    """Text, number of tokens and finish reason: a function of the request alone."""
+    assert call.fields is not None
+    prompt = call.fields.get("prompt") or call.fields["messages"][0]["content"]
+    tokens = tuple(zlib.crc32(each.encode()) % plan.vocabulary for each in prompt.split())
+    text, stops = "", call.fields.get("stop", [])
+    answer = answer_tokens(tokens, seed, max_tokens, plan.vocabulary)
+    for count, token in enumerate(answer, start=1):
+        text += f"{word(token)} "
+        ends = [end for stop in stops if (end := text.find(stop)) >= 0]
+        if ends:
+            return text[: min(ends)], count, "stop"
+    return text, max_tokens, "length"
+
+
+def _text(message: Message) -> str:
+    body = json.loads(message.body)
+    choice = body["choices"][0]
+    part = choice.get("delta") or choice.get("message") or {}
+    return choice.get("text") or part.get("content") or ""
+
+
+def errors_have_a_cause(plan: Plan, record: Record) -> Iterator[str]:
+    """No code is given that nothing in the plan explains."""
+    if plan.disturbed:
+        return
+    calls = {call.inbox: call for call in plan.calls}
+    cancelled_ids = {
+        call.fields["request_id"]
+        for call in plan.calls
+        if call.cancel not in {None, "stranger", "vanish"} and call.fields is not None
+    }
+    vanished = {call.inbox for call in plan.calls if call.cancel == "vanish"}
+    by_inbox = _by_inbox(record.admitted)
+    for each in record.published:
+        for at, message in each.terminals:
+            if message.headers["Terminal"] != "error":
+                continue
+            error = json.loads(message.body)["error"]
+            code, call = error["code"], calls[each.inbox]
+            request_id = message.headers["Request-Id"]
+            admitted = by_inbox.get(each.inbox, [])
+            cause = {
+                "CANCELLED": request_id in cancelled_ids
+                or each.inbox in vanished
+                or each.discarded,
+                "REQUEST_TIMEOUT": (error["details"] or {}).get("stage") == "admission"
+                or any(abs(at - one.deadline) <= SLACK_S for one in admitted),
+                "WORKER_DRAINING": bool(record.stops_at) or record.ended != "ok",
+                "ENGINE_FAILED": _engine_may_fail(plan, call),
+                "RESOURCE_LIMIT_EXCEEDED": plan.critical_mb < 1000
+                or any(h.what == "memory" for h in plan.happenings),
+                "INVALID_REQUEST": call.fields is None or plan.faults.refuse_tokenise > 0,
+                "MODEL_NOT_FOUND": call.fields is None,
+                "PAYLOAD_TOO_LARGE": call.fields is None or len(call.body) > 2000,
+                "CONTEXT_LENGTH_EXCEEDED": plan.context_length < 200 or call.fields is None,
+                "DUPLICATE_REQUEST": call.copies > 1 or request_id.startswith("same"),
+                "QUEUE_FULL": True,
+            }.get(code, False)
+            if not cause:
+                yield f"{each.inbox} got {code} at {at:.4f} for no reason: {error['message']}"
+
+
+def _engine_may_fail(plan: Plan, call: Call) -> bool:
+    faults = plan.faults
+    bad_words = faults.deadly_words | faults.failing_words
+    random_faults = (
+        *(faults.hang, faults.crash, faults.fail_sequence),
+        *(faults.out_of_memory, faults.crash_tokenise, faults.hang_tokenise),
+    )
+    return (
+        any(rate > 0 for rate in random_faults)
+        or any(each.what == "crash" for each in plan.happenings)
+        or any(each.encode() in call.body for each in bad_words)
+    )
+
+
+# --- time -----------------------------------------------------------------------------------
+
+
+def nothing_is_answered_later_than_its_deadline_and_a_turn(
+    _plan: Plan, record: Record
+) -> Iterator[str]:
+    for each in record.admitted:
+        late_s = (each.ended_at if each.ended_at is not None else 1e9) - each.deadline
+        if late_s > record.longest_turn_s + SLACK_S:
+            yield f"{each.sequence.request_id} ended {late_s:.3f} s after its deadline"
+
+
+def a_streaming_caller_hears_something_every_five_seconds(
+    _plan: Plan, record: Record
+) -> Iterator[str]:
+    streams = {each.sequence.reply_subject: each for each in record.admitted}
+    for each in record.published:
+        if not each.messages or not each.is_admitted:
+            continue
+        admitted = streams.get(each.inbox)
+        if admitted is not None and admitted.sequence.request.stream:
+            times = [at for at, _ in each.messages]
+            gap_s = max((b - a for a, b in pairwise(times)), default=0.0)
+            if gap_s > 5 + SLACK_S:
+                yield f"{each.inbox} heard nothing for {gap_s:.1f} s"
+
+
+def nobody_of_the_lowest_level_is_overtaken_beyond_the_bound(
+    plan: Plan, record: Record
+) -> Iterator[str]:
+    """By who came later than (levels - 1) × aging; time that pressure holds it back apart."""
+    if plan.aging_s is None:
+        return
+    bound_s = (plan.levels - 1) * plan.aging_s
+    for low, other in _overtakings(record):
+        if low.sequence.level == plan.levels - 1 and other.at > low.at + bound_s + SLACK_S:
+            yield (
+                f"{low.sequence.request_id} of {low.at:.3f} was overtaken by "
+                f"{other.sequence.request_id} of {other.at:.3f}; the bound is {bound_s:g} s"
+            )
+
+
+def the_queue_is_served_in_the_order_of_its_rule(plan: Plan, record: Record) -> Iterator[str]:
+    def rank(one: Admitted) -> tuple[float, float]:
+        if plan.aging_s is None:
+            return (one.sequence.level, one.at)
+        return (0.0, one.at + one.sequence.level * plan.aging_s)
+
+    for waiting, other in _overtakings(record):
+        mine, its = rank(waiting), rank(other)
+        if (its[0], its[1] - SLACK_S) > mine:
+            yield (
+                f"{other.sequence.request_id} {its} entered the batch before "
+                f"{waiting.sequence.request_id} {mine}"
+            )
+
+
+def _overtakings(record: Record) -> Iterator[tuple[Admitted, Admitted]]:
+    """Who was in the queue while who entered the batch for the first time."""
+    entered = [each for each in record.admitted if each.entered_order is not None]
+    for waiting in record.admitted:
+        if waiting.queued_order is None or waiting.pressed:
+            continue
+        for other in entered:
+            assert other.entered_order is not None
+            if other is waiting or other.entered_order < waiting.queued_order:
+                continue
+            if _entered_first(other, waiting):
+                yield waiting, other
+
+
+def _entered_first(other: Admitted, waiting: Admitted) -> bool:
+    assert other.entered_order is not None
+    assert other.entered_at is not None
+    if waiting.entered_order is not None:
+        return other.entered_order < waiting.entered_order
+    return waiting.ended_at is not None and other.entered_at < waiting.ended_at
+
+
+def nobody_is_admitted_while_memory_is_critical(plan: Plan, record: Record) -> Iterator[str]:
+    for each in record.admitted:
+        if each.used_bytes >= plan.critical_mb * MB:
+            yield f"{each.sequence.request_id} was admitted at {each.used_bytes // MB} MB"
+
+
+def caches_stay_below_the_limit(plan: Plan, record: Record) -> Iterator[str]:
+    """What running requests may come to hold is promised before; kept caches come on top."""
+    kept_bytes = plan.prefix_cache_tokens * plan.cache_bytes_per_token
+    most_bytes = plan.critical_mb * MB + kept_bytes
+    if record.engine_bytes_most > most_bytes:
+        yield f"the engine held {record.engine_bytes_most // MB} MB of {most_bytes // MB}"
+
+
+def nobody_is_admitted_after_a_stop(_plan: Plan, record: Record) -> Iterator[str]:
+    for each in record.admitted:
+        if record.stops_at and each.at > record.stops_at[0]:
+            yield f"{each.sequence.request_id} was admitted {each.at - record.stops_at[0]} s after"
+
+
+# --- the end --------------------------------------------------------------------------------
+
+
+def whoever_has_no_token_at_a_stop_is_not_kept_waiting(plan: Plan, record: Record) -> Iterator[str]:
+    """The subscriptions drain for a second at most; then those without a token are told."""
+    if not record.stops_at or plan.disturbed:
+        return
+    limit = record.stops_at[0] + 2 * SUBSCRIPTION_DRAIN_S + SLACK_S
+    for each in record.admitted:
+        ended_at = each.ended_at if each.ended_at is not None else 1e9
+        first_token_at = each.sequence.first_token_at
+        if ended_at > limit and (first_token_at is None or first_token_at > limit):
+            yield f"{each.sequence.request_id} had no token at {limit:.3f} and went on to wait"
+
+
+def the_worker_ends_as_it_should(plan: Plan, record: Record) -> Iterator[str]:
+    if record.ended is None:
+        yield "the worker has not ended"
+    elif (
+        (record.ended != "ok" and not plan.may_fault)
+        or "Assertion" in record.ended
+        or "Error:" in record.ended.replace("WorkerFault", "")
+    ):
+        yield f"the worker ended with {record.ended}"
+
+
+def nothing_is_left(_plan: Plan, record: Record) -> Iterator[str]:
+    yield from record.left_over
+    if record.in_flight:
+        yield f"{record.in_flight} requests"
+    admission, scheduler, queue = record.admission, record.scheduler, record.queue
+    if admission is None or scheduler is None or queue is None:
+        return
+    left = {
+        "in flight": len(admission.in_flight),
+        "places": admission.depth,
+        "waiting for a place": admission.waiting,
+        "running": len(scheduler.running),
+        "queued": len(queue),
+    }
+    for name, count in left.items():
+        if count:
+            yield f"{name}: {count}"
+    for each in record.admitted:
+        outputs: Any = each.sequence.outputs
+        if outputs is not None:
+            statistics = outputs.statistics()
+            if statistics.open_send_channels or statistics.open_receive_channels:
+                yield f"an open token channel of {each.sequence.request_id}"
+
+
+def _by_inbox(admitted: list[Admitted]) -> dict[str, list[Admitted]]:
+    ordered = sorted(admitted, key=lambda one: one.sequence.reply_subject)
+    return {
+        inbox: list(group)
+        for inbox, group in groupby(ordered, key=lambda one: one.sequence.reply_subject)
+    }
+
+
+CHECKS: tuple[Check, ...] = (
+    exactly_one_terminal_message,
+    every_request_that_arrives_is_answered,
+    sequence_numbers_have_no_gaps,
+    callers_get_what_was_published,
+    a_refused_request_gets_one_error_and_no_control_subject,
+    nobody_is_answered_whom_the_worker_may_not_answer,
+    completed_answers_are_those_of_a_run_without_trouble,
+    errors_have_a_cause,
+    nothing_is_answered_later_than_its_deadline_and_a_turn,
+    a_streaming_caller_hears_something_every_five_seconds,
+    nobody_of_the_lowest_level_is_overtaken_beyond_the_bound,
+    the_queue_is_served_in_the_order_of_its_rule,
+    nobody_is_admitted_while_memory_is_critical,
+    caches_stay_below_the_limit,
+    nobody_is_admitted_after_a_stop,
+    whoever_has_no_token_at_a_stop_is_not_kept_waiting,
+    the_worker_ends_as_it_should,
+    nothing_is_left,
+)

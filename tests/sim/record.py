@@ -1,0 +1,252 @@
+"""What happened in one run, as it was seen from outside of the code that did it.
+
+Everything here only writes down. What cannot be seen afterwards (a bound that was passed for a
+moment) is noted as a violation on the spot; what can, `checkers.py` looks for in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from trio_worker.core.admission import Admission
+from trio_worker.core.memory import Pressure
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.scheduler import Scheduler
+from trio_worker.core.sequence import Sequence
+from trio_worker.ports import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the log."""
+
+    at: float
+    who: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.at:10.4f}  {self.who:<14} {self.what}"
+
+
+@dataclass(slots=True, eq=False)
+class Published:
+    """Everything put into one outlet."""
+
+    messages: list[tuple[float, Message]] = field(default_factory=list)
+    discarded: bool = False
+
+    @property
+    def inbox(self) -> str:
+        return self.messages[0][1].subject
+
+    @property
+    def is_admitted(self) -> bool:
+        """Messages of an admitted request name its control subject."""
+        return self.messages[0][1].reply is not None
+
+    @property
+    def terminals(self) -> list[tuple[float, Message]]:
+        return [each for each in self.messages if "Terminal" in each[1].headers]
+
+
+@dataclass(slots=True, eq=False)
+class Admitted:
+    """One request, from the door on."""
+
+    sequence: Sequence
+    at: float
+    order: int
+    """Among everything that is counted in this run."""
+    used_bytes: int
+    """What the probe had said last."""
+    queued_order: int | None = None
+    entered_at: float | None = None
+    entered_order: int | None = None
+    ended_at: float | None = None
+    pressed: bool = False
+    """Memory pressure was not normal at some time between its admission and its batch."""
+
+    @property
+    def deadline(self) -> float:
+        return self.sequence.arrived_at + self.sequence.request.timeout_s
+
+
+class Record:
+    """The log, the ledgers, and the parts of the worker that are looked at."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.turns: list[tuple[float, tuple[str, ...]]] = []
+        """When each turn began and who was aboard."""
+        self.violations: list[str] = []
+        self.published: list[Published] = []
+        self.delivered: list[tuple[float, Message]] = []
+        """Requests that reached the worker."""
+        self.admitted: list[Admitted] = []
+        self.received: dict[str, list[tuple[float, Message]]] = {}
+        """What callers got, by inbox."""
+        self.tokenised = 0
+        self.losses = 0
+        """How often a turn ended in the loss of the engine."""
+        self.longest_turn_s = 0.0
+        self.used_bytes = 0
+        self.critical_bytes = 0
+        self.engine_bytes_most = 0
+        """The most that the engine said it held after a turn."""
+        self.preemptions = 0
+        self.is_ready = False
+        self.stops_at: list[float] = []
+        self.ended: str | None = None
+        """How the worker ended: `ok` or the exception."""
+        self.ended_at: float | None = None
+        self.left_over: list[str] = []
+        """Subscriptions and tasks that should be gone."""
+        self.outbox_dropped = 0
+        self.admission: Admission | None = None
+        self.scheduler: Scheduler | None = None
+        self.queue: RequestQueue | None = None
+        self._live: dict[int, Admitted] = {}
+        self._count = 0
+        self._changed = trio.Event()
+
+    # --- writing --------------------------------------------------------------------------
+
+    def log(self, who: str, what: str) -> None:
+        self.entries.append(Entry(trio.current_time(), who, what))
+
+    def violate(self, what: str) -> None:
+        if what not in self.violations:
+            self.violations.append(what)
+            self.log("CHECK", what)
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._live)
+
+    async def wait_quiet(self) -> None:
+        """Return when no request is in flight, or the worker has ended."""
+        while self._live and self.ended is None:
+            self._changed = trio.Event()
+            await self._changed.wait()
+
+    def note_ready(self) -> None:
+        self.is_ready = True
+        self.log("worker", "ready")
+
+    def note_end(self, how: str) -> None:
+        self.ended = how
+        self.ended_at = trio.current_time()
+        self.log("worker", f"ended: {how}")
+        self._changed.set()
+
+    # --- watching -------------------------------------------------------------------------
+
+    def watch_admission(self, admission: Admission) -> None:
+        self.admission = admission
+        hook(admission, "enter", after=self._entered_door)
+        hook(admission, "leave", after=self._left_door)
+
+    def watch_scheduler(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        hook(scheduler, "enter", after=self._entered_batch)
+        hook(scheduler, "preempt", after=self._preempted)
+
+    def watch_queue(self, queue: RequestQueue) -> None:
+        self.queue = queue
+        hook(queue, "add", after=self._queued)
+
+    def _entered_door(self, sequence: Sequence) -> None:
+        admitted = Admitted(
+            sequence=sequence,
+            at=trio.current_time(),
+            order=self._next(),
+            used_bytes=self.used_bytes,
+        )
+        self.admitted.append(admitted)
+        self._live[id(sequence)] = admitted
+        self.log(sequence.request_id, f"admitted, level {sequence.level}, {sequence.stage}")
+
+    def _left_door(self, sequence: Sequence) -> None:
+        admitted = self._live.pop(id(sequence), None)
+        if admitted is None:
+            self.violate(f"{sequence.request_id} left the door twice")
+            return
+        admitted.ended_at = trio.current_time()
+        self._changed.set()
+
+    def _queued(self, sequence: Sequence) -> None:
+        admitted = self._live.get(id(sequence))
+        if admitted is not None and admitted.queued_order is None:
+            admitted.queued_order = self._next()
+            self.log(sequence.request_id, "queued")
+
+    def _entered_batch(self, sequence: Sequence) -> None:
+        self.log(sequence.request_id, "entered the batch")
+        if self.used_bytes >= self.critical_bytes:
+            self.violate(f"{sequence.request_id} entered the batch while memory was critical")
+        admitted = self._live.get(id(sequence))
+        if admitted is None:
+            self.violate(f"{sequence.request_id} entered the batch after its end")
+        elif admitted.entered_order is None:
+            admitted.entered_order = self._next()
+            admitted.entered_at = trio.current_time()
+            if trio.current_time() > admitted.deadline + 1e-6:
+                self.violate(f"{sequence.request_id} entered the batch after its deadline")
+
+    def _preempted(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.log(sequence.request_id, f"left the batch with {len(sequence.produced)} tokens")
+
+    def look(self) -> None:
+        """At the bounds, after every step of every task."""
+        admission, scheduler, queue = self.admission, self.scheduler, self.queue
+        if admission is None or scheduler is None or queue is None:
+            return
+        # Those that have been answered by the last turn, and whose tasks have yet to run, hold
+        # nothing any more; those that gave their slot away wait beyond the places.
+        held = len(scheduler.running) + len(queue) + admission.depth + admission.waiting
+        for what, count, most in (
+            ("places taken", admission.depth, admission.max_depth),
+            ("waiting for a place", admission.waiting, admission.max_depth),
+            ("running", len(scheduler.running), admission.slots),
+            ("queued", len(queue), queue.max_size),
+            ("held", held, queue.max_size + admission.slots + 2 * admission.max_depth),
+        ):
+            if count > most:
+                self.violate(f"{what}: {count}, and {most} at most")
+        if len(admission.in_flight) != len(self._live):
+            self.violate("what is in flight is not what was admitted and has not ended")
+        if admission.gauge.level is not Pressure.NORMAL:
+            for each in self._live.values():
+                if each.entered_order is None:
+                    each.pressed = True
+
+
+class Steps(trio.abc.Instrument):
+    """Looks after every step. What it finds it writes down: an exception here would vanish."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002
+        self._record.look()
+
+
+def hook(owner: object, name: str, *, after: Callable[..., None]) -> None:
+    """Call `after` with the arguments of each call of a method, once it has returned."""
+    method = getattr(owner, name)
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        after(args[0])
+        return result
+
+    setattr(owner, name, hooked)
