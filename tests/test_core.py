@@ -292,18 +292,42 @@ def test_how_long_an_idle_engine_waits(
     assert formation.decide(now=now, waiting=waiting, first_at=0.0, mean_gap_s=gap) == expected
 
 
-def test_the_chunk_grows_to_what_the_gap_allows_and_never_below_its_least() -> None:
+def measured_budget(*, fixed_s: float, token_s: float, decode_s: float = 0.1) -> PrefillBudget:
+    """After enough turns of an engine with these costs, seven requests decoding beside one."""
     budget = PrefillBudget(chunk_max=512, gap_target_s=0.2)
-    assert budget.chunk == CHUNK_FIRST
-    budget.record(seconds=0.1, prefilled=0, decoded=8)
-    for _ in range(8):
-        budget.record(seconds=0.1 + 0.0005 * budget.chunk, prefilled=budget.chunk, decoded=8)
-    assert 180 <= budget.chunk <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
-    for _ in range(20):
-        budget.record(seconds=5.0, prefilled=budget.chunk, decoded=8)
-    assert budget.chunk == CHUNK_MIN
+    budget.record(seconds=decode_s, prefilled=0, decoded=7)
+    for number in range(30):
+        chunk = budget.chunk(decoding=7, waiting=1) + number % 3
+        budget.record(seconds=decode_s + fixed_s + token_s * chunk, prefilled=chunk, decoded=7)
+    return budget
+
+
+def test_the_chunk_is_what_fits_between_a_decode_step_and_the_gap_target() -> None:
+    assert PrefillBudget(chunk_max=512, gap_target_s=0.2).chunk(decoding=0, waiting=8) == 32
+    budget = measured_budget(fixed_s=0.0, token_s=0.0005)
+    assert 180 <= budget.chunk(decoding=7, waiting=1) <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
+    budget = measured_budget(fixed_s=0.04, token_s=0.001)
+    assert 50 <= budget.chunk(decoding=7, waiting=1) <= 70, "(0.2 - 0.1 - 0.04) s at 1 ms"
+
+
+def test_a_fixed_cost_that_cannot_be_avoided_is_made_worth_while() -> None:
+    budget = measured_budget(fixed_s=0.15, token_s=0.001)
+    assert 100 <= budget.chunk(decoding=7, waiting=1) <= 160, "as much for tokens as is fixed"
+
+
+def test_a_slow_engine_gets_the_least_chunk_and_a_restarted_one_the_first() -> None:
+    budget = measured_budget(fixed_s=0.0, token_s=0.1)
+    assert budget.chunk(decoding=7, waiting=1) == CHUNK_MIN
     budget.restarted()
-    assert budget.chunk == CHUNK_FIRST
+    assert budget.chunk(decoding=7, waiting=1) == CHUNK_FIRST
+
+
+def test_while_more_wait_than_decode_prefill_gets_more_time_and_alone_a_second() -> None:
+    budget = measured_budget(fixed_s=0.0, token_s=0.002)
+    few, many = (budget.chunk(decoding=each, waiting=8 - each) for each in (7, 1))
+    assert 45 <= few <= 52
+    assert many == min(4 * budget._largest, 350), "four times the gap, less the decode step"
+    assert budget.chunk(decoding=0, waiting=8) == min(4 * budget._largest, 500)
 
 
 def test_pressure_rises_at_a_limit_and_falls_only_clearly_below_it() -> None:
@@ -633,7 +657,7 @@ def test_one_preempted_and_taken_back_at_once_is_removed_and_admitted_in_one_tur
 def test_under_pressure_half_the_slots_and_half_the_prefill() -> None:
     scheduler = make_scheduler(slots=5)
     enter(scheduler, "a", "b", "c")
-    chunk = scheduler.plan().prefill_tokens
+    assert scheduler.plan().prefill_tokens == CHUNK_FIRST
     scheduler.shrunk = True
     assert scheduler.free_slots == 0
-    assert scheduler.plan().prefill_tokens == chunk // 2
+    assert scheduler.plan().prefill_tokens == CHUNK_FIRST // 2

@@ -1,4 +1,8 @@
-"""How many prompt tokens a turn may compute, so that running answers keep flowing."""
+"""How many prompt tokens a turn may compute, so that running answers keep flowing.
+
+A turn with prefill takes what its decode step takes, a fixed cost, and a cost for each token; the
+last two are fitted to measured turns as a straight line, with exponentially fading weights.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ CHUNK_FIRST = 32
 """Nothing is known about the engine's speed when it has just started."""
 CHUNK_MIN = 16
 """Below this the overhead of a turn outweighs what it computes."""
+GROWTH = 4
+"""A chunk is at most so many times the largest measured: a small one says little of a large one."""
+IDLE_S = 1.0
+"""What a turn may take while no answer is running: how late a cancel may then take effect."""
+PATIENCE = 4.0
+"""Where more requests wait for their prefill than decode, the gap may grow in that proportion, up
+to so many times the target: holding seven back for one would help nobody."""
 WEIGHT = 0.25
 """Of a new measurement in the running means."""
 
 
 class PrefillBudget:
-    """Adapts the chunk to the gap between tokens that running requests should see.
-
-    Two running means are kept: the seconds of a turn without prefill, and the seconds that one
-    prefilled token adds to a turn. The chunk is what fits between the first and the target.
-    """
+    """Keeps the gap between tokens that running requests see near its target."""
 
     def __init__(self, *, chunk_max: int, gap_target_s: float) -> None:
         self.chunk_max = max(chunk_max, CHUNK_MIN)
@@ -24,23 +31,51 @@ class PrefillBudget:
 
     def restarted(self) -> None:
         """Forget what was measured: the engine has just started."""
-        self._decode_s: float | None = None
-        self._token_s: float | None = None
-        self.chunk = min(CHUNK_FIRST, self.chunk_max)
+        self._decode_s = 0.0
+        self._largest = 0
+        # Running means over turns with prefill: tokens, seconds, and their products.
+        self._n = self._s = self._nn = self._ns = 0.0
 
     def record(self, *, seconds: float, prefilled: int, decoded: int) -> None:
         """One turn took `seconds`, prefilled and decoded so many tokens."""
         if not prefilled:
             if decoded:
-                self._decode_s = _mean(self._decode_s, seconds)
+                self._decode_s = _mean(self._decode_s or seconds, seconds)
             return
-        base_s = (self._decode_s or 0.0) if decoded else 0.0
-        self._token_s = _mean(self._token_s, max(seconds - base_s, 1e-6) / prefilled)
-        room_s = self.gap_target_s - (self._decode_s or 0.0)
-        fitting = int(room_s / self._token_s) if room_s > 0 else CHUNK_MIN
-        # At most doubling: a small chunk says little about a large one.
-        self.chunk = max(CHUNK_MIN, min(fitting, 2 * self.chunk, self.chunk_max))
+        own_s = max(seconds - (self._decode_s if decoded else 0.0), 0.0)
+        if not self._largest:
+            self._n, self._s = prefilled, own_s
+            self._nn, self._ns = prefilled**2, prefilled * own_s
+        self._n, self._s = _mean(self._n, prefilled), _mean(self._s, own_s)
+        self._nn, self._ns = _mean(self._nn, prefilled**2), _mean(self._ns, prefilled * own_s)
+        self._largest = max(self._largest, prefilled)
+
+    def chunk(self, *, decoding: int, waiting: int) -> int:
+        """For a turn in which so many requests decode and so many wait for their prefill."""
+        if not self._largest:
+            return min(CHUNK_FIRST, self.chunk_max)
+        fixed_s, token_s = self._line()
+        if decoding:
+            share = min(max(1.0, waiting / decoding), PATIENCE)
+            allowed_s = self.gap_target_s * share - self._decode_s
+            # Where the fixed cost alone is too much, at least as much goes into tokens.
+            allowed_s = max(allowed_s - fixed_s, min(fixed_s, self.gap_target_s))
+        else:
+            allowed_s = IDLE_S - fixed_s
+        fitting = int(max(allowed_s, 0.0) / token_s)
+        return max(CHUNK_MIN, min(fitting, GROWTH * self._largest, self.chunk_max))
+
+    def _line(self) -> tuple[float, float]:
+        """The fixed cost and the cost of a token, in seconds."""
+        mean_s = max(self._s / max(self._n, 1.0), 1e-9)
+        variance = self._nn - self._n**2
+        if variance < 1.0:
+            return 0.0, mean_s
+        slope = (self._ns - self._n * self._s) / variance
+        # Noise may tilt the line beyond reason: no token is free, and none costs more than all.
+        slope = min(max(slope, mean_s / 8), mean_s)
+        return max(self._s - slope * self._n, 0.0), slope
 
 
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + WEIGHT * (new - old)
+def _mean(old: float, new: float) -> float:
+    return old + WEIGHT * (new - old)

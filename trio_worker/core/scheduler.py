@@ -158,13 +158,14 @@ class Scheduler:
                 for each in admitted
             ),
             remove=removed,
-            prefill_tokens=self._chunk,
+            prefill_tokens=self._chunk(),
             trim_caches=trim_caches,
         )
 
-    @property
     def _chunk(self) -> int:
-        return max(CHUNK_MIN, self._prefill.chunk // 2) if self.shrunk else self._prefill.chunk
+        decoding = sum(each.stage is Stage.DECODE for each in self.running.values())
+        chunk = self._prefill.chunk(decoding=decoding, waiting=len(self.running) - decoding)
+        return max(CHUNK_MIN, chunk // 2) if self.shrunk else chunk
 
     def book(self, report: Report, *, now: float) -> list[Delivery]:
         """Take in what a turn did; returns what is to be handed out, in order."""
