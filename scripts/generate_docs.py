@@ -24,10 +24,9 @@ MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.
 
 def error_codes() -> str:
     """Every code of an error reply, in the order of `ErrorCode`."""
-    classes = {each.code: each for each in errors.WorkerError.__subclasses__()}
     rows = [
         f"| `{code}` | {each.number} | {'yes' if each.retryable else 'no'} | {_first_line(each)} |"
-        for code, each in ((code, classes[code]) for code in errors.ErrorCode)
+        for code, each in ((code, errors.BY_CODE[code]) for code in errors.ErrorCode)
     ]
     return "\n".join(["| code | number | retryable | when |", "|---|---|---|---|", *rows, ""])
 

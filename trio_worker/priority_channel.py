@@ -8,7 +8,7 @@ queue is empty. What a memory channel has not: a sequence can be taken out where
 from __future__ import annotations
 
 from types import TracebackType
-from typing import final
+from typing import Self, final
 
 import trio
 
@@ -32,12 +32,30 @@ class _State:
         self.changed = trio.Event()
 
 
-@final
-class PrioritySendChannel:
-    """The end that puts sequences in, and takes them out again when they end early."""
+class _End:
+    """One end: closed when its `with` block is left."""
 
     def __init__(self, state: _State) -> None:
         self._state = state
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@final
+class PrioritySendChannel(_End):
+    """The end that puts sequences in, and takes them out again when they end early."""
 
     def send_nowait(self, sequence: Sequence) -> None:
         """Put a sequence into its place. Raises `ClosedResourceError` or `BrokenResourceError`."""
@@ -56,24 +74,10 @@ class PrioritySendChannel:
         self._state.send_open = False
         self._state.wake()
 
-    def __enter__(self) -> PrioritySendChannel:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 @final
-class PriorityReceiveChannel:
+class PriorityReceiveChannel(_End):
     """The end that takes sequences, the most urgent first."""
-
-    def __init__(self, state: _State) -> None:
-        self._state = state
 
     def __len__(self) -> int:
         return len(self._state.queue)
@@ -133,17 +137,6 @@ class PriorityReceiveChannel:
     def close(self) -> None:
         self._state.receive_open = False
         self._state.wake()
-
-    def __enter__(self) -> PriorityReceiveChannel:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_priority_channel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from trio_worker.core.request import RequestId
 
@@ -43,7 +44,7 @@ def stats(worker_id: str) -> str:
     return f"worker.{worker_id}.stats"
 
 
-def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> bool:
+def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> TypeGuard[str]:
     """Whether an answer may go there: one concrete subject below a permitted prefix."""
     return (
         subject is not None

@@ -43,7 +43,6 @@ async def claim_id(broker: Broker, worker_id: str, reply_prefixes: Many[str]) ->
 
     def answer_ping(message: Message) -> None:
         if subjects.may_reply_to(message.reply, reply_prefixes):
-            assert message.reply is not None
             broker.publish(Message(subject=message.reply, body=worker_id.encode()))
 
     await broker.subscribe(subject, answer_ping)

@@ -41,7 +41,6 @@ class Control:
         elif message.body == CANCEL_BODY:
             cancelled = self._door.end(request_id, Ending.CANCELLED)
             if subjects.may_reply_to(message.reply, self._reply_prefixes):
-                assert message.reply is not None
                 body = native.cancel_reply(request_id, cancelled=cancelled)
                 self._broker.publish(Message(subject=message.reply, body=body))
 

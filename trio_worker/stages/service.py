@@ -73,7 +73,6 @@ async def run_service(
     def answer(bodies: _Bodies, message: Message) -> None:
         if not subjects.may_reply_to(message.reply, reply_prefixes):
             return
-        assert message.reply is not None
         for body in bodies():
             try:
                 broker.publish(Message(subject=message.reply, body=body))
