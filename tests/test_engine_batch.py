@@ -38,6 +38,12 @@ def batch(model: Any) -> Any:
     return open_batch(model, 0)
 
 
+def opened(model: Any, prefix_bytes: int, padding_max: int) -> Any:
+    batch = open_batch(model, prefix_bytes)
+    batch._padding_max = padding_max
+    return batch
+
+
 def sampling(**settings: Any) -> Any:
     return msgspec.structs.replace(GREEDY, **{"logit_bias": NO_END, **settings})
 
@@ -177,10 +183,12 @@ def test_the_size_of_the_prefill_chunks_changes_nothing(batch: Any) -> None:
     assert run_one(batch, PROMPTS[5], prefill_tokens=7).tokens == whole.tokens
 
 
-@pytest.mark.parametrize("prefix_bytes", [0, 2**18])
+@pytest.mark.parametrize(
+    ("prefix_bytes", "padding_max"), [(0, 10**6), (2**18, 10**6), (0, 60), (2**18, 0)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_history_of_comings_and_goings_changes_a_token(
-    model: Any, alone: Any, seed: int, prefix_bytes: int
+    model: Any, alone: Any, seed: int, prefix_bytes: int, padding_max: int
 ) -> None:
     """Removed and crashed at random in every stage; each comes back with what it was given."""
     random = Random(seed)
@@ -188,7 +196,7 @@ def test_no_history_of_comings_and_goings_changes_a_token(
     tokens: dict[str, list[int]] = {name: [] for name in wanted}
     texts = dict.fromkeys(wanted, "")
     outside, finished = set(wanted), set[str]()
-    batch = open_batch(model, prefix_bytes)
+    batch = opened(model, prefix_bytes, padding_max)
     while len(finished) < len(wanted):
         inside = sorted(set(wanted) - outside - finished)
         leaving = {name for name in inside if random.random() < 0.1}
@@ -211,7 +219,7 @@ def test_no_history_of_comings_and_goings_changes_a_token(
                 finished.add(output.request_id)
         assert set(done.residents) == set(wanted) - outside - finished
         if random.random() < 0.05:
-            batch = open_batch(model, prefix_bytes)
+            batch = opened(model, prefix_bytes, padding_max)
             outside = set(wanted) - finished
     assert tokens == {name: of.tokens for name, of in alone.items()}
     assert texts == {name: of.text for name, of in alone.items()}
@@ -225,6 +233,39 @@ def test_sixteen_rows_of_unequal_length_get_the_tokens_that_each_gets_alone(batc
     together = run(batch, *admits, prefill_tokens=50)
     for one in admits:
         assert together[one.request_id].tokens == run(batch, one)[one.request_id].tokens
+
+
+def test_rows_decode_together_while_their_padding_is_small(model: Any) -> None:
+    """And apart beyond that: a long one neither slows the short ones nor takes memory for each."""
+    batch = opened(model, 0, padding_max=100)
+    turn(batch, *(admit(name, range(3, 23), max_tokens=40) for name in "abc"))
+    turn(batch, admit("long", range(3, 100), max_tokens=40))
+    assert [each.uids for each in batch._decodings] == [["a", "b", "c"], ["long"]]
+    turn(batch, admit("alike", range(3, 33), max_tokens=40))
+    assert [sorted(each.uids) for each in batch._decodings] == [["a", "alike", "b", "c"], ["long"]]
+    rows_and_columns = [
+        sum(layer.keys.shape[0] * layer._idx for layer in each.prompt_cache) // LAYERS
+        for each in batch._decodings
+    ]
+    assert sum(rows_and_columns) < 4 * 40 + 110
+
+
+def test_rows_come_together_when_what_kept_them_apart_has_left(model: Any) -> None:
+    batch = opened(model, 0, padding_max=100)
+    turn(batch, *(admit(name, range(3, 23), max_tokens=40) for name in "abc"))
+    turn(batch, admit("long", range(3, 100), max_tokens=40))
+    turn(batch, remove=("a", "b"))
+    assert [each.uids for each in batch._decodings] == [["c", "long"]]
+    turn(batch, remove=("c", "long"))
+    assert not batch._decodings
+    assert not batch.residents
+
+
+def test_prompts_that_are_ready_at_once_begin_in_sets_of_similar_length(model: Any) -> None:
+    batch = opened(model, 0, padding_max=30)
+    lengths = (5, 90, 10, 80, 12)
+    turn(batch, *(admit(str(n), range(3, 3 + n), max_tokens=40) for n in lengths))
+    assert [each.uids for each in batch._decodings] == [["5", "10", "12"], ["80", "90"]]
 
 
 def test_a_model_with_a_sliding_window_batches_too(tmp_path: Any) -> None:
@@ -559,7 +600,8 @@ def test_a_failure_while_handing_out_fails_only_that_sequence(
     tokens = []
     for step in range(12):
         if step == fails_at:
-            batch._decoding.samplers[0].answer = None
+            rows = (row for each in batch._decodings for row in each.samplers)
+            next(row for row in rows if row.request_id == "bad").answer = None
         done = turn(batch)
         tokens += [o.token for o in done.outputs if o.request_id == "greedy"]
         assert ("bad" in done.residents) == (step < fails_at)

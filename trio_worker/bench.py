@@ -58,6 +58,7 @@ WORDS = (
 """Short and common: about a token each."""
 
 PLAIN: Sequence[Mapping[str, Any]] = ({},)
+HALF_DRAWN: Sequence[Mapping[str, Any]] = ({}, {"temperature": 1.0})
 HALF_SEEDED: Sequence[Mapping[str, Any]] = ({}, {"temperature": 1.0, "seed": 1})
 ALL_DIFFERENT: Sequence[Mapping[str, Any]] = (
     {},
@@ -167,28 +168,45 @@ async def _prefix(bench: Bench) -> None:
 
 
 async def _seeds(bench: Bench) -> None:
-    await _against_greedy(bench, "half of the requests seeded", HALF_SEEDED, "0.95")
+    await _compare_samplings(
+        bench,
+        "half of the requests seeded against none, tokens/s",
+        HALF_SEEDED,
+        HALF_DRAWN,
+        required="0.95",
+    )
 
 
 async def _mixing(bench: Bench) -> None:
-    await _against_greedy(bench, "every request with sampling of its own", ALL_DIFFERENT, None)
+    await _compare_samplings(
+        bench,
+        "every request with sampling of its own against all greedy, tokens/s",
+        ALL_DIFFERENT,
+        PLAIN,
+        required=None,
+    )
 
 
-async def _against_greedy(
-    bench: Bench, title: str, samplings: Sequence[Mapping[str, Any]], required: str | None
+async def _compare_samplings(
+    bench: Bench,
+    title: str,
+    ours: Sequence[Mapping[str, Any]],
+    theirs: Sequence[Mapping[str, Any]],
+    *,
+    required: str | None,
 ) -> None:
     async with running(bench) as worker:
 
-        async def rate(samplings: Sequence[Mapping[str, Any]], number: int) -> float:
-            stories = _stories(f"{number}/{len(samplings)}", 2 * CONCURRENT)
+        async def rate(name: str, samplings: Sequence[Mapping[str, Any]], number: int) -> float:
+            stories = _stories(f"{number}/{name}", 2 * CONCURRENT)
             return await worker.rate(
                 stories, bench.max_tokens, concurrent=CONCURRENT, samplings=samplings
             )
 
         await _compare(
-            f"{title} against all greedy, tokens/s",
-            partial(rate, samplings),
-            partial(rate, PLAIN),
+            title,
+            partial(rate, "ours", ours),
+            partial(rate, "theirs", theirs),
             rounds=bench.rounds,
             required=required,
         )

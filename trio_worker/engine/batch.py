@@ -4,10 +4,13 @@ Built on the decoding half of mlx-lm's `BatchGenerator` rather than on the whole
 bounds prefill per row and not per turn, samples row by row as soon as requests differ, and sets
 Metal's wired limit when it is made, which has brought whole machines down (ml-explore/mlx#3186).
 
-1. A sequence is in `_arriving` until its prompt is computed, then a row of `_decoding`.
+1. A sequence is in `_arriving` until its prompt is computed, then a row of one of `_decodings`.
 2. A sequence that prefills has a cache of its own, so its chunks are exact and need no padding;
-   those that become ready in one turn join the batch together.
-3. A step is in flight on the device between turns: a turn takes its tokens and starts the next.
+   those that become ready in one turn join together.
+3. The rows of one `Decoding` are padded to the longest. Rows of very different lengths decode
+   apart, for their padding would take longer than reading the weights once more, and would take
+   memory that nobody has reserved.
+4. A step is in flight on the device between turns: a turn takes its tokens and starts the next.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationBatch, StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
 from trio_worker.engine import heap
+from trio_worker.engine.decoding import Decoding, alike, merge_alike
 from trio_worker.engine.prefix import PrefixCache
-from trio_worker.engine.sampling import Logprobs, Plan
+from trio_worker.engine.sampling import Logprobs
 from trio_worker.engine.text import Answer, Vocabulary
 from trio_worker.frames import (
     AdmitFrame,
@@ -72,48 +75,6 @@ class _Outcome:
     prefill_tokens: int = 0
 
 
-class Decoding(GenerationBatch):  # type: ignore[misc]
-    """mlx-lm's decoding batch, with every row's token drawn in one go.
-
-    Its `uids` are request ids and its `samplers` the sequences themselves: the parent class
-    carries both along when rows come and go. `_next_logprobs` holds each row's place in
-    `Logprobs`, or None.
-    """
-
-    _plan: Plan | None = None
-    _next_tokens: Any
-    _next_logprobs: list[tuple[Logprobs, int] | None]
-
-    def extend(self, batch: Decoding) -> None:
-        super().extend(batch)
-        self._plan = None
-
-    def filter(self, keep: list[int]) -> None:
-        super().filter(keep)
-        self._plan = None
-
-    def step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
-        """Take the tokens of the step in flight, and start the next one."""
-        return self._step()
-
-    def _step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
-        inputs, places = self._next_tokens, self._next_logprobs
-        self._current_tokens, self._current_logprobs = inputs, places
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        if self._plan is None:
-            self._plan = Plan(self.samplers, self.tokens, logits.shape[-1])
-        self._next_tokens, self._next_logprobs = self._plan.draw(logits, inputs, self.tokens)
-        mx.async_eval(  # type: ignore[no-untyped-call]
-            self._next_tokens, _arrays(self._next_logprobs)
-        )
-
-        mx.eval(inputs, _arrays(places))
-        tokens: list[int] = inputs.tolist()
-        for before, token in zip(self.tokens, tokens, strict=True):
-            before.append(token)
-        return tokens, places
-
-
 class Batch:
     """Every sequence the engine holds. All calls must come from the thread that made it."""
 
@@ -124,6 +85,7 @@ class Batch:
         *,
         end_tokens: Iterable[int],
         vocabulary_size: int,
+        padding_max: int,
         prefix_cache_bytes: int = 0,
     ) -> None:
         self._model = model
@@ -132,12 +94,14 @@ class Batch:
         self._vocabulary_size = vocabulary_size
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
         self._arriving: list[Sequence] = []
-        self._decoding = _decoding(model, [])
+        self._decodings: list[Decoding] = []
+        self._padding_max = padding_max
         self._steps = 0
 
     @property
     def residents(self) -> list[str]:
-        return [s.request_id for s in self._arriving] + list(self._decoding.uids)
+        decoding = [request_id for each in self._decodings for request_id in each.uids]
+        return [s.request_id for s in self._arriving] + decoding
 
     def turn(self, turn: Turn) -> TurnDone:
         """Remove, admit, one decode step for the rows that decode, and some prefill."""
@@ -169,10 +133,10 @@ class Batch:
         for sequence in [s for s in self._arriving if s.request_id in leaving]:
             self._arriving.remove(sequence)
             self._keep(sequence)
-        rows = range(len(self._decoding))
-        gone = [i for i in rows if self._decoding.uids[i] in leaving]
-        # It may only have made room for a more urgent one, and then it comes back.
-        self._leave(gone)
+        for decoding in self._decodings:
+            # They may only have made room for more urgent ones, and then they come back.
+            self._leave(decoding, [i for i, uid in enumerate(decoding.uids) if uid in leaving])
+        self._close_ranks()
 
     def _trim(self) -> None:
         if self._prefixes is not None:
@@ -227,15 +191,21 @@ class Batch:
                 raise ValueError(f"logit_bias: token {token} is not one of the model's {size}")
 
     def _decode(self, outcome: _Outcome) -> None:
-        if not len(self._decoding):
+        if not self._decodings:
             return
-        tokens, places = self._decoding.step()
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
+        for decoding in self._decodings:
+            self._leave(decoding, self._step(decoding, outcome))
+        self._close_ranks()
+
+    def _step(self, decoding: Decoding, outcome: _Outcome) -> list[int]:
+        """One token for each row; returns the rows that have ended."""
+        tokens, places = decoding.step()
         finished = []
         for i, (sequence, token, place) in enumerate(
-            zip(self._decoding.samplers, tokens, places, strict=True)
+            zip(decoding.samplers, tokens, places, strict=True)
         ):
             try:
                 output = self._hand_out(sequence, token, place)
@@ -246,7 +216,7 @@ class Batch:
             outcome.outputs.append(output)
             if output.finish is not None:
                 finished.append(i)
-        self._leave(finished)
+        return finished
 
     def _hand_out(
         self, sequence: Sequence, token: int, place: tuple[Logprobs, int] | None
@@ -293,15 +263,19 @@ class Batch:
             logprob=logprob,
         )
 
-    def _leave(self, rows: list[int]) -> None:
+    def _leave(self, decoding: Decoding, rows: list[int]) -> None:
         if not rows:
             return
         if self._prefixes is not None:
             for i in rows:
                 # What was handed out last has gone through the model for the step in flight.
-                self._prefixes.keep(self._decoding.tokens[i], self._decoding.extract_cache(i))
+                self._prefixes.keep(decoding.tokens[i], decoding.extract_cache(i))
         leaving = frozenset(rows)
-        self._decoding.filter([i for i in range(len(self._decoding)) if i not in leaving])
+        decoding.filter([i for i in range(len(decoding)) if i not in leaving])
+
+    def _close_ranks(self) -> None:
+        """After rows have come or gone."""
+        self._decodings = merge_alike([d for d in self._decodings if len(d)], self._padding_max)
 
     def _prefill(self, budget: int, outcome: _Outcome) -> None:
         ready = []
@@ -345,38 +319,11 @@ class Batch:
         return make_prompt_cache(self._model), 0
 
     def _join(self, ready: list[Sequence]) -> None:
-        joining = _decoding(self._model, ready)
-        if len(self._decoding):
-            self._decoding.extend(joining)
-        else:
-            self._decoding = joining
+        for rows in alike(ready, self._padding_max):
+            self._decodings.append(Decoding.start(self._model, rows))
+        self._close_ranks()
         # Prompts leave behind buffers of sizes that decoding has no use for.
         mx.clear_cache()
-
-
-def _decoding(model: Any, rows: list[Sequence]) -> Decoding:
-    """Rows whose prompts are computed but for the last token; their first step is started."""
-    caches = zip(*(row.cache or () for row in rows), strict=True)
-    decoding = Decoding(
-        model,
-        uids=[row.request_id for row in rows],
-        inputs=mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32),
-        prompt_cache=[layers[0].merge(list(layers)) for layers in caches],
-        tokens=[row.tokens[:-1] for row in rows],
-        samplers=list(rows),
-        fallback_sampler=None,
-        logits_processors=[() for _ in rows],
-        stop_sequences=[StopSequences() for _ in rows],
-        max_tokens=[0 for _ in rows],
-    )
-    for row in rows:
-        row.cache = None
-    return decoding
-
-
-def _arrays(places: list[tuple[Logprobs, int] | None]) -> list[mx.array]:
-    distinct = {id(place[0]): place[0] for place in places if place is not None}
-    return [array for logprobs in distinct.values() for array in logprobs.arrays]
 
 
 def _failure(request_id: str, exc: Exception) -> FailureFrame:

@@ -33,6 +33,8 @@ _REPOSITORY = re.compile(r"\A[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _SHARE_OF_MEMORY = 0.6
 """Weights are dequantised for a CPU only while they take less than this of its memory."""
+_TALL = 16
+"""Outputs over inputs from which a matrix is one over the vocabulary."""
 
 
 class CannotLoad(Exception):
@@ -55,6 +57,16 @@ class LoadedModel:
     @property
     def end_tokens(self) -> frozenset[int]:
         return frozenset(self.tokenizer.eos_token_ids)
+
+    @property
+    def padding_max(self) -> int:
+        """Tokens of padding that a decode step may compute rather than read the weights again.
+
+        Attention reads its cache as a step reads the weights; half of their size is where two
+        batches become faster than one on a CPU (0.4), and what padding may take of the memory.
+        """
+        weights = sum(array.nbytes for _, array in tree_flatten(self.module.parameters()))
+        return int(weights // 2 // max(self.cache_bytes_per_token, 1))
 
 
 def load(model: str, model_name: str | None, progress: ProgressSink) -> LoadedModel:
@@ -173,8 +185,22 @@ def _for_this_device(module: Any) -> None:
         _unpack_common(module)
         dequantize_model(module)
         module.update(tree_map(_widen, module.parameters()))
+        _turn_tall_matrices(module)
     mx.eval(module.parameters())
     mx.clear_cache()
+
+
+def _turn_tall_matrices(module: Any) -> None:
+    """Lay out the matrix over the vocabulary as its product reads it; its shape stays.
+
+    A product with a few rows, as in a decode step, would otherwise begin by copying the matrix.
+    Smaller matrices gain nothing by it.
+    """
+    for _, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            outputs, inputs = layer.weight.shape
+            if outputs > _TALL * inputs:
+                layer.weight = mx.contiguous(layer.weight.T).T
 
 
 def _unpack_common(module: Any) -> None:

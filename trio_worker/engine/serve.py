@@ -123,6 +123,7 @@ def open_batch(model: LoadedModel, prefix_cache_bytes: int) -> Batch:
         Vocabulary(model.tokenizer),
         end_tokens=model.end_tokens,
         vocabulary_size=model.vocabulary_size,
+        padding_max=model.padding_max,
         prefix_cache_bytes=prefix_cache_bytes,
     )
 
