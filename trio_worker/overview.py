@@ -98,6 +98,7 @@ class Overview:
         now = trio.current_time()
         admission, batches, counters = self._admission, self._batches, self._counters
         engine, gauge = self._engine.statistics(), self._admission.gauge
+        written = counters.metrics
         running = list(self._scheduler.running.values())
         limits = self._config.resource_limits
         by_level = self._queue.by_level()
@@ -128,7 +129,7 @@ class Overview:
                 max_batch_seen=batches.max_batch_seen,
                 last_formation_ms=round(batches.last_formation_ms, 3),
                 by_trigger=dict(batches.by_trigger),
-                preemptions=batches.preemptions,
+                preemptions=written.preemptions.total(),
             ),
             resources=ResourcesReading(
                 memory_mb=round(gauge.used / MB, 1),
@@ -137,7 +138,9 @@ class Overview:
                 under_pressure=gauge.level is not Pressure.NORMAL,
                 pressure=gauge.level,
                 steps=[step for step in DegradationStep if step in gauge.steps],
-                degradations=dict(batches.degradations),
+                degradations={
+                    step: count for (step,), count in written.degradations.values.items() if count
+                },
                 available_mb=round(gauge.available / MB, 1),
                 limits={
                     "max_memory_mb": limits.max_memory_mb,
@@ -149,7 +152,7 @@ class Overview:
                 state=engine.state,
                 model=self._config.model_name,
                 restarts=engine.restarts,
-                resumed=counters.resumed,
+                resumed=written.resumed.total(),
                 context_length=engine.info.context_length if engine.info else None,
                 cache_bytes_per_token=per_token or None,
                 device=engine.info.device if engine.info else None,
@@ -169,9 +172,9 @@ class Overview:
                 cancel_ms=counters.cancel_ms.percentiles(),
             ),
             tokens=TokensReading(
-                prompt=counters.prompt_tokens,
-                cached=counters.cached_tokens,
-                generated=counters.generated_tokens,
+                prompt=written.prompt_tokens.total(),
+                cached=written.cached_tokens.total(),
+                generated=written.generated_tokens.total(),
                 per_second=round(counters.throughput.per_second(now=now), 3),
             ),
             nats=self._broker.statistics(),

@@ -1,4 +1,7 @@
-"""Counts and samples, written where things happen and read by the statistics; never awaited."""
+"""Counts and samples, written where things happen and read by the statistics; never awaited.
+
+What `core/metrics.py` counts already is not counted here again: the snapshot reads it there.
+"""
 
 from __future__ import annotations
 
@@ -70,16 +73,12 @@ class RequestCounters:
         self.by_outcome: Counter[str] = Counter()
         """`ok` or the error's code."""
         self.dropped = 0
-        self.resumed = 0
-        self.prompt_tokens = 0
-        self.generated_tokens = 0
         self.queue_wait_ms = Samples()
         self.time_to_first_token_ms = Samples()
         self.inter_token_ms = Samples()
         self.request_ms = Samples()
         self.cancel_ms = Samples()
         """From the end of a request before its answer's end to its slot being free."""
-        self.cached_tokens = 0
         self.throughput = Throughput()
 
     def answer(self, subject: str, error: WorkerError | None, *, after_s: float = 0.0) -> None:
@@ -103,8 +102,6 @@ class BatchCounters:
         self.max_batch_seen = 0
         self.last_formation_ms = 0.0
         self.by_trigger: Counter[str] = Counter()
-        self.preemptions = 0
-        self.degradations: Counter[str] = Counter()
         self.reliefs = 0
         """Engines replaced because memory stayed critical."""
         self.engine_memory = EngineMemory(active=0, cache=0, peak=0)

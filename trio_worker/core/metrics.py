@@ -49,12 +49,16 @@ class CounterMetric:
 
     def __init__(self, description: Description) -> None:
         self.description = description
-        self.values: dict[Labels, float] = dict.fromkeys(description.starts, 0)
+        self.values: dict[Labels, int] = dict.fromkeys(description.starts, 0)
         if not description.labels:
             self.values[()] = 0
 
-    def add(self, amount: float = 1, labels: Labels = ()) -> None:
+    def add(self, amount: int = 1, labels: Labels = ()) -> None:
         self.values[labels] = self.values.get(labels, 0) + amount
+
+    def total(self) -> int:
+        """Over all labels."""
+        return sum(self.values.values())
 
 
 class HistogramMetric:

@@ -211,7 +211,6 @@ class _Batcher:
     def _preempt(self, victim: Sequence, reason: str) -> None:
         self._scheduler.preempt(victim)
         self._queue.put_back_nowait(victim)
-        self._batches.preemptions += 1
         self._metrics.preemptions.add(labels=(reason,))
         logger.bind(request_id=victim.request_id).debug(
             "Preempted for {} with {} tokens", reason, len(victim.produced)
@@ -228,7 +227,6 @@ class _Batcher:
         steps = self._gauge.steps
         for step in DegradationStep:
             if step in steps and step not in self._steps:
-                self._batches.degradations[step] += 1
                 self._metrics.degradations.add(labels=(step.value,))
                 logger.warning("Degradation begins: {}", step)
             elif step in self._steps and step not in steps:

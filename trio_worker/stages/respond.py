@@ -268,10 +268,6 @@ def _count(
     metrics.generated_tokens.add(len(sequence.produced))
     if sequence.resumed:
         metrics.resumed.add()
-    counters.prompt_tokens += len(sequence.prompt) if sequence.batched_at is not None else 0
-    counters.cached_tokens += sequence.cached
-    counters.generated_tokens += len(sequence.produced)
-    counters.resumed += sequence.resumed
     counters.request_ms.add(1000 * (now - sequence.arrived_at))
     if error is None and sequence.batched_at is not None:
         rate.record(now - sequence.batched_at)
