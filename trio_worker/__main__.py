@@ -126,7 +126,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="batching",
         choices=(*BENCH_PARTS, *itertools.chain(*BENCH_PARTS.values())),
         help="batching: eight requests together against one at a time; bare: against mlx-lm's own "
-        "loop; prefix: with and without reuse; seeds, mixing: against greedy requests only; "
+        "loop; prefix: with and without reuse; seeds: half of them against none; mixing: against "
+        "greedy requests only; "
         "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
         "operations; priority: an urgent request among many; preemption: what it costs; "
         "scheduling: these three",

@@ -125,14 +125,14 @@ async def _bare(bench: Bench) -> None:
     if bench.engine == "simulated":
         _print("a worker against mlx-lm's own loop: not with a simulated engine")
         return
-    for concurrent in (CONCURRENT, 2 * CONCURRENT):
+    for concurrent in (1, CONCURRENT, 2 * CONCURRENT):
         wide = bench.having("continuous_batching", max_batch_size=concurrent)
         async with running(wide) as worker, _running_loop(wide) as loop:
             measured: list[_Worker | _Loop] = [worker, loop]
             ours, theirs = (partial(_story_rate, bench, each, concurrent) for each in measured)
             await theirs(0)
             await _compare(
-                f"a worker against mlx-lm's own loop, {concurrent} requests at a time, tokens/s",
+                f"a worker against mlx-lm's own loop, {concurrent} at a time, tokens/s",
                 ours,
                 theirs,
                 rounds=bench.rounds,
