@@ -6,6 +6,8 @@ import sys
 
 from loguru import logger
 
+import trio_worker.client  # noqa: F401 - silences the package, so it has to come before
+
 
 def _write(line: str) -> None:
     # Not bound to one file: pytest puts another in its place for each test.
@@ -13,5 +15,6 @@ def _write(line: str) -> None:
 
 
 # A line per request slows ten virtual minutes of traffic down to many real ones.
+logger.enable("trio_worker")
 logger.remove()
 logger.add(_write, level="WARNING", diagnose=False)

@@ -25,10 +25,12 @@ EVERYTHING = {
         "adapters",
         "worker",
         "client",
+        "client_asyncio",
         "launch",
         "logs",
         "bench",
         "bench_scheduling",
+        "deploy",
     ),
 }
 MAY_IMPORT: dict[str, set[str]] = {
@@ -49,12 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"errors", "frames"},
     "worker": {"core", "errors", "ports", "config", *BETWEEN, "stages"},
     "client": {"core", "errors", "ports", "adapters.nats_broker"},
+    "client_asyncio": {"core", "errors"},
     "bench": EVERYTHING,
     "bench_scheduling": EVERYTHING,
     "launch": EVERYTHING,
     "logs": set(),
     "__main__": EVERYTHING,
-    "deploy": set(),
+    "deploy": {"config", "core", "errors"},
 }
 
 MODEL_LIBRARIES = {"mlx", "mlx_lm", "transformers", "tokenizers", "huggingface_hub"}
@@ -162,6 +165,8 @@ def foreign_fault(unit: str, each: Import) -> str | None:
         return f"only the engine process imports {top}"
     if unit in ("engine", "core", "errors", "frames", "config") and names & LOOPS:
         return f"{unit} imports {top}"
+    if unit == "client_asyncio" and top in ("trio", "trio_util", "trio_asyncio", "anyio"):
+        return f"{unit} imports {top}"
     if unit in ("core", "errors", "frames") and names & WORLD:
         return f"{unit} imports {top}"
     return None
@@ -234,6 +239,8 @@ def test_every_file_keeps_to_its_layer(path: Path) -> None:
         ("worker", "import transformers"),
         ("client", "from trio_worker.adapters import http_server"),
         ("client", "from trio_worker.worker import serve"),
+        ("client_asyncio", "import trio_asyncio"),
+        ("client_asyncio", "from trio_worker.adapters.nats_broker import Login"),
         ("__main__", "from trio_worker.engine import blas"),
         ("__main__", "def f():\n    import mlx_lm"),
         ("novelty", "import json"),

@@ -416,7 +416,7 @@ async def running(bench: Bench) -> AsyncIterator[_Worker]:
         nursery.start_soon(serve)  # noqa: ASYNC113 - `ready` is waited for
         await ready.wait()
         assert config.worker.id is not None
-        yield _Worker(Client(brokers[0]), config.worker.id, seen[0])
+        yield _Worker(Client(brokers[0], timeout_ms=None, attempts=1), config.worker.id, seen[0])
         stop.send_nowait(None)
 
 

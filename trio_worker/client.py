@@ -1,12 +1,16 @@
-"""Calling a worker from Python, on Trio.
+"""Calling a worker from Python, on Trio. `client_asyncio` is the same for asyncio.
 
     async with open_client("nats://127.0.0.1:4222") as client:
         async with client.ask({"prompt": "Hello", "stream": True}) as answer:
             async for chunk in answer:
                 print(chunk.text, end="", flush=True)
 
-An `Answer` is an asynchronous iterator of the messages of one answer. An error reply is raised as
-the class of `trio_worker.errors` that belongs to its code.
+        whole = await client.complete({"prompt": "Hello"})
+        print(whole.text, whole.usage)
+
+An error reply is raised as the class of `trio_worker.errors` that belongs to its code. One that
+may be retried is retried first: after the time it names, within the request's deadline, and only
+while no text has been handed out.
 """
 
 from __future__ import annotations
@@ -14,113 +18,152 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from random import Random
 from typing import Any
 
-import msgspec
 import trio
+from loguru import logger
 
 from trio_worker.adapters.nats_broker import Login, open_nats_broker
-from trio_worker.core import subjects
-from trio_worker.core.wire import native
-from trio_worker.errors import BY_CODE, InternalError, WorkerError
+from trio_worker.core.call import Call, Chunk, join
+from trio_worker.errors import MessageTooLarge, PayloadTooLarge
 from trio_worker.ports import Broker, Message
+
+__all__ = ["Answer", "Chunk", "Client", "Login", "open_client"]
 
 INBOX_MESSAGES = 8192
 """Messages of one answer that may wait to be read: more than any answer has by default."""
-NOBODY_LISTENS_RETRY_S = 0.25
-CANCEL_S = 1.0
+LEAVE_S = 1.0
+"""How long leaving an answer may take."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One message of an answer."""
-
-    text: str
-    finish_reason: str | None
-    usage: Mapping[str, Any] | None
-    """With the last message: token counts as OpenAI names them."""
-    worker: Mapping[str, Any] | None
-    """With the last message: what the worker says about how it served the request."""
-    body: Mapping[str, Any]
-    """The whole message."""
-    headers: Mapping[str, str]
+# A caller's standard error is not ours; `logger.enable("trio_worker")` shows what the connection
+# is doing.
+logger.disable("trio_worker")
 
 
 class Answer:
-    """The answer to one request, while it arrives."""
+    """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
-        self, broker: Broker, receive: trio.MemoryReceiveChannel[Message], first: Message | None
+        self,
+        broker: Broker,
+        call: Call,
+        inbox: str,
+        receive: trio.MemoryReceiveChannel[Message],
     ) -> None:
         self._broker = broker
+        self._call = call
+        self._inbox = inbox
         self._receive = receive
-        self._first = first
-        self._next_sequence = 0
-        self.control_subject: str | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self._call.request_id
+
+    @property
+    def control_subject(self) -> str | None:
         """Known from the first message on; publishing `cancel` there ends the request."""
-        self.ended = False
+        return self._call.control_subject
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return self._call.ended
 
     def __aiter__(self) -> Answer:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next message. Raises the `WorkerError` of an error reply.
+        """The next message.
 
-        Cancelled: nothing is lost. A gap in the numbering, which core NATS allows, is an
-        `InternalError`.
+        Sends the request again where that is allowed. Then the opening chunk of a stream, which
+        has no text, may come again, and `Sequence` begins anew.
+
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened until the
+        deadline, `RequestTimeout` a second after the deadline if not even an error has come, and
+        `MessageLost` for a gap in the numbering, which core NATS allows. Cancelled: nothing is
+        lost; the next call goes on.
         """
-        if self.ended:
+        call = self._call
+        if call.ended:
             raise StopAsyncIteration
-        message, self._first = self._first or await self._receive.receive(), None
-        self.control_subject = message.reply or self.control_subject
-        terminal = message.headers.get(native.HEADER_TERMINAL)
-        self.ended = terminal is not None
-        body = msgspec.json.decode(message.body, type=dict[str, Any])
-        if terminal == "error":
-            raise _error(body)
-        sequence = int(message.headers.get(native.HEADER_SEQUENCE, -1))
-        if sequence != self._next_sequence:
-            raise InternalError(
-                f"message {self._next_sequence} of the answer was lost; {sequence} came instead"
-            )
-        self._next_sequence += 1
-        return _chunk(body, message.headers)
+        while True:
+            if call.resend_at is not None:
+                await trio.sleep_until(call.resend_at)
+                self.send()
+            with trio.move_on_at(call.gives_up_at) as too_late:
+                message = await self._receive.receive()
+            if too_late.cancelled_caught:
+                raise call.give_up()
+            chunk = call.take(message.body, message.headers, message.reply, trio.current_time())
+            if chunk is not None:
+                return chunk
 
     async def text(self) -> str:
         """The whole text; reads to the end."""
         return "".join([chunk.text async for chunk in self])
 
     def cancel(self) -> None:
-        """Ask the worker to end the request; a terminal message follows if it was not too late."""
-        if self.control_subject is not None:
-            self._broker.publish(Message(subject=self.control_subject, body=b"cancel"))
+        """Ask the worker to end the request; `RequestCancelled` follows if it was not too late."""
+        if (cancel := self._call.cancel_message()) is not None:
+            subject, body = cancel
+            self._broker.publish(Message(subject=subject, body=body))
+
+    def send(self) -> None:
+        """Send the request now; `ask` does it first, and then the iteration where it must."""
+        body = self._call.body(trio.current_time())
+        try:
+            self._broker.publish(Message(subject=self._call.subject, body=body, reply=self._inbox))
+        except MessageTooLarge as exc:
+            raise PayloadTooLarge(
+                f"the request has {exc.size} bytes; the NATS server takes {exc.limit}",
+                details={"bytes": exc.size, "limit": exc.limit},
+            ) from exc
 
 
 class Client:
-    """Asks over one broker connection; any number of answers at a time."""
+    """Asks over one broker connection; any number of answers at a time.
 
-    def __init__(self, broker: Broker) -> None:
+    Args:
+        timeout_ms: for requests that name none; None leaves it to the worker, and the wait to a
+            cancel scope of your own.
+        attempts: how often a request is sent in all while the answer is an error that may be
+            retried; 1 is never again.
+    """
+
+    def __init__(
+        self, broker: Broker, *, timeout_ms: int | None = 30_000, attempts: int = 3
+    ) -> None:
         self._broker = broker
+        self._timeout_ms = timeout_ms
+        self._attempts = attempts
+        self._rng = Random()  # noqa: S311 - spreads retries; no secret
 
     @asynccontextmanager
     async def ask(
         self, request: Mapping[str, Any], *, worker_id: str | None = None
     ) -> AsyncIterator[Answer]:
-        """Send a request; yields its answer once a worker has taken it.
+        """Send a request; yields its answer, which arrives meanwhile.
 
-        While no worker listens the request is sent again: bound that with a cancel scope of your
-        own. Leaving the context before the end, also by cancellation, cancels the request at the
-        worker.
+        Leaving the context before the end, also by cancellation, cancels the request at the
+        worker. Raises `ConfigError` if the server does not let this account listen on its inbox.
 
         Args:
-            request: the fields of the wire format, such as `messages` or `prompt`.
+            request: the fields of the wire format, such as `messages` or `prompt`. With a
+                `model`, it goes to the workers that serve that one.
             worker_id: a certain worker; None for any of the fleet.
         """
-        subject = subjects.direct(worker_id) if worker_id else subjects.shared("")[0]
+        call = Call(
+            request,
+            request_id=secrets.token_hex(12),
+            worker_id=worker_id,
+            timeout_ms=self._timeout_ms,
+            attempts=self._attempts,
+            rng=self._rng,
+            now=trio.current_time(),
+        )
         send, receive = trio.open_memory_channel[Message](INBOX_MESSAGES)
         inbox = self._broker.new_inbox()
-        request_id = request.get("request_id") or request.get("requestId") or secrets.token_hex(12)
 
         def take(message: Message) -> None:
             # What does not fit shows as a gap in the numbering.
@@ -128,74 +171,47 @@ class Client:
                 send.send_nowait(message)
 
         async with send, receive:
-            subscription = await self._broker.subscribe(inbox, take)
-            answer: Answer | None = None
+            with trio.move_on_at(call.gives_up_at) as too_late:
+                subscription = await self._broker.subscribe(inbox, take)
+            if too_late.cancelled_caught:
+                raise call.give_up()
+            answer = Answer(self._broker, call, inbox, receive)
             try:
-                body = msgspec.json.encode(_with_id(request, request_id))
-                first = await self._send(subject, body, inbox, receive)
-                answer = Answer(self._broker, receive, first)
-                answer.control_subject = first.reply
+                answer.send()
                 yield answer
             finally:
-                with trio.move_on_after(CANCEL_S, shield=True):
-                    if answer is None or not answer.ended:
-                        # By its id rather than by the control subject, which a request that is
-                        # not streamed has not told us yet.
-                        cancel = msgspec.json.encode({"request_id": request_id})
-                        self._broker.publish(Message(subject=subjects.CANCEL, body=cancel))
+                with trio.move_on_after(LEAVE_S, shield=True):
+                    if call.cancel_message() is not None:
+                        answer.cancel()
                         await self._broker.flush()
                     await subscription.drain()
 
-    async def _send(
-        self,
-        subject: str,
-        body: bytes,
-        inbox: str,
-        receive: trio.MemoryReceiveChannel[Message],
-    ) -> Message:
-        """The first message of the answer; sends again while the server knows of no worker."""
-        while True:
-            self._broker.publish(Message(subject=subject, body=body, reply=inbox))
-            message = await receive.receive()
-            if message.headers.get("Status") != "503":
-                return message
-            await trio.sleep(NOBODY_LISTENS_RETRY_S)
+    async def complete(self, request: Mapping[str, Any], *, worker_id: str | None = None) -> Chunk:
+        """The whole answer in one piece, streamed or not. Raises as iterating it does.
+
+        Cancelled: the request is cancelled at the worker.
+        """
+        async with self.ask(request, worker_id=worker_id) as answer:
+            return join([chunk async for chunk in answer])
 
 
 @asynccontextmanager
 async def open_client(
-    url: str, *, name: str = "trio-worker client", login: Login | None = None
+    url: str,
+    *,
+    name: str = "trio-worker client",
+    login: Login | None = None,
+    inbox_prefix: str = "_INBOX",
+    timeout_ms: int | None = 30_000,
+    attempts: int = 3,
 ) -> AsyncIterator[Client]:
-    """A client on a connection of its own. Raises as `open_nats_broker` does."""
-    async with open_nats_broker(url, name=name, login=login or Login()) as broker:
-        yield Client(broker)
+    """A client on a connection of its own. Raises as `open_nats_broker` does.
 
-
-def _with_id(request: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
-    known = "request_id" in request or "requestId" in request
-    return request if known else {"request_id": request_id, **request}
-
-
-def _error(body: Mapping[str, Any]) -> WorkerError:
-    fields = body.get("error") or {}
-    cls = BY_CODE.get(fields.get("code", ""), InternalError)
-    error = cls(
-        fields.get("message", "an error without a message"),
-        details=fields.get("details"),
-        retryable=fields.get("retryable"),
-    )
-    error.retry_after_ms = fields.get("retry_after_ms")
-    return error
-
-
-def _chunk(body: Mapping[str, Any], headers: Mapping[str, str]) -> Chunk:
-    choice = body["choices"][0]
-    content = choice.get("delta") or choice.get("message") or {}
-    return Chunk(
-        text=choice.get("text") or content.get("content") or "",
-        finish_reason=choice.get("finish_reason"),
-        usage=body.get("usage"),
-        worker=body.get("worker"),
-        body=body,
-        headers=headers,
-    )
+    `timeout_ms` and `attempts` are as `Client` says. Answers come to subjects that begin with
+    `inbox_prefix` and a dot: where every caller has a prefix of its own, it goes with
+    `nats.reply_prefixes` of the workers and with the server's permissions.
+    """
+    async with open_nats_broker(
+        url, name=name, login=login or Login(), inbox_prefix=inbox_prefix
+    ) as broker:
+        yield Client(broker, timeout_ms=timeout_ms, attempts=attempts)

@@ -1,9 +1,10 @@
 """Everything that can go wrong on purpose: the wire's error codes and the reasons to stop.
 
 Two families. A `WorkerError` is answered to the caller who caused or met it, with its code;
-there is one class per code. A `StopWorker` ends the process with an exit status; there is one
-class per status. The two exceptions at the end never leave the worker: the engine port raises
-them, and the batcher and the request's own task turn them into one of the above.
+there is one class per code, and two more that only a client raises. A `StopWorker` ends the
+process with an exit status; there is one class per status. The two exceptions at the end never
+leave the worker: the engine port raises them, and the batcher and the request's own task turn
+them into one of the above.
 """
 
 from __future__ import annotations
@@ -162,6 +163,14 @@ BY_CODE: dict[str, type[WorkerError]] = {
         RequestTimeout,
     )
 }
+
+
+class NoWorker(RequestTimeout):
+    """Nobody listened on the request's subject until its deadline. Only a client raises this."""
+
+
+class MessageLost(InternalError):
+    """A message of the answer is missing, as core NATS allows. Only a client raises this."""
 
 
 class ExitStatus(IntEnum):

@@ -7,7 +7,9 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("auto", "human", "json")
 LEVELS = ("trace", "debug", "info", "warning", "error")
+
+LINES_PER_SECOND = 100
+"""Of one kind. Whoever reads the log learns nothing from more."""
+DEBUG_LINES_PER_SECOND = 1000
+"""The same below level `info`, where the log is there to be complete: a bound for any load."""
 
 
 class Terminal:
@@ -75,15 +82,62 @@ class Terminal:
         return True
 
 
+class RateLimit:
+    """A filter: in every second so many lines of each kind pass, and the rest is counted.
+
+    The kind of a line is the statement that wrote it, so there are as many as statements. How
+    many were left out, and what the first of them said, is a line of its own before the first
+    line of a later second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._second = -1
+        self._passed: dict[tuple[str | None, int], int] = {}
+        self._left_out: dict[tuple[str | None, int], tuple[int, Record]] = {}
+
+    def __call__(self, record: Record) -> bool:
+        if "left_out" in record["extra"]:
+            return True
+        if (second := int(self._clock())) != self._second:
+            self._second = second
+            self._passed.clear()
+            left_out, self._left_out = self._left_out, {}
+            for count, first in left_out.values():
+                _say_left_out(count, first)
+        kind = record["name"], record["line"]
+        passed = self._passed[kind] = self._passed.get(kind, 0) + 1
+        informs = record["level"].no >= logger.level("INFO").no
+        if passed <= (LINES_PER_SECOND if informs else DEBUG_LINES_PER_SECOND):
+            return True
+        count, first = self._left_out.get(kind, (0, record))
+        self._left_out[kind] = count + 1, first
+        return False
+
+
+def _say_left_out(count: int, first: Record) -> None:
+    def unbind(record: Record) -> None:
+        # It is about none of the requests, least of all about the one that is served just now.
+        record["extra"].clear()
+        record["extra"]["left_out"] = count
+
+    logger.patch(unbind).log(
+        first["level"].name, "{} lines were left out, such as: {}", count, first["message"]
+    )
+
+
 def set_up_logging(*, log_format: str, level: str) -> Terminal:
     """Replace every sink by one on standard error; `auto` is JSON under systemd and launchd."""
     as_json = log_format == "json" or (log_format == "auto" and _is_supervised())
     terminal = Terminal()
+    # As a library this package is silent (client.py).
+    logger.enable("trio_worker")
     logger.remove()
     logger.add(
         terminal.write,
         level=level.upper(),
         format=_json if as_json else _human,
+        filter=RateLimit(),
         colorize=not as_json and sys.stderr.isatty(),
         # Would print the values of variables beside a traceback: prompts and passwords.
         diagnose=False,
@@ -119,7 +173,10 @@ class _ToLoguru(logging.Handler):
     """Libraries that use the standard library's logging end up in the same place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger.opt(exception=record.exc_info).log(
+        def written_there(line: Record) -> None:
+            line["name"], line["line"] = record.name, record.lineno
+
+        logger.patch(written_there).opt(exception=record.exc_info).log(
             record.levelname if record.levelname in {"WARNING", "ERROR", "CRITICAL"} else "DEBUG",
             "{}: {}",
             record.name,

@@ -26,6 +26,15 @@ def shared(model_name: str) -> tuple[str, str]:
     return ("inference", f"inference.model.{model_name}")
 
 
+def for_request(*, worker_id: str | None, model: object) -> str:
+    """Where a caller sends a request: to one worker, to those that serve a model, or to any."""
+    if worker_id is not None:
+        return direct(worker_id)
+    if isinstance(model, str) and _CONCRETE.match(model):
+        return shared(model)[1]
+    return "inference"
+
+
 def control(worker_id: str, request_id: RequestId | str) -> str:
     """The control subject of one request; with `*`, of all of this worker's."""
     return f"inference.{worker_id}.ctl.{request_id}"
