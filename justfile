@@ -35,6 +35,10 @@ uv := env("UV", "uv")
 @soak *options="hours=24":
     cd tests && "{{ uv }}" run python -m sim.soak "$@"
 
+# real processes killed and hung, lines broken, and whether anything is lost: just chaos seconds=120 seed=7
+@chaos *options="seconds=120":
+    cd tests && "{{ uv }}" run python -m chaos "$@"
+
 # look at the dashboard in a real Chromium: needs Debian's chromium and chromium-driver
 @test-page *args:
     exec "{{ uv }}" run pytest -m browser "$@"
@@ -59,6 +63,12 @@ fmt:
     "{{ uv }}" run ruff check --fix-only
     "{{ uv }}" run ruff format
 
-# write the generated parts of the documentation again; `just docs --check` only looks
+# write the generated parts of the documentation again, and its site into site/; `just docs --check` only looks
 docs *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
     "{{ uv }}" run python scripts/generate_docs.py "$@"
+    site=site
+    case " $* " in *" --check "*) site="$(mktemp -d)"; trap 'rm -r "$site"' EXIT ;; esac
+    export NO_MKDOCS_2_WARNING=1 # mkdocs-material's notice about its own future
+    "{{ uv }}" run --isolated --only-group docs mkdocs build --strict --site-dir "$site"

@@ -8,10 +8,19 @@ may end early, tokens may be words, and texts may be held back.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import pytest
+import trio
 
 from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
+from trio_worker.errors import EngineLost, WorkerFault
 from trio_worker.ports import Admit, Engine, Output, Report, Work
+
+PATIENCE_S = 10.0
+"""For the end of an engine to be noticed."""
 
 TURNS_MOST = 500
 """Far more turns than any run here takes: a run that goes on is a failure, not a hang."""
@@ -233,6 +242,100 @@ async def check_a_removed_sequence_can_come_back_in_the_same_turn(engine: Engine
     assert runs[sequence.request_id].tokens == whole.tokens
     assert runs[sequence.request_id].texts == whole.texts
 
+
+# --- ends and their budget ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harm:
+    """What a test can do to the engine that it asks."""
+
+    crash: Callable[[Engine], None]
+    """End it between two turns, as a kill does."""
+    hang: Callable[[Engine], None]
+    """Let the next turn not return by itself."""
+
+
+Open: TypeAlias = Callable[[int], AbstractAsyncContextManager[Engine]]
+"""Opens an engine with so many restarts, which takes a hung turn for an end soon."""
+
+
+async def lost(engine: Engine, work: Work | None = None) -> str:
+    """Why the engine is lost, in this turn or one of the next."""
+    with trio.fail_after(PATIENCE_S):
+        while True:
+            try:
+                await engine.turn(work or Work())
+            except EngineLost as exc:
+                return exc.reason
+            work = None
+
+
+async def check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget(
+    open_engine: Open, harm: Harm
+) -> None:
+    async with open_engine(0) as engine:
+        await engine.wait_ready()
+        sequences = await admits(engine, max_tokens=6)
+        whole = await run_all(engine, sequences)
+        report = await engine.turn(Work(admit=tuple(sequences)))
+        assert report.residents
+        engine.recycle()
+        assert not engine.ready.value
+        engine.recycle()  # there is nothing to replace
+        for _ in range(2):
+            with pytest.raises(EngineLost) as caught:
+                await engine.turn(Work())
+            assert caught.value.reason == "planned"
+        await engine.wait_ready()
+        assert engine.statistics().restarts_by_reason == {"planned": 1}
+        report = await engine.turn(Work())
+        assert not report.residents, "what the old one held is gone"
+        assert await run_all(engine, sequences) == whole
+
+
+async def check_a_hung_turn_ends_in_time_and_the_next_engine_serves(
+    open_engine: Open, harm: Harm
+) -> None:
+    async with open_engine(1) as engine:
+        await engine.wait_ready()
+        sequences = await admits(engine, max_tokens=6)
+        whole = await run_all(engine, sequences)
+        harm.hang(engine)
+        assert await lost(engine, Work(admit=tuple(sequences))) == "hang"
+        assert not engine.ready.value
+        await engine.wait_ready()
+        assert engine.statistics().restarts_by_reason == {"hang": 1}
+        assert await run_all(engine, sequences) == whole
+
+
+async def check_a_pardon_gives_back_what_was_spent_and_no_more(
+    open_engine: Open, harm: Harm
+) -> None:
+    async def crash(engine: Engine) -> None:
+        await engine.wait_ready()
+        harm.crash(engine)
+        assert await lost(engine) in {"crash", "load"}
+
+    with pytest.RaisesGroup(WorkerFault, flatten_subgroups=True):
+        async with open_engine(1) as engine:
+            for _ in range(2):
+                await crash(engine)
+                await engine.wait_ready()
+                engine.pardon(5)
+            assert engine.statistics().restarts == 2
+            await crash(engine)
+            await engine.wait_ready()
+            # One too many, though ten were pardoned.
+            await crash(engine)
+            await trio.sleep_forever()
+
+
+ENDS: tuple[Callable[[Open, Harm], Awaitable[None]], ...] = (
+    check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget,
+    check_a_hung_turn_ends_in_time_and_the_next_engine_serves,
+    check_a_pardon_gives_back_what_was_spent_and_no_more,
+)
 
 CHECKS: tuple[Callable[[Engine], Awaitable[None]], ...] = (
     check_ready_tells_what_the_engine_is,

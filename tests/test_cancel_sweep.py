@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from sim.checkers import outcomes_of, violations
 from sim.plan import Happening
 from sim.scenes import call, scene
 from sim.sweep import Pick, all_requests, intake, one_request, services, sweep, whole_run
+from sim.world import simulate
 
 from trio_worker.testing.simulated_engine import Faults
 
@@ -77,6 +79,30 @@ TRIED = scene(
 )
 """Two crashes put both on trial; the third one tells."""
 
+BROKER_CLOSED = scene(
+    "worker.continuous_batching.max_batch_size=1",
+    calls=(
+        call(0.01, "running", max_tokens=6, stream=True, priority=0),
+        call(0.02, "queued"),
+    ),
+    happenings=(Happening(at=0.06, what="close"),),
+    disturbed=True,
+)
+"""The connection ends for good: nobody can be told, and everything ends all the same."""
+
+BUDGET_SPENT = scene(
+    calls=(
+        call(0.01, "first", max_tokens=8, stream=True),
+        call(0.01, "second", max_tokens=8),
+        call(0.12, "while_down"),
+    ),
+    happenings=(Happening(at=0.05, what="crash"), Happening(at=0.15, what="crash")),
+    restart_s=0.05,
+    max_restarts=1,
+    disturbed=True,
+)
+"""The second end of the engine is one too many: every caller is told, and the worker ends."""
+
 SCENARIOS = {
     "places": PLACES,
     "engine lost": ENGINE_LOST,
@@ -84,6 +110,8 @@ SCENARIOS = {
     "drained": DRAINED,
     "thinned out": THINNED,
     "tried": TRIED,
+    "broker closed": BROKER_CLOSED,
+    "budget spent": BUDGET_SPENT,
 }
 SCOPES: dict[str, Pick] = {
     "first request": one_request(0),
@@ -93,6 +121,23 @@ SCOPES: dict[str, Pick] = {
     "services": services,
     "whole run": whole_run,
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "outcomes", "ended"),
+    [
+        ("broker closed", ["WORKER_DRAINING"] * 2, "ended for good"),
+        ("budget spent", ["WORKER_DRAINING"] * 3, "ended 2 times"),
+    ],
+)
+def test_whoever_is_there_when_the_worker_fails_is_told(
+    name: str, outcomes: list[str], ended: str
+) -> None:
+    """Without a cancelled scope: otherwise the sweep would sweep nothing of interest."""
+    record = simulate(SCENARIOS[name])
+    assert not violations(SCENARIOS[name], record)
+    assert list(outcomes_of(record)) == outcomes
+    assert ended in (record.ended or "")
 
 
 @pytest.mark.parametrize("scope", SCOPES)

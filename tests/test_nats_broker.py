@@ -722,6 +722,49 @@ async def test_a_lame_duck_is_logged(private_server: NatsServer, log: list[str])
         await wait_until(lambda: any("about to shut down" in line for line in log))
 
 
+async def test_a_server_that_takes_no_more_subscriptions_ends_it_for_good() -> None:
+    """Of its own accord nats-py closes then; whoever waits to subscribe must not wait unheard."""
+    with running_server(config="max_subscriptions: 2") as server:
+        async with quick(server.url) as broker, trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(broker.subscribe, fresh_subject(), Inbox())
+            with trio.fail_after(PATIENCE_S):
+                assert "maximum subscriptions" in await broker.wait_lost()
+            nursery.cancel_scope.cancel()
+
+
+LOCKED = """
+authorization { users: [ { user: ann, password: "s3cret-horse", permissions: {
+    publish: { deny: ["secret"] }, subscribe: { deny: ["inference.W1"] } } } ] }
+"""
+
+
+async def test_a_denied_subject_costs_its_messages_only_and_is_said(log: list[str]) -> None:
+    with running_server(config=LOCKED) as server:
+        async with quick(server.url, login=Login(user="ann", password=SECRET)) as broker:
+            broker.publish(Message(subject="secret"))
+            with pytest.raises(ConfigError, match=r"subscribe to 'inference\.W1'"):
+                await broker.subscribe("inference.W1", Inbox())
+            assert await works(broker)
+            assert broker.statistics().reconnects == 0
+    assert any('permissions violation for publish to "secret"' in line for line in log)
+
+
+async def test_a_permission_that_is_taken_back_ends_a_worker_that_would_be_deaf(
+    log: list[str],
+) -> None:
+    free = LOCKED.replace('"inference.W1"', '"nothing"')
+    with running_server(config=free) as server:
+        async with quick(server.url, login=Login(user="ann", password=SECRET)) as broker:
+            await broker.subscribe("inference.W1", Inbox())
+            (server.folder / "nats.conf").write_text(LOCKED)
+            server.end()
+            server.start()
+            with trio.fail_after(PATIENCE_S):
+                assert "'inference.W1'" in await broker.wait_lost()
+            assert await works(broker), "its requests get their last word"
+
+
 async def test_messages_that_were_not_taken_in_time_are_counted(
     nats_url: str, log: list[str]
 ) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
-from engine_conformance import CHECKS
+from engine_conformance import CHECKS, ENDS, Harm, Open
 from trio.testing import MockClock
 
 from trio_worker.config import SimulatedConfig
 from trio_worker.errors import EngineLost
 from trio_worker.ports import Engine, Work
-from trio_worker.testing.simulated_engine import open_simulated_engine
+from trio_worker.testing.simulated_engine import SimulatedEngine, open_simulated_engine
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -22,6 +23,26 @@ async def test_it_conforms(
     async with open_simulated_engine(SimulatedConfig()) as engine:
         await engine.wait_ready()
         await check(engine)
+
+
+def harm_of(name: str) -> Callable[[Engine], None]:
+    def harm(engine: Engine) -> None:
+        assert isinstance(engine, SimulatedEngine)
+        getattr(engine, name)()
+
+    return harm
+
+
+@pytest.mark.parametrize("check", ENDS, ids=lambda check: check.__name__)
+async def test_its_ends_conform(
+    check: Callable[[Open, Harm], Awaitable[None]], autojump_clock: MockClock
+) -> None:
+    def open_engine(max_restarts: int) -> AbstractAsyncContextManager[Engine]:
+        return open_simulated_engine(
+            SimulatedConfig(), max_restarts=max_restarts, turn_timeout_s=1.0
+        )
+
+    await check(open_engine, Harm(crash=harm_of("crash"), hang=harm_of("hang")))
 
 
 async def test_a_crash_in_a_turn_is_told_at_once_and_repaired(autojump_clock: MockClock) -> None:

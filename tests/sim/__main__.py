@@ -1,4 +1,7 @@
-"""`python -m sim seeds=200` or `python -m sim seed=123`: see the justfile."""
+"""`python -m sim seeds=200` or `python -m sim seed=123`: see the justfile.
+
+`python -m sim digests=20` prints a fingerprint of each run: the same ones each time it is called.
+"""
 
 # ruff: noqa: T201 - a command
 
@@ -17,6 +20,10 @@ def main(arguments: list[str]) -> int:
     options = dict(each.split("=", 1) for each in arguments)
     if "seed" in options:
         return _replay(int(options["seed"]))
+    if "digests" in options:
+        for seed in range(int(options["digests"])):
+            print(simulate(make_plan(seed)).digest())
+        return 0
     return _sweep(int(options.get("from", 0)), int(options.get("seeds", 200)))
 
 

@@ -6,7 +6,8 @@ moment) is noted as a violation on the spot; what can, `checkers.py` looks for i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,21 @@ class Record:
         self.ended_at = trio.current_time()
         self.log("worker", f"ended: {how}")
         self._changed.set()
+
+    def digest(self) -> str:
+        """A fingerprint of all that happened: who did what and when, and every byte sent."""
+        trace = hashlib.sha256()
+        parts: tuple[Iterable[object], ...] = (
+            self.entries,
+            self.turns,
+            ((each.discarded, each.messages) for each in self.published),
+            self.delivered,
+            sorted(self.received.items()),
+        )
+        for part in parts:
+            for each in part:
+                trace.update(repr(each).encode())
+        return trace.hexdigest()
 
     # --- watching -------------------------------------------------------------------------
 

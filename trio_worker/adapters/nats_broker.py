@@ -21,7 +21,6 @@ import base64
 import json
 import re
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -61,6 +60,8 @@ _ABORT_GRACE_S = 0.25
 _QUIET_S = 5.0
 """At most one log line of a kind in this time."""
 _REFUSED = re.compile(r"authorization violation|authentication (?!timeout)", re.IGNORECASE)
+_MAY_NOT_SUBSCRIBE = re.compile(r'permissions violation for subscription to "([^"]*)"')
+"""As the parser hands it on, in lower case."""
 _LINE_BYTES = 64 * 1024
 """The longest control line taken from the server; an INFO of a large cluster fits."""
 
@@ -95,6 +96,7 @@ async def open_nats_broker(
     ping_interval_s: float = 15.0,
     outbox_limit_bytes: int = 64 * 1024 * 1024,
     subscription_limit: int = _SUBSCRIPTION_MESSAGES,
+    inbox_prefix: str = "_INBOX",
 ) -> AsyncIterator[NatsBroker]:
     """A connection to the server at `url`, known there as `name`, for as long as the block.
 
@@ -107,8 +109,9 @@ async def open_nats_broker(
     Leaving publishes what is in the outbox and closes, in at most `close_timeout_s` and one
     second more, also when cancelled. Without a connection it does not wait for one.
 
-    `outbox_limit_bytes` bounds what is published through no outlet. Exceptions leave the block
-    as they were raised in it: not wrapped, unless there are several.
+    `outbox_limit_bytes` bounds what is published through no outlet; `new_inbox` makes subjects
+    that begin with `inbox_prefix` and a dot. Exceptions leave the block as they were raised in
+    it: not wrapped, unless there are several.
     """
     address = parse_nats_url(url)
     identity = _Identity(address, login)
@@ -130,6 +133,7 @@ async def open_nats_broker(
                     timeout_s=connect_timeout_s,
                     wait_s=reconnect_wait_s,
                     ping_interval_s=ping_interval_s,
+                    inbox_prefix=inbox_prefix,
                 )
                 yield broker
             finally:
@@ -168,6 +172,8 @@ class NatsBroker:
         self._lost_reason = ""
         self._connect_scope: trio.CancelScope | None = None
         self._refusal: StopWorker | None = None
+        self._subscriptions: set[NatsSubscription] = set()
+        """Those that have not ended."""
         self._last_failure = "no answer"
         self._published = 0
         self._received = 0
@@ -200,7 +206,9 @@ class NatsBroker:
     ) -> NatsSubscription:
         """As the port says; while there is no connection it waits for one.
 
-        Cancelled: there is no subscription. Raises `ValueError` if `subject` is not one.
+        Cancelled: there is no subscription. Raises `ValueError` if `subject` is not one, and
+        `ConfigError` if the server does not let us. If it takes its permission back later, or
+        after a reconnection, `wait_lost` says so: a worker that is deaf must not look well.
         """
         subscription = NatsSubscription(self, sink)
         try:
@@ -243,7 +251,13 @@ class NatsBroker:
     # --- its life, called by open_nats_broker ---------------------------------------------
 
     async def _connect(
-        self, name: str, *, timeout_s: float, wait_s: float, ping_interval_s: float
+        self,
+        name: str,
+        *,
+        timeout_s: float,
+        wait_s: float,
+        ping_interval_s: float,
+        inbox_prefix: str,
     ) -> None:
         """Return once connected and start the pump. Raises as `open_nats_broker` says."""
         where = self._address.bare
@@ -263,6 +277,7 @@ class NatsBroker:
                 ping_interval=ping_interval_s,
                 max_outstanding_pings=2,
                 pending_size=_PENDING_BYTES,
+                inbox_prefix=inbox_prefix,
                 **self._identity.options(),
             )
             if self._client.is_connected:
@@ -386,8 +401,25 @@ class NatsBroker:
             return
         self._last_failure = str(exc) or type(exc).__name__
         self._log.warning(type(exc).__name__, self._last_failure)
+        if (refused := _MAY_NOT_SUBSCRIBE.search(str(exc))) is not None:
+            for subscription in self._subscriptions:
+                if subscription.subject.lower() == refused[1]:
+                    self._deafened(subscription)
         if self._connect_scope is not None and self._identity.refusal(exc) is not None:
             self._give_up(exc)
+
+    def _deafened(self, subscription: NatsSubscription) -> None:
+        """The server has not taken `subscription`, or does so no longer."""
+        if subscription.is_open and not self._lost.is_set():
+            self._lost_reason = f"the server no longer lets us receive {subscription.subject!r}"
+            if self._up.is_set():
+                self._tell_deaf()
+        subscription.is_refused = True
+
+    def _tell_deaf(self) -> None:
+        """Only while the connection stands: then what is still to be said can be said."""
+        logger.error("NATS at {}: {}", self._address.bare, self._lost_reason)
+        self._lost.set()
 
     def _give_up(self, exc: Exception) -> None:
         """End the first connection's attempts: `exc` will not go away by itself."""
@@ -401,6 +433,8 @@ class NatsBroker:
 
     async def _on_disconnected(self) -> None:
         self._up.clear()
+        if not self._lost.is_set():
+            self._lost_reason = ""  # the next connection may be permitted more
         self._client.release_waiters()
         if not self._closing and self._connect_scope is None and not self._lost.is_set():
             logger.warning("disconnected from NATS at {}; reconnecting", self._address.bare)
@@ -409,6 +443,8 @@ class NatsBroker:
         self._up.set()
         if self._connect_scope is None:
             logger.info("reconnected to NATS at {}", self._address.bare)
+        if self._lost_reason and not self._lost.is_set():
+            self._tell_deaf()
 
     async def _on_lame_duck(self) -> None:
         logger.warning("the NATS server at {} is about to shut down", self._address.bare)
@@ -433,6 +469,10 @@ class NatsSubscription:
         self._sink = sink
         self._subscription: Any = None
         self._ended = False
+        self.subject = ""
+        self.is_open = False
+        """The server has taken it once."""
+        self.is_refused = False
 
     async def drain(self) -> None:
         """As the port says, in at most `_DRAIN_S`. Cancelled: the sink is not called again."""
@@ -443,6 +483,9 @@ class NatsSubscription:
 
     async def _open(self, subject: str, group: str | None) -> None:
         await self._broker._up.wait()
+        self.subject = subject
+        if not self._ended:
+            self._broker._subscriptions.add(self)
         self._subscription = await self._client.subscribe(
             subject,
             queue=group or "",
@@ -451,6 +494,12 @@ class NatsSubscription:
             pending_bytes_limit=_SUBSCRIPTION_BYTES,
         )
         await self._broker._round_trip()
+        if self.is_refused:
+            raise ConfigError(
+                f"nats: the server does not let us subscribe to {subject!r}."
+                " Grant the user of nats.url that permission, or use another user."
+            )
+        self.is_open = True
         if self._ended:
             self._withdraw()
 
@@ -489,6 +538,7 @@ class NatsSubscription:
         """End the interest now. Also legal in Trio tasks, also twice."""
         if not self._ended:
             self._ended = True
+            self._broker._subscriptions.discard(self)
             self._withdraw()
 
     def _withdraw(self) -> None:
@@ -868,7 +918,7 @@ class _QuietLog:
         self._held_back: dict[str, int] = {}
 
     def warning(self, kind: str, text: str) -> None:
-        now = time.monotonic()
+        now = trio.current_time()
         if now - self._since.get(kind, -_QUIET_S) < _QUIET_S:
             self._held_back[kind] = self._held_back.get(kind, 0) + 1
             return

@@ -244,6 +244,7 @@ class SimulatedEngine:
         self._end_reason = "load"
         self._loaded_once = False
         self._turning = False
+        self._hangs_next = False
         self._deaths = 0
         """Ends that count against `max_restarts`."""
         self._peak = 0
@@ -268,6 +269,10 @@ class SimulatedEngine:
     def crash(self) -> None:
         """End as a killed process would: at once, with all it holds."""
         self._end("crash")
+
+    def hang(self) -> None:
+        """Let the next turn not return: `turn_timeout_s` ends it, and the engine with it."""
+        self._hangs_next = True
 
     def recycle(self) -> None:
         self._end("planned")
@@ -417,7 +422,8 @@ class SimulatedEngine:
         crash_s = math.inf
         if self._chance(self._faults.crash):
             crash_s = duration_s * self._random.random()
-        if self._chance(self._faults.hang):
+        if self._hangs_next or self._chance(self._faults.hang):
+            self._hangs_next = False
             duration_s = math.inf
         lost = self._lost
         with trio.move_on_after(min(duration_s, crash_s, self._turn_timeout_s)):

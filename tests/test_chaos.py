@@ -1,0 +1,25 @@
+"""Nothing is lost while processes die and lines break: a short run of `python -m chaos`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+from chaos import run_chaos
+from tiny_model import write_tiny_model
+
+pytestmark = [pytest.mark.nats, pytest.mark.mlx]
+
+SECONDS = 12.0
+
+
+async def test_every_request_is_ended_once_through_kills_hangs_and_broken_lines(
+    tmp_path: Path,
+) -> None:
+    """Another seed each time; `CHAOS_SEED` takes the one that a failure has printed."""
+    seed = int(os.environ.get("CHAOS_SEED", secrets.randbelow(10_000)))
+    model = str(write_tiny_model(tmp_path / "tiny"))
+    summary = await run_chaos(tmp_path, model, seed=seed, seconds=SECONDS)
+    assert summary.startswith(f"seed {seed}")
