@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import psutil
 import trio
 
 START_S = 60
+THIS_TREE = (sys.executable, "-m", "trio_worker")
 
 
 def free_port() -> int:
@@ -118,7 +119,11 @@ def _get(url: str) -> tuple[int, str]:
 
 @asynccontextmanager
 async def running_command(
-    tmp_path: Path, *args: str, url: str | None = None, env: Mapping[str, str] | None = None
+    tmp_path: Path,
+    *args: str,
+    url: str | None = None,
+    env: Mapping[str, str] | None = None,
+    program: Sequence[str] = THIS_TREE,
 ) -> AsyncIterator[RunningCommand]:
     """`trio-worker run` with free ports; what it leaves behind at the end is an error."""
     port = free_port()
@@ -127,7 +132,7 @@ async def running_command(
     with log.open("wb") as output:
         process = await trio.lowlevel.open_process(
             [
-                *(sys.executable, "-m", "trio_worker", "run"),
+                *(*program, "run"),
                 *("--log-level", "debug", "--log-format", "human"),
                 *("--set", f"nats.url={url}"),
                 *("--set", f"worker.monitoring.port={port}"),

@@ -33,7 +33,10 @@ async def ask_many(worker: RunningCommand, count: int, **fields: object) -> list
         except WorkerError as error:
             outcomes.append(error.code)
 
-    async with open_client(worker.url) as client, trio.open_nursery() as nursery:
+    async with (
+        open_client(worker.url, timeout_ms=None, attempts=1) as client,
+        trio.open_nursery() as nursery,
+    ):
         for _ in range(count):
             nursery.start_soon(one, client)
     return outcomes

@@ -34,11 +34,19 @@ Load = Callable[..., Config]
 def load(tmp_path: Path) -> Load:
     """Load a text as the file, which is then named `cluster.yaml` in messages."""
 
-    def load_text(text: str | bytes, *overrides: str, **environ: str) -> Config:
+    def load_text(
+        text: str | bytes, *overrides: str, read_secrets: bool = True, **environ: str
+    ) -> Config:
         path = tmp_path / "cluster.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         try:
-            return load_config(path, environ=environ, overrides=overrides, hostname="host")
+            return load_config(
+                path,
+                environ=environ,
+                overrides=overrides,
+                hostname="host",
+                read_secrets=read_secrets,
+            )
         except ConfigError as error:
             shortened = [each.replace(str(path), "cluster.yaml") for each in error.problems]
             raise ConfigError(*shortened) from None
@@ -423,6 +431,11 @@ def test_every_bad_leaf_is_named_and_no_other(
         (["nats.user=a"], "nats.user", "needs cluster.nats.password"),
         (["nats.password=a"], "nats.password", "needs cluster.nats.user"),
         (["nats.token=a", "nats.credentials_file=b"], "nats.token", "one kind of login"),
+        (["nats.token_file=a", "nats.credentials_file=b"], "nats.token_file", "one kind of login"),
+        (["nats.password_file=a"], "nats.password_file", "needs cluster.nats.user"),
+        (["nats.token_file=a", "nats.token=b"], "nats.token_file", "expected one of them"),
+        (["nats.password_file=a", "nats.password=b", "nats.user=c"], "nats.password_file",
+         "expected one of them"),
         (["nats.url=nats://a:b@localhost", "nats.token=c"], "nats.url", "one kind of login"),
         (["nats.tls.cert_file=a"], "nats.tls.cert_file", "needs cluster.nats.tls.key_file"),
         (["nats.tls.key_file=a"], "nats.tls.key_file", "needs cluster.nats.tls.cert_file"),
@@ -504,6 +517,83 @@ def test_a_secret_is_in_no_repr(load: Load) -> None:
         assert SECRET not in f"{loaded!r} {loaded} {loaded.nats!r}"
         assert SECRET not in repr(loaded.nats.__rich_repr__())
         assert SECRET in msgspec.json.encode(loaded).decode()
+
+
+def secret_file(tmp_path: Path, content: bytes = f"{SECRET}\n".encode()) -> str:
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_comes_from_its_file(tmp_path: Path, load: Load, end: str) -> None:
+    file = secret_file(tmp_path, f" {SECRET} ü ".encode() + end.encode())
+    by_user = load("cluster: {nats: {user: u}}", f"nats.password_file={file}")
+    by_token = load("cluster: {}", f"nats.token_file={file}")
+    assert by_user.nats.password == f" {SECRET} ü "
+    assert by_user.nats.token is None
+    assert by_token.nats.token == f" {SECRET} ü "
+    assert by_token.nats.password is None
+    for loaded in (by_user, by_token):
+        assert SECRET not in f"{loaded!r} {loaded.nats!r}"
+        assert config.warnings(loaded, total_memory_bytes=16 * 2**30) == []
+
+
+def test_a_secret_is_left_in_its_file_for_who_does_not_need_it(load: Load) -> None:
+    path = "/nowhere/secret"
+    loaded = load(f"cluster: {{nats: {{token_file: {path}}}}}", read_secrets=False)
+    assert loaded.nats.token is None
+    assert config.files_with_secrets(loaded.nats) == {"nats.token_file": path}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"\r\n", "is empty"),
+        (SECRET.encode() + b"\n\n", "more than one line"),
+        (SECRET.encode() + b"\nother", "more than one line"),
+        (SECRET.encode() + b"\0", "cannot be printed"),
+        (SECRET.encode() + b"\xff", "not text in UTF-8"),
+        (SECRET.encode() * 1000, "longer than 4096 bytes"),
+        (b"x" * 4095 + "ü".encode() * 99, "longer than 4096 bytes"),
+        (None, "No such file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["password", "token"])
+def test_a_file_without_a_secret_is_named_with_its_key(
+    tmp_path: Path, load: Load, name: str, content: bytes | None, words: str
+) -> None:
+    file = str(tmp_path / "missing") if content is None else secret_file(tmp_path, content)
+    beside = ["nats.user=u"] if name == "password" else []
+    (problem,) = problems_of(
+        lambda: load("cluster: {worker: {}}", *beside, f"nats.{name}_file={file}")
+    )
+    assert problem.startswith(f"cluster.nats.{name}_file: ")
+    assert words in problem
+    assert file in problem
+    assert problem.endswith(f"(--set nats.{name}_file)")
+    assert SECRET not in problem
+
+
+def test_a_folder_in_the_place_of_a_secret_is_named(tmp_path: Path, load: Load) -> None:
+    (problem,) = problems_of(lambda: load("cluster: {worker: {}}", f"nats.token_file={tmp_path}"))
+    assert "directory" in problem
+
+
+def test_a_secret_that_everybody_can_read_is_warned_about(tmp_path: Path, load: Load) -> None:
+    path = Path(secret_file(tmp_path))
+    for name in ("token_file", "credentials_file", "nkey_seed_file"):
+        loaded = load("cluster: {worker: {}}", f"nats.{name}={path}")
+        path.chmod(0o640)
+        assert config.warnings(loaded, total_memory_bytes=16 * 2**30) == []
+        path.chmod(0o644)
+        (warning,) = config.warnings(loaded, total_memory_bytes=16 * 2**30)
+        assert warning.startswith(f"cluster.nats.{name}: ")
+        assert str(path) in warning
+        assert SECRET not in warning
 
 
 # --- files that are not what they should be -------------------------------------------------

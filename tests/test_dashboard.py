@@ -57,6 +57,10 @@ class Browser:
     async def text(self, element: str) -> str:
         return str(await self.run(f"return document.getElementById('{element}').innerText"))
 
+    async def tone(self, element: str) -> str:
+        """Its colour's meaning: `good`, `warn`, `bad`, or nothing."""
+        return str(await self.run(f"return document.getElementById('{element}').dataset.tone"))
+
     async def emulate(self, command: str, **arguments: Any) -> None:
         await _in_thread(
             partial(self.driver.execute_cdp_cmd, f"Emulation.{command}", dict(arguments))
@@ -192,6 +196,54 @@ async def test_the_page_shows_what_the_worker_does(tmp_path: Path) -> None:
         )
         assert asked
         assert all(each.startswith(f"http://127.0.0.1:{port}/") for each in asked)
+        assert await browser.complaints() == []
+
+
+async def test_a_lost_engine_is_seen_and_so_is_its_return(tmp_path: Path) -> None:
+    port = free_port()
+    async with (
+        running_worker(restart_s=4) as rig,
+        serving(rig, port),
+        open_browser(tmp_path, f"http://127.0.0.1:{port}/") as browser,
+    ):
+        async with load(rig, 3):
+            await browser.until_says("in-flight", lambda text: text.count("decode") == 3)
+            assert "restarts\n0" in await browser.text("engine")
+            rig.engine.crash()
+            await browser.until_says("state", lambda text: text == "restarting")
+            assert await browser.tone("state") == "bad"
+            assert (await browser.text("reason")).startswith("restarting: the engine was lost")
+            assert await browser.text("connection") == "live"
+            assert (await browser.text("in-flight")).count("resuming") == 3
+
+            await browser.until_says("state", lambda text: text == "ready")
+            await browser.until_says("in-flight", lambda text: text.count("resumed ×1") == 3)
+            assert await browser.tone("state") == "good"
+            assert not await browser.text("reason")
+            await browser.until_says("engine", lambda text: "restarts\n1" in text)
+        assert await browser.complaints() == []
+
+
+async def test_a_full_queue_is_seen_and_who_was_refused(tmp_path: Path) -> None:
+    port = free_port()
+    async with (
+        running_worker("worker.request_queue.max_depth=8") as rig,
+        serving(rig, port),
+        open_browser(tmp_path, f"http://127.0.0.1:{port}/") as browser,
+    ):
+        async with load(rig, 8):
+            await browser.until_says("batch", lambda text: text == "8 of 8")
+            async with load(rig, 12):
+                await browser.until_says("queue", lambda text: text == "8 of 8")
+                assert await browser.text("state") == "not accepting"
+                assert await browser.tone("state") == "warn"
+                assert await browser.tone("queue-meter") == "bad"
+                assert (await browser.text("reason")).startswith("queue")
+                assert "QUEUE_FULL\n4" in await browser.text("outcomes")
+                assert (await browser.text("in-flight")).count("queued") == 8
+        await browser.until_says("state", lambda text: text == "ready")
+        await browser.until_says("queue", lambda text: text == "0 of 8")
+        assert not await browser.tone("queue-meter")
         assert await browser.complaints() == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,17 +17,19 @@ from trio_worker import config, errors
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "generate_docs", ROOT / "scripts/generate_docs.py"
-    )
+def _load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_docs"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return _load_script("generate_docs")
 
 
 def test_generated_parts_are_current(generator: ModuleType) -> None:
@@ -88,3 +91,62 @@ def test_the_licence_is_complete() -> None:
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert text.endswith("limitations under the License.\n")
+
+
+# --- pages and links ------------------------------------------------------------------------
+
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
+
+
+def _anchors(text: str) -> set[str]:
+    """As the repository's view and the site both make them of headings."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", each.lower()).strip().replace(" ", "-") for each in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links of a page that lead nowhere in the repository's view."""
+    broken = []
+    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file.read_text("utf-8"))):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """In the repository's view; `just docs` asks the same of the site."""
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A `b/c` d\n[a](#a-bc-d) [b](#x) [c](no.md) [d](page.md#x) <http://y>\n")
+    assert broken_links(page) == ["#x", "no.md", "page.md#x"]
+
+
+def _in_nav(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    inner = nav.values() if isinstance(nav, dict) else nav
+    return [page for each in inner for page in _in_nav(each)]
+
+
+def test_every_page_has_its_place_on_the_site() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")]
+    assert sorted(_in_nav(site["nav"])) == sorted(pages)
+
+
+def test_a_page_that_loads_something_from_elsewhere_is_found() -> None:
+    hooks = _load_script("site_hooks")
+    own = '<img src="images/a.png"><script src="../a.js"></script><a href="https://x.org/">x</a>'
+    assert hooks.foreign(own) == []
+    foreign = '<link rel=stylesheet href=\'//fonts.org/a\'><img alt="" src="http://x.org/a.png">'
+    assert hooks.foreign(foreign) == ["//fonts.org/a", "http://x.org/a.png"]

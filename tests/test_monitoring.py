@@ -84,7 +84,10 @@ async def ask_many(
         tokens["generated"] += usage["completion_tokens"]
         tokens["prompt"] += usage["prompt_tokens"]
 
-    async with open_client(worker.url) as client, trio.open_nursery() as nursery:
+    async with (
+        open_client(worker.url, timeout_ms=None, attempts=1) as client,
+        trio.open_nursery() as nursery,
+    ):
         for request in requests:
             nursery.start_soon(one, request)
     return outcomes, tokens

@@ -761,6 +761,32 @@ async def test_at_the_drains_deadline_the_rest_is_answered_too(autojump_clock: M
     assert replies[0].code == "WORKER_DRAINING"
 
 
+async def test_a_drain_says_how_far_it_has_come(autojump_clock: MockClock) -> None:
+    told: list[tuple[object, ...]] = []
+
+    async with running_worker(
+        "worker.continuous_batching.max_batch_size=2", on_progress=lambda *step: told.append(step)
+    ) as rig:
+        async with trio.open_nursery() as nursery:
+            for max_tokens in (50, 100, 20, 20, 20):  # the first two run
+                nursery.start_soon(lambda many=max_tokens: rig.ask(prompt="x", max_tokens=many))  # type: ignore[misc]
+                await trio.sleep(0.1)
+            assert told == []
+            rig.stop()
+            await rig.finished.wait()
+    assert set(told) >= {("draining", done, 5, "requests") for done in (0, 3, 4, 5)}
+    assert told == sorted(told)
+    assert len(told) == len(set(told))
+
+
+async def test_a_drain_of_nothing_has_no_progress(autojump_clock: MockClock) -> None:
+    told: list[tuple[object, ...]] = []
+    async with running_worker(on_progress=lambda *step: told.append(step)) as rig:
+        rig.stop()
+        await rig.finished.wait()
+    assert told == []
+
+
 async def test_a_second_stop_does_not_wait(autojump_clock: MockClock) -> None:
     async with running_worker() as rig:
         async with trio.open_nursery() as nursery:

@@ -80,7 +80,7 @@ async def test_eight_at_a_time_decode_in_one_batch_and_say_what_each_says_alone(
     requests = requests_of(8, max_tokens=20)
     async with running_command(tmp_path, "--set", f"worker.model={tiny}") as worker:
         await worker.wait_ready()
-        async with open_client(worker.url) as client:
+        async with open_client(worker.url, attempts=1) as client:
             together = await answers(client, requests)
             alone = [(await answers(client, [request]))[0] for request in requests]
         stats = await worker.stats()
@@ -100,7 +100,7 @@ async def test_the_death_of_the_engine_costs_a_pause_and_no_character(
         *("--set", "worker.continuous_batching.turn_timeout_ms=1500"),
     ) as worker:
         await worker.wait_ready()
-        async with open_client(worker.url) as client:
+        async with open_client(worker.url, attempts=1) as client:
             undisturbed = await answers(client, requests)
             async with trio.open_nursery() as nursery:
                 begun = trio.Event()
@@ -135,7 +135,7 @@ async def test_a_preempted_request_says_what_it_would_have_said(tmp_path: Path, 
         *("--set", "worker.continuous_batching.max_batch_size=1"),
     ) as worker:
         await worker.wait_ready()
-        async with open_client(worker.url) as client:
+        async with open_client(worker.url, attempts=1) as client:
             (undisturbed,) = await answers(client, [low])
             async with trio.open_nursery() as nursery:
                 begun = trio.Event()
@@ -171,7 +171,7 @@ async def test_a_stop_is_bounded_when_the_engine_hangs(tmp_path: Path, tiny: str
     ) as worker:
         await worker.wait_ready()
         family = worker.children()
-        async with open_client(worker.url) as client, trio.open_nursery() as nursery:
+        async with open_client(worker.url, attempts=1) as client, trio.open_nursery() as nursery:
             begun = trio.Event()
             results: list[dict[str, Any]] = []
 
@@ -217,7 +217,7 @@ async def test_a_tight_limit_holds_requests_back_and_memory_stays_below_it(tmp_p
     async with running_command(tmp_path) as worker:
         await worker.wait_ready()
         base_mb = (await worker.stats())["resources"]["memory_mb"]
-        async with open_client(worker.url) as client:
+        async with open_client(worker.url, attempts=1) as client:
             undisturbed = await answers(client, requests[:4])
     async with running_command(
         tmp_path,
@@ -228,7 +228,7 @@ async def test_a_tight_limit_holds_requests_back_and_memory_stays_below_it(tmp_p
     ) as worker:
         await worker.wait_ready()
         peak_mb = 0.0
-        async with open_client(worker.url) as client, trio.open_nursery() as nursery:
+        async with open_client(worker.url, attempts=1) as client, trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 nonlocal peak_mb
@@ -251,7 +251,7 @@ async def test_a_tight_limit_holds_requests_back_and_memory_stays_below_it(tmp_p
 async def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:
     async with running_command(tmp_path, "--hello") as worker:
         await worker.wait_ready()
-        async with open_client(worker.url) as client:
+        async with open_client(worker.url, attempts=1) as client:
             (answer,) = await answers(
                 client,
                 [{"messages": [{"role": "user", "content": "What is the capital of France?"}]}],

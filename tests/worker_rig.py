@@ -17,10 +17,10 @@ from trio_worker.core import subjects
 from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import WorkerError
 from trio_worker.overview import Overview
-from trio_worker.ports import Broker, MemoryReading, Message
+from trio_worker.ports import Broker, MemoryReading, Message, ServiceManager
 from trio_worker.testing.memory_broker import MemoryBroker, MemoryServer, open_memory_broker
 from trio_worker.testing.simulated_engine import Faults, SimulatedEngine, open_simulated_engine
-from trio_worker.worker import run_worker
+from trio_worker.worker import ProgressSink, run_worker
 
 MB = 2**20
 WORKER_ID = "w1"
@@ -140,6 +140,8 @@ async def running_worker(
     max_payload: int = 2**20,
     wait_ready: bool = True,
     engine_options: Mapping[str, Any] | None = None,
+    on_progress: ProgressSink | None = None,
+    service_manager: ServiceManager | None = None,
 ) -> AsyncIterator[Rig]:
     """A worker that serves; at the end it is stopped, and must have left nothing behind."""
     config = make_config(*overrides)
@@ -185,6 +187,8 @@ async def running_worker(
                 rng=random.Random(1),
                 wall_clock=lambda: 1_700_000_000.0,
                 on_ready=on_ready,
+                on_progress=on_progress,
+                service_manager=service_manager,
             )
         finally:
             finished.set()
@@ -199,7 +203,8 @@ async def running_worker(
             rig = Rig(
                 server=server,
                 caller=caller,
-                client=Client(caller),
+                # The worker's own word, unsoftened by retries.
+                client=Client(caller, timeout_ms=None, attempts=1),
                 probe=probe,
                 engine=opened["engine"],
                 broker=opened["broker"],

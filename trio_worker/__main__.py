@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -21,9 +23,10 @@ from loguru import logger
 
 from trio_worker import __version__
 from trio_worker.client import Client, open_client
-from trio_worker.config import Config, json_schema, load_config, warnings
+from trio_worker.config import VARIABLE_PREFIX, Config, json_schema, load_config, warnings
 from trio_worker.core.groups import sole_exceptions
-from trio_worker.errors import ConfigError, ExitStatus, StopWorker, WorkerError
+from trio_worker.deploy import unit as units
+from trio_worker.errors import ConfigError, ExitStatus, NoWorker, StopWorker, WorkerError
 from trio_worker.launch import launch, login_of
 from trio_worker.logs import FORMATS, LEVELS, Terminal, set_up_logging
 from trio_worker.ports import Broker
@@ -99,6 +102,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--timeout", type=float, metavar="S", default=30.0, help="seconds until the end (30)"
     )
     ask.add_argument("--json", action="store_true", help="print every message as it came")
+    ask.add_argument(
+        "--inbox-prefix",
+        metavar="PREFIX",
+        default="_INBOX",
+        help="answers come below this subject (_INBOX); for accounts with inboxes of their own",
+    )
     ask.set_defaults(command=_ask)
 
     check = commands.add_parser("check-config", help="check the configuration and show it whole")
@@ -107,6 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     schema = commands.add_parser("schema", help="print the JSON Schema of cluster.yaml")
     schema.set_defaults(command=_schema)
+
+    _add_unit(commands)
 
     model = commands.add_parser("model", help="prepare or check a model")
     actions = model.add_subparsers(required=True, metavar="ACTION")
@@ -139,6 +150,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_unit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    unit = commands.add_parser(
+        "unit", help="print a unit that runs a worker of this installation as a service"
+    )
+    managers = unit.add_subparsers(required=True, metavar="MANAGER")
+    for manager, text in (
+        ("systemd", "a unit for systemd, on Linux"),
+        ("launchd", "an agent for launchd, on macOS"),
+    ):
+        each = managers.add_parser(manager, help=text)
+        _add_config(each)
+        each.add_argument(
+            "--name",
+            default=units.NAME,
+            help=f"of the service ({units.NAME}); each worker on a machine needs its own",
+        )
+        each.add_argument("--engine", choices=("mlx", "simulated"), default="mlx")
+        each.set_defaults(command=partial(_unit, manager))
+        if manager == "systemd":
+            whose = each.add_mutually_exclusive_group()
+            whose.add_argument(
+                "--user", action="store_true", help="a service of your own manager, without root"
+            )
+            whose.add_argument(
+                "--as",
+                dest="run_as",
+                metavar="USER",
+                help="whom the machine's manager runs it as (you; for root, a user made for it)",
+            )
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a cluster.yaml")
     parser.add_argument(
@@ -164,6 +206,8 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _run(args: argparse.Namespace) -> int:
+    # A watchdog ends a worker that hangs with SIGABRT: this says where it was.
+    faulthandler.enable()
     terminal = set_up_logging(log_format=args.log_format, level=args.log_level)
     config = _load(args)
     for warning in warnings(config, total_memory_bytes=psutil.virtual_memory().total):
@@ -174,14 +218,17 @@ def _run(args: argparse.Namespace) -> int:
 
 async def _serve(config: Config, args: argparse.Namespace, terminal: Terminal) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        await launch(
-            config,
-            engine=args.engine,
-            stops=signals,
-            on_progress=terminal.progress,
-            on_ready=lambda _: terminal.end_progress(),
-            greet=partial(_hello, config) if args.hello else None,
-        )
+        try:
+            await launch(
+                config,
+                engine=args.engine,
+                stops=signals,
+                on_progress=terminal.progress,
+                on_ready=lambda _: terminal.end_progress(),
+                greet=partial(_hello, config) if args.hello else None,
+            )
+        finally:
+            terminal.end_progress()
 
 
 async def _hello(config: Config, broker: Broker) -> None:
@@ -227,16 +274,16 @@ def _ask(args: argparse.Namespace) -> int:
         if not trio.run(_ask_until_interrupted, args, config, url):
             sys.stderr.write("\nCancelled.\n")
             return INTERRUPTED
-    except WorkerError as error:
-        retry = f" (retry after {error.retry_after_ms} ms)" if error.retry_after_ms else ""
-        sys.stderr.write(f"{error.code}: {error.message}{retry}\n")
-        return ANSWERED_WITH_AN_ERROR
-    except trio.TooSlowError:
+    except (NoWorker, trio.TooSlowError):
         sys.stderr.write(
             f"No worker answered on {url} within {args.timeout:g} s: "
             "is one running? `just run` starts one.\n"
         )
         return ExitStatus.UNAVAILABLE
+    except WorkerError as error:
+        retry = f" (retry after {error.retry_after_ms} ms)" if error.retry_after_ms else ""
+        sys.stderr.write(f"{error.code}: {error.message}{retry}\n")
+        return ANSWERED_WITH_AN_ERROR
     return ExitStatus.OK
 
 
@@ -268,9 +315,12 @@ async def _ask_and_show(args: argparse.Namespace, config: Config, url: str) -> N
         "stream": args.stream,
     }
     request.update({key: value for key, value in options.items() if value is not None})
-    # The worker ends the request at its deadline; the second beyond is for its last word.
-    with trio.fail_after(args.timeout + 1):
-        async with open_client(url, login=login_of(config.nats)) as client:
+    with trio.fail_after(args.timeout) as connecting:
+        async with open_client(
+            url, login=login_of(config.nats), inbox_prefix=args.inbox_prefix
+        ) as client:
+            # From here on the request has its own deadline.
+            connecting.deadline = math.inf
             if args.json:
                 async with client.ask(request, worker_id=args.worker) as answer:
                     async for chunk in answer:
@@ -301,6 +351,39 @@ def _check_config(args: argparse.Namespace) -> int:
 
 def _schema(_args: argparse.Namespace) -> int:
     sys.stdout.write(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+    return ExitStatus.OK
+
+
+def _unit(manager: str, args: argparse.Namespace) -> int:
+    # As the service will find it: without this shell's variables, and without its secrets.
+    config = load_config(
+        args.config,
+        environ={},
+        overrides=args.overrides,
+        hostname=socket.gethostname(),
+        read_secrets=False,
+    )
+    unit = units.make_unit(
+        config,
+        config_file=args.config,
+        overrides=args.overrides,
+        engine=args.engine,
+        name=args.name,
+    )
+    is_system = manager == "systemd" and not args.user
+    user = (args.run_as or units.user_of_process()) if is_system else None
+    if is_system:
+        text = units.systemd_unit(unit, user=user)
+    elif manager == "systemd":
+        text = units.systemd_user_unit(unit)
+    else:
+        text = units.launchd_plist(unit, home=Path.home())
+    sys.stdout.write(text)
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLE_PREFIX):
+            sys.stderr.write(f"note: {name} is set here and will not be set in the service\n")
+    for remark in units.remarks(unit, is_system=is_system, user=user):
+        sys.stderr.write(f"note: {remark}\n")
     return ExitStatus.OK
 
 

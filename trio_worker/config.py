@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -95,9 +96,15 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     password: (
         Annotated[_Text, Meta(description="the password of `user`", extra={"secret": True})] | None
     ) = None
+    password_file: (
+        Annotated[_Text, Meta(description="a file with the password of `user`")] | None
+    ) = None
     token: (
         Annotated[_Text, Meta(description="the token to log in with", extra={"secret": True})]
         | None
+    ) = None
+    token_file: (
+        Annotated[_Text, Meta(description="a file with the token to log in with")] | None
     ) = None
     credentials_file: (
         Annotated[_Text, Meta(description="a `.creds` file to log in with")] | None
@@ -408,6 +415,7 @@ def load_config(
     environ: Mapping[str, str],
     overrides: Sequence[str] = (),
     hostname: str,
+    read_secrets: bool = True,
 ) -> Config:
     """Read the file, lay variables and then `--set` over it, check and complete everything.
 
@@ -416,6 +424,8 @@ def load_config(
         environ: the environment; of it, the names that begin with `TRIO_WORKER__` count.
         overrides: `PATH=VALUE` each, the path beginning below `cluster`.
         hostname: what `worker.id` is derived from.
+        read_secrets: whether `password` and `token` are taken from the files that are named for
+            them; if not, they stay null.
 
     Raises:
         ConfigError: with every problem found, one sentence each.
@@ -428,10 +438,14 @@ def load_config(
     bad: set[str] = set()
     raw = _section(_ROOT, values.tree.get("cluster"), "cluster", values, bad)
     config = _complete(raw, hostname)
+    unclear: set[str] = set()
     for paths, sentence in () if values.is_partial else _conflicts(config):
         concerned = [f"cluster.{each}" for each in paths]
         if not bad.intersection(concerned):
             values.complain(concerned[0], sentence, beside=concerned[1:])
+            unclear.update(concerned)
+    if read_secrets:
+        config = _with_secrets(config, values, bad | unclear)
     if values.problems:
         raise ConfigError(*dict.fromkeys(values.problems))
     return config
@@ -461,6 +475,12 @@ def warnings(config: Config, *, total_memory_bytes: int) -> list[str]:
             f"is above max_tokens_limit ({config.worker.requests.max_tokens_limit}) "
             "and has no effect"
         )
+    found += [
+        f"cluster.{path}: {shown(name)} can be read by every user of this machine; "
+        f"`chmod o-r` keeps the secret in it"
+        for path, name in files_with_secrets(config.nats).items()
+        if _is_readable_by_all(name)
+    ]
     monitoring = config.worker.monitoring
     if monitoring.port is not None and not _is_loopback(monitoring.host):
         found.append(
@@ -468,6 +488,15 @@ def warnings(config: Config, *, total_memory_bytes: int) -> list[str]:
             "machines, and the monitoring pages ask for no password"
         )
     return found
+
+
+def files_with_secrets(nats: NatsConfig) -> dict[str, str]:
+    """The files that are given to log in with, by the paths of their keys."""
+    names = ("password_file", "token_file", "credentials_file", "nkey_seed_file")
+    files = {f"nats.{name}": getattr(nats, name) for name in names}
+    if nats.tls is not None:
+        files["nats.tls.key_file"] = nats.tls.key_file
+    return {path: file for path, file in files.items() if file is not None}
 
 
 def all_keys() -> tuple[Key, ...]:
@@ -688,17 +717,75 @@ def _reply_conflicts(prefixes: tuple[str, ...]) -> Iterator[_Conflict]:
 
 
 def _login_conflicts(nats: NatsConfig) -> Iterator[_Conflict]:
-    if nats.user is not None and nats.password is None:
-        yield ("nats.user", "nats.password"), "needs cluster.nats.password, too"
-    if nats.password is not None and nats.user is None:
-        yield ("nats.password", "nats.user"), "needs cluster.nats.user, too"
-    logins = ("user", "token", "credentials_file", "nkey_seed_file")
-    given = [f"nats.{name}" for name in logins if getattr(nats, name) is not None]
+    passwords = [name for name in ("password", "password_file") if getattr(nats, name) is not None]
+    if nats.user is not None and not passwords:
+        yield (
+            ("nats.user", "nats.password", "nats.password_file"),
+            "needs cluster.nats.password or cluster.nats.password_file, too",
+        )
+    if passwords and nats.user is None:
+        yield (f"nats.{passwords[0]}", "nats.user"), "needs cluster.nats.user, too"
+    for name in ("password", "token"):
+        if getattr(nats, name) is not None and getattr(nats, f"{name}_file") is not None:
+            yield (
+                (f"nats.{name}_file", f"nats.{name}"),
+                f"cluster.nats.{name} is given, too; expected one of them",
+            )
+    logins = (("user",), ("token", "token_file"), ("credentials_file",), ("nkey_seed_file",))
+    given = [
+        f"nats.{names[0]}"
+        for kind in logins
+        if (names := [name for name in kind if getattr(nats, name) is not None])
+    ]
     if "@" in nats.url:
         given.insert(0, "nats.url")
     if len(given) > 1:
         others = ", ".join(f"cluster.{path}" for path in given[1:])
         yield tuple(given), f"is a login, and so is {others}; expected one kind of login"
+
+
+def _with_secrets(config: Config, values: _Values, bad: set[str]) -> Config:
+    """With the contents of `password_file` and `token_file`; what is wrong with them is noted."""
+    found: dict[str, str] = {}
+    for name in ("password", "token"):
+        path = f"cluster.nats.{name}_file"
+        file: str | None = getattr(config.nats, f"{name}_file")
+        if file is None or path in bad:
+            continue
+        try:
+            found[name] = _secret_in(file)
+        except _Unreadable as error:
+            values.complain(path, f"{shown(file)} {error}; expected a file with the {name}")
+    nats = msgspec.structs.replace(config.nats, **found)
+    return msgspec.structs.replace(config, nats=nats)
+
+
+def _secret_in(file: str) -> str:
+    """What the file holds, without the newline at its end."""
+    try:
+        with Path(file).open("rb") as opened:
+            line = opened.read(_SECRET_BYTES_MAX + 3)
+    except OSError as error:
+        raise _Unreadable(f"cannot be read: {error.strerror}") from None
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    if not line:
+        raise _Unreadable("is empty")
+    if len(line) > _SECRET_BYTES_MAX:
+        raise _Unreadable(f"is longer than {_SECRET_BYTES_MAX} bytes")
+    try:
+        secret = line.decode()
+    except UnicodeDecodeError:
+        raise _Unreadable("is not text in UTF-8") from None
+    if not secret.isprintable():
+        raise _Unreadable("holds more than one line, or what cannot be printed")
+    return secret
+
+
+def _is_readable_by_all(file: str) -> bool:
+    try:
+        return bool(Path(file).stat().st_mode & stat.S_IROTH)
+    except OSError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:
@@ -711,6 +798,7 @@ def _is_loopback(host: str) -> bool:
 # --- the three sources ----------------------------------------------------------------------
 
 _FILE_BYTES_MAX = 262_144
+_SECRET_BYTES_MAX = 4_096
 
 
 def _read_file(path: Path, values: _Values) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
@@ -15,9 +16,12 @@ from trio_worker.adapters.nats_broker import Login, open_nats_broker
 from trio_worker.adapters.nats_server import is_loopback, open_nats_server, somebody_listens
 from trio_worker.adapters.prometheus import exposition
 from trio_worker.adapters.psutil_probe import PsutilProbe
+from trio_worker.adapters.service_manager import open_service_manager
+from trio_worker.adapters.stack_sampler import open_stack_sampler
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
 from trio_worker.ports import Broker, Engine, Observed
+from trio_worker.stages.notify import Standing
 from trio_worker.testing.simulated_engine import open_simulated_engine
 from trio_worker.worker import run_worker
 
@@ -33,19 +37,37 @@ async def launch(
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
 ) -> None:
-    """Run a worker with the real adapters, as `run_worker` does, and with its exceptions."""
-    await run_worker(
-        config,
-        stops=stops,
-        open_broker=lambda: open_configured_broker(config, name=f"trio-worker {config.worker.id}"),
-        open_engine=lambda: _open_engine(config, engine, on_progress),
-        probe=PsutilProbe(),
-        rng=random.Random(),  # noqa: S311 - seeds and ids are no secrets
-        wall_clock=time.time,
-        serve_http=partial(serve_http, exposition=exposition),
-        greet=greet,
-        on_ready=on_ready,
-    )
+    """Run a worker with the real adapters, as `run_worker` does, and with its exceptions.
+
+    Takes the variables of the service manager out of the environment before a child process
+    could inherit them.
+    """
+    standing = Standing()
+
+    def progressed(step: str, done: int, total: int, unit: str) -> None:
+        standing.progress(step, done, total, unit)
+        if on_progress is not None:
+            on_progress(step, done, total, unit)
+
+    with open_service_manager(os.environ) as service_manager, open_stack_sampler() as sampler:
+        await run_worker(
+            config,
+            stops=stops,
+            open_broker=lambda: open_configured_broker(
+                config, name=f"trio-worker {config.worker.id}"
+            ),
+            open_engine=lambda: _open_engine(config, engine, progressed),
+            probe=PsutilProbe(),
+            rng=random.Random(),  # noqa: S311 - seeds and ids are no secrets
+            wall_clock=time.time,
+            serve_http=partial(serve_http, exposition=exposition),
+            greet=greet,
+            on_ready=on_ready,
+            on_progress=on_progress,
+            service_manager=service_manager,
+            standing=standing,
+            sampler=sampler,
+        )
 
 
 @asynccontextmanager

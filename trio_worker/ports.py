@@ -55,6 +55,8 @@ __all__ = [
     "RequestId",
     "Sampling",
     "SequenceFailure",
+    "ServiceManager",
+    "StackSampler",
     "Subscription",
     "TokenLogprob",
     "Work",
@@ -216,3 +218,43 @@ class Observed(Protocol):
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         """The requests in flight, the oldest first; neither prompts nor answers."""
+
+
+# --- the operating system -----------------------------------------------------------------
+
+
+class ServiceManager(Protocol):
+    """Who started this process and would start it again, such as systemd; or nobody."""
+
+    @property
+    def watchdog_s(self) -> float | None:
+        """It kills a process of which it hears nothing for so long; None: it does not watch."""
+
+    def notify(
+        self,
+        *,
+        ready: bool = False,
+        stopping: bool = False,
+        alive: bool = False,
+        status: str | None = None,
+        extend_timeout_s: float | None = None,
+    ) -> None:
+        """Tell it what is so now. Synchronous; never waits and never raises.
+
+        A notice may be lost, so every notice says all that is so. `alive` is for the watchdog;
+        `status` is one line for people; with `extend_timeout_s` the start or the stop that is
+        under way may last so much longer from now.
+        """
+
+
+class StackSampler(Protocol):
+    """Looks where the event loop's thread is, at a moment when the loop cannot look itself."""
+
+    def arm(self, after_s: float) -> None:
+        """Take one sample `after_s` from now, unless `arm` or `disarm` is called before."""
+
+    def disarm(self) -> str | None:
+        """Take none any more; returns the stack of the one that was taken since `arm`.
+
+        One line per frame, innermost first: file, line and function, never a value.
+        """

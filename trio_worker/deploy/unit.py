@@ -1,0 +1,290 @@
+"""Prints units: how systemd and launchd start, watch and stop a worker of this installation.
+
+Everything in a unit comes from the configuration and from where this environment is. Rules:
+
+1. A unit holds no secret: not from the command line, and not from a file.
+2. Every value is escaped for its place, or refused.
+3. The times to start and to stop are above what the configuration allows the worker to take.
+"""
+
+from __future__ import annotations
+
+import os
+import plistlib
+import pwd
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from trio_worker.config import Config, all_keys, files_with_secrets, variable_of
+from trio_worker.errors import ConfigError
+
+NAME = "trio-worker"
+START_MARGIN_S = 90
+"""Until the first word of the load; from there on the worker asks for the time it needs."""
+STOP_MARGIN_S = 30
+"""Beside the drain: the subscriptions, the engine's end, the last publications."""
+WATCHDOG_S = 60
+_NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*\Z")
+_HOMES = ("/home", "/root", "/run/user")
+_TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - it is asked whether something is there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What a unit says, whatever its format."""
+
+    name: str
+    config: Config
+    command: tuple[str, ...]
+    """Its first part, and every path in it, is absolute."""
+    working_directory: str | None
+    """Given if the configuration has paths that are relative to it."""
+    paths: tuple[Path, ...]
+    """What the worker has to read."""
+
+    @property
+    def start_s(self) -> int:
+        return START_MARGIN_S + self.config.nats.connect_timeout_ms // 1000
+
+    @property
+    def stop_s(self) -> int:
+        return STOP_MARGIN_S + -(-self.config.worker.drain_timeout_ms // 1000)
+
+    @property
+    def memory_max_mb(self) -> int:
+        critical_mb = self.config.worker.resource_limits.critical_memory_mb
+        return critical_mb + max(1024, critical_mb // 4)
+
+
+def make_unit(
+    config: Config,
+    *,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    engine: str,
+    name: str = NAME,
+) -> Unit:
+    """What a unit for this environment says.
+
+    Raises:
+        ConfigError: for a secret among the overrides, a name that is none, or a path that no
+            unit can hold.
+    """
+    if not _NAME.match(name):
+        raise ConfigError(f"--name {name!r}: expected letters and digits, joined by . or -")
+    _refuse_secrets(overrides)
+    program = Path(sys.executable).with_name("trio-worker")
+    lead = [str(program)] if program.exists() else [sys.executable, "-P", "-m", "trio_worker"]
+    command = [*lead, "run"]
+    if config_file is not None:
+        command += ["--config", str(config_file.absolute())]
+    for override in overrides:
+        command += ["--set", override]
+    if engine != "mlx":
+        command += ["--engine", engine]
+    for part in command:
+        if not part.isprintable():
+            raise ConfigError(f"{part!r}: what cannot be printed has no place in a unit")
+    given = [Path(each) for each in _files(config)]
+    relative = any(not each.is_absolute() for each in given)
+    places = [Path(each) for each in (sys.prefix, sys.base_prefix, lead[0])]
+    return Unit(
+        name=name,
+        config=config,
+        command=tuple(command),
+        working_directory=str(Path.cwd()) if relative else None,
+        paths=(*places, *([config_file] if config_file else []), *given),
+    )
+
+
+def systemd_unit(unit: Unit, *, user: str | None) -> str:
+    """A service of the machine's manager, run as `user`; None: as a user made for it."""
+    secrets = files_with_secrets(unit.config.nats)
+    # These come from the manager instead, which may read what the user may not; a `--set` would
+    # win over that.
+    command = _without(unit.command, secrets)
+    lines = [_secret_lines(path, Path(file).absolute()) for path, file in secrets.items()]
+    hint = (
+        "# A secret of NATS, from a file that only root can read:\n"
+        "#LoadCredential=password-file:/etc/trio-worker/nats-password\n"
+        "#Environment=TRIO_WORKER__NATS__PASSWORD_FILE=%d/password-file"
+    )
+    at_home = any(_is_below(path, _HOMES) for path in unit.paths)
+    return _filled(
+        "system.service",
+        _common(unit, command),
+        user="DynamicUser=yes" if user is None else f"User={_specifiers(user)}",
+        protect_home="read-only" if at_home else "yes",
+        secrets="\n".join(lines) or hint,
+    )
+
+
+def systemd_user_unit(unit: Unit) -> str:
+    """A service of a user's own manager, which has the user's files and rights."""
+    return _filled("user.service", _common(unit, unit.command))
+
+
+def launchd_plist(unit: Unit, *, home: Path) -> str:
+    """An agent of one user, for ~/Library/LaunchAgents."""
+    log = str(home / "Library" / "Logs" / f"{unit.name}.log")
+    tools = [str(Path(unit.command[0]).parent), "/opt/homebrew/bin", "/usr/local/bin"]
+    job: dict[str, Any] = {
+        "Label": unit.name,
+        "ProgramArguments": list(unit.command),
+        "EnvironmentVariables": {"PATH": ":".join([*tools, "/usr/bin:/bin:/usr/sbin:/sbin"])},
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 10,
+        "ExitTimeOut": unit.stop_s,
+        "ProcessType": "Interactive",
+        "StandardOutPath": log,
+        "StandardErrorPath": log,
+        "Umask": 0o077,
+    }
+    if unit.working_directory is not None:
+        job["WorkingDirectory"] = unit.working_directory
+    declaration, doctype, rest = plistlib.dumps(job, sort_keys=False).decode().split("\n", 2)
+    notes = (files(__package__) / "launchd-notes.txt").read_text(encoding="utf-8")
+    comment = f"<!--\n{Template(notes).substitute(name=unit.name)}-->"
+    return f"{declaration}\n{doctype}\n{comment}\n{rest}"
+
+
+def remarks(unit: Unit, *, is_system: bool, user: str | None) -> list[str]:
+    """What will probably not work as printed, one sentence each."""
+    if not is_system:
+        return []
+    found = [
+        f"{path} is below {folder}, which PrivateTmp=yes hides from the service"
+        for path in unit.paths
+        for folder in _TEMPORARY
+        if _is_below(path, [folder])
+    ]
+    if user is None:
+        loaded = files_with_secrets(unit.config.nats).values()
+        found += [
+            f"{path} cannot be read by the user that DynamicUser=yes makes; "
+            "move it, or choose a user with --as"
+            for path in unit.paths
+            if str(path) not in loaded and not _is_open_to_all(path)
+        ]
+    return list(dict.fromkeys(found))
+
+
+def user_of_process() -> str | None:
+    """The name of the user who runs this; None for root, as whom no worker should run."""
+    uid = os.getuid()
+    return None if uid == 0 else pwd.getpwuid(uid).pw_name
+
+
+# --- what is in the configuration -----------------------------------------------------------
+
+
+def _refuse_secrets(overrides: Iterable[str]) -> None:
+    secret = {key.path for key in all_keys() if key.secret}
+    for override in overrides:
+        path, _, value = override.partition("=")
+        if path in secret:
+            raise ConfigError(
+                f"--set {path}: a secret has no place in a unit; put it into a file and name "
+                f"that with {path}_file"
+            )
+        if path == "nats.url" and "@" in value:
+            raise ConfigError(
+                f"--set {path}: a login has no place in a unit; put it into a file and name that "
+                "with nats.password_file or nats.token_file"
+            )
+
+
+def _files(config: Config) -> list[str]:
+    """The files and folders that the configuration names."""
+    found = list(files_with_secrets(config.nats).values())
+    if config.nats.tls is not None:
+        tls = config.nats.tls
+        found += [each for each in (tls.ca_file, tls.cert_file) if each is not None]
+    if Path(config.worker.model).exists():
+        found.append(config.worker.model)
+    return found
+
+
+def _without(command: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """The command without the `--set` of these keys."""
+    kept: list[str] = []
+    for part in command:
+        if kept and kept[-1] == "--set" and part.partition("=")[0] in paths:
+            kept.pop()
+        else:
+            kept.append(part)
+    return kept
+
+
+def _is_below(path: Path, folders: Iterable[str]) -> bool:
+    places = (path.absolute(), path.resolve())
+    return any(place.is_relative_to(folder) for place in places for folder in folders)
+
+
+def _is_open_to_all(path: Path) -> bool:
+    """Whether everybody may read it and pass through every folder above."""
+    resolved = path.resolve()
+    try:
+        passable = all(each.stat().st_mode & 0o001 for each in resolved.parents)
+        return passable and bool(resolved.stat().st_mode & 0o004)
+    except OSError:
+        return False
+
+
+# --- systemd's syntax -----------------------------------------------------------------------
+
+
+def _filled(template: str, values: dict[str, str], **others: str) -> str:
+    text = (files(__package__) / template).read_text(encoding="utf-8")
+    filled = Template(text).substitute(values, **others)
+    # A line that is not wanted is filled with nothing.
+    return re.sub(r"\n{3,}", "\n\n", filled)
+
+
+def _common(unit: Unit, command: Iterable[str]) -> dict[str, str]:
+    folder = unit.working_directory
+    return {
+        "name": unit.name,
+        # The colon: no variables are looked for, so a dollar sign is one.
+        "command": " ".join(_quoted(part) for part in _with_colon(command)),
+        "working_directory": f"WorkingDirectory={_specifiers(folder)}" if folder else "",
+        "start_s": str(unit.start_s),
+        "stop_s": str(unit.stop_s),
+        "watchdog_s": str(WATCHDOG_S),
+        "memory_max_mb": str(unit.memory_max_mb),
+    }
+
+
+def _with_colon(command: Iterable[str]) -> list[str]:
+    program, *arguments = command
+    if set(program) & set("\\\"'"):
+        raise ConfigError(f"{program!r}: systemd starts no program with a quote in its path")
+    return [f":{program}", *arguments]
+
+
+def _secret_lines(path: str, file: Path) -> str:
+    credential = path.rpartition(".")[2].replace("_", "-")
+    return (
+        f"LoadCredential={credential}:{_specifiers(str(file))}\n"
+        f"Environment={variable_of(path)}=%d/{credential}"
+    )
+
+
+def _specifiers(text: str) -> str:
+    """For a value that takes the whole line as it stands, but for specifiers."""
+    if not text.isprintable() or text.endswith("\\") or text != text.strip():
+        raise ConfigError(f"{text!r}: a name like this has no place in a unit")
+    return text.replace("%", "%%")
+
+
+def _quoted(word: str) -> str:
+    """One word of a command line; see systemd.syntax(7) and systemd.service(5)."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return escaped if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", escaped) else f'"{escaped}"'

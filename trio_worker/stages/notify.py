@@ -1,0 +1,148 @@
+"""Keeps the service manager informed: loading, ready, alive, stopping.
+
+Rules:
+
+1. Every notice says all that is so, so that a lost one costs nothing but time.
+2. `alive` has the truth of `/livez`: it is said while the loops make progress, and not said when
+   they do not, whatever the reason.
+3. More time is asked for in small portions: who hangs gets no more of it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import trio
+from loguru import logger
+from trio_util import AsyncValue
+
+from trio_worker.door import DoorState
+from trio_worker.ports import Observed, ServiceManager
+
+EXTENSION_S = 60.0
+"""How much longer a start or a stop may last after each notice."""
+EXTENSION_BEAT_S = 15.0
+QUIET_LOAD_S = 3600.0
+"""More time is asked for as long as the load has said something within this time. A download of
+a whole model says nothing in between."""
+CLOSING_S = 30.0
+"""What a stop may take beside the drain: the last publications, the ends of child processes."""
+STATUS_GAP_S = 1.0
+"""Between two lines about the state, at least."""
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    SERVING = "serving"
+    STOPPING = "stopping"
+
+
+class Standing:
+    """How far the worker is in its life; set by the worker, read by `run_notify`."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+        self.changed = trio.Event()
+        """Set, and replaced by another one, when something should be said at once."""
+        self._observed: Observed | None = None
+        self._step = "starting"
+        self._measure = ""
+        self._progressed_at = trio.current_time()
+        self._stops_until = 0.0
+
+    def progress(self, step: str, done: int, total: int, unit: str) -> None:
+        """The load has come so far; 0 of 0 where there is no measure."""
+        measure = f" {100 * done // total} % of {total} {unit}" if total else ""
+        if (step, measure) == (self._step, self._measure):
+            return
+        is_news = step != self._step
+        self._step, self._measure = step, measure
+        self._progressed_at = trio.current_time()
+        if is_news:
+            self.change()
+
+    def serving(self, observed: Observed) -> None:
+        """Requests reach the worker."""
+        self._observed = observed
+        if self.phase is Phase.STARTING:
+            self.phase = Phase.SERVING
+        self.change()
+
+    def stopping(self, drain_timeout_s: float) -> None:
+        """The drain begins, or the run ends before there was anything to drain."""
+        self.phase = Phase.STOPPING
+        self._stops_until = trio.current_time() + drain_timeout_s + CLOSING_S
+        self.change()
+
+    def change(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def follow(self, door: AsyncValue[DoorState]) -> None:
+        """Until cancelled: have it said when the worker begins or ceases to take requests."""
+        said = door.value
+        while True:
+            said = await door.wait_value(lambda state, said=said: state is not said)
+            self.change()
+            await trio.sleep(STATUS_GAP_S)
+
+    def status(self) -> str:
+        """One line for people."""
+        if self.phase is Phase.STARTING:
+            return f"{self._step}{self._measure}"
+        if self._observed is None:
+            return "stopping before the worker was ready"
+        now = self._observed.snapshot()
+        if self.phase is Phase.STOPPING:
+            return f"draining: {now.requests.in_flight} requests left"
+        health = self._observed.readiness()
+        state = "ready" if health.ok else f"not ready ({health.reason})"
+        return f"{state}: {now.batch.running} running, {now.queue.depth} queued"
+
+    def dead(self) -> str | None:
+        """Why the watchdog should hear nothing."""
+        if self._observed is None:
+            return None
+        health = self._observed.liveness()
+        return None if health.ok else health.reason
+
+    def extension_s(self) -> float | None:
+        """How much longer the start or the stop may last from now; None: no more is asked for."""
+        now = trio.current_time()
+        if self.phase is Phase.STARTING and now - self._progressed_at < QUIET_LOAD_S:
+            return EXTENSION_S
+        if self.phase is Phase.STOPPING and now < self._stops_until:
+            return min(EXTENSION_S, self._stops_until - now)
+        return None
+
+
+async def run_notify(
+    manager: ServiceManager, standing: Standing, *, report_interval_s: float
+) -> None:
+    """Keep `manager` informed until cancelled: at changes, and regularly."""
+    beat_s = EXTENSION_BEAT_S
+    if manager.watchdog_s is not None:
+        # Two may be late or lost.
+        beat_s = min(beat_s, manager.watchdog_s / 3)
+    report_s = max(report_interval_s, STATUS_GAP_S)
+    was_dead = False
+    report_at = trio.current_time()
+    while True:
+        changed = standing.changed
+        dead = standing.dead()
+        if dead is not None and not was_dead:
+            logger.error("The watchdog hears nothing from now on: {}", dead)
+        was_dead = dead is not None
+        is_due = trio.current_time() >= report_at
+        manager.notify(
+            ready=standing.phase is Phase.SERVING,
+            stopping=standing.phase is Phase.STOPPING,
+            alive=dead is None,
+            status=standing.status() if is_due else None,
+            extend_timeout_s=standing.extension_s(),
+        )
+        if is_due:
+            report_at = trio.current_time() + report_s
+        with trio.move_on_at(min(trio.current_time() + beat_s, report_at)):
+            await changed.wait()
+            report_at = trio.current_time()
