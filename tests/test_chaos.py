@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,11 @@ SECONDS = 12.0
 async def test_every_request_is_ended_once_through_kills_hangs_and_broken_lines(
     tmp_path: Path,
 ) -> None:
-    """Another seed each time; `CHAOS_SEED` takes the one that a failure has printed."""
-    seed = int(os.environ.get("CHAOS_SEED", secrets.randbelow(10_000)))
+    """The same seed each time, so that a change is not blamed for another one's bug.
+
+    `just chaos` draws a new one; `CHAOS_SEED` takes the one that a failure has printed.
+    """
+    seed = int(os.environ.get("CHAOS_SEED", "7"))
     model = str(write_tiny_model(tmp_path / "tiny"))
     summary = await run_chaos(tmp_path, model, seed=seed, seconds=SECONDS)
     assert summary.startswith(f"seed {seed}")
