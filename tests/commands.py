@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -18,16 +17,10 @@ from typing import Any
 
 import psutil
 import trio
+from nats_fixtures import free_port
 
 START_S = 60
 THIS_TREE = (sys.executable, "-m", "trio_worker")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def clean_environment() -> dict[str, str]:

@@ -17,6 +17,7 @@ import trio
 from nats.aio.transport import Transport
 
 from trio_worker.adapters import nats_broker
+from trio_worker.testing.memory_broker import subject_matches
 
 WINDOW_BYTES = 64 * 1024
 """What a connection takes unread before its writer must wait."""
@@ -73,7 +74,7 @@ class VirtualServer:
         self.bodies.append(body)
         for line in list(self.lines):
             for number, pattern in list(line.subscriptions.items()):
-                if _matches(pattern, subject):
+                if subject_matches(pattern, subject):
                     head = f"{subject} {number} {reply}".strip().encode()
                     total = len(headers) + len(body)
                     if headers:
@@ -81,16 +82,6 @@ class VirtualServer:
                     else:
                         start = b"MSG %s %d\r\n" % (head, total)
                     line.feed(start + headers + body + b"\r\n")
-
-
-def _matches(pattern: str, subject: str) -> bool:
-    wanted, got = pattern.split("."), subject.split(".")
-    for index, part in enumerate(wanted):
-        if part == ">":
-            return len(got) > index
-        if index >= len(got) or part not in {"*", got[index]}:
-            return False
-    return len(wanted) == len(got)
 
 
 class Line(Transport):  # type: ignore[misc]

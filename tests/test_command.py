@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from commands import RunningCommand, alive, command, free_port, running_command, until
+from commands import RunningCommand, alive, command, running_command, until
+from nats_fixtures import free_port
 
 from trio_worker.client import Client, open_client
 from trio_worker.errors import WorkerError

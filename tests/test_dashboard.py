@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from commands import free_port, until
+from commands import until
+from nats_fixtures import free_port
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from worker_rig import MB, Rig, running_worker

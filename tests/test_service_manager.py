@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from commands import clean_environment, command, free_port, running_command, until
+from commands import clean_environment, command, running_command, until
+from nats_fixtures import free_port
 from trio_util import AsyncValue
 from worker_rig import running_worker
 

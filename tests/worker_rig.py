@@ -17,10 +17,10 @@ from trio_worker.core import subjects
 from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import WorkerError
 from trio_worker.overview import Overview
-from trio_worker.ports import Broker, MemoryReading, Message, ServiceManager
+from trio_worker.ports import Broker, MemoryReading, Message, ProgressSink, ServiceManager
 from trio_worker.testing.memory_broker import MemoryBroker, MemoryServer, open_memory_broker
 from trio_worker.testing.simulated_engine import Faults, SimulatedEngine, open_simulated_engine
-from trio_worker.worker import ProgressSink, run_worker
+from trio_worker.worker import run_worker
 
 MB = 2**20
 WORKER_ID = "w1"

@@ -25,7 +25,7 @@ import trio
 from loguru import logger
 
 from trio_worker.adapters.nats_broker import Login, open_nats_broker
-from trio_worker.core.call import Call, Chunk, join
+from trio_worker.core.call import AnswerOf, Call, Chunk, join
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge
 from trio_worker.ports import Broker, Message
 
@@ -41,7 +41,7 @@ LEAVE_S = 1.0
 logger.disable("trio_worker")
 
 
-class Answer:
+class Answer(AnswerOf):
     """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
@@ -51,24 +51,10 @@ class Answer:
         inbox: str,
         receive: trio.MemoryReceiveChannel[Message],
     ) -> None:
+        super().__init__(call)
         self._broker = broker
-        self._call = call
         self._inbox = inbox
         self._receive = receive
-
-    @property
-    def request_id(self) -> str:
-        return self._call.request_id
-
-    @property
-    def control_subject(self) -> str | None:
-        """Known from the first message on; publishing `cancel` there ends the request."""
-        return self._call.control_subject
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more will come."""
-        return self._call.ended
 
     def __aiter__(self) -> Answer:
         return self

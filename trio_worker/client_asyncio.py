@@ -30,7 +30,7 @@ from nats import errors as nats_errors
 from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
 
-from trio_worker.core.call import Call, Chunk, join
+from trio_worker.core.call import AnswerOf, Call, Chunk, join
 from trio_worker.errors import PayloadTooLarge
 
 __all__ = ["Answer", "Chunk", "Client", "open_client"]
@@ -41,30 +41,16 @@ LEAVE_S = 1.0
 """How long leaving an answer, or a client, may take."""
 
 
-class Answer:
+class Answer(AnswerOf):
     """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
         self, connection: Connection, call: Call, inbox: str, messages: asyncio.Queue[Msg]
     ) -> None:
+        super().__init__(call)
         self._connection = connection
-        self._call = call
         self._inbox = inbox
         self._messages = messages
-
-    @property
-    def request_id(self) -> str:
-        return self._call.request_id
-
-    @property
-    def control_subject(self) -> str | None:
-        """Known from the first message on; publishing `cancel` there ends the request."""
-        return self._call.control_subject
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more will come."""
-        return self._call.ended
 
     def __aiter__(self) -> Answer:
         return self

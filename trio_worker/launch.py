@@ -20,7 +20,7 @@ from trio_worker.adapters.service_manager import open_service_manager
 from trio_worker.adapters.stack_sampler import open_stack_sampler
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
-from trio_worker.ports import Broker, Engine, Observed
+from trio_worker.ports import Broker, Engine, Observed, ProgressSink
 from trio_worker.stages.notify import Standing
 from trio_worker.testing.simulated_engine import open_simulated_engine
 from trio_worker.worker import run_worker
@@ -33,7 +33,7 @@ async def launch(
     *,
     engine: EngineKind,
     stops: AsyncIterable[object],
-    on_progress: Callable[[str, int, int, str], None] | None = None,
+    on_progress: ProgressSink | None = None,
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
 ) -> None:
@@ -109,7 +109,7 @@ def _open_broker(nats: NatsConfig, name: str) -> AbstractAsyncContextManager[Bro
 
 
 def _open_engine(
-    config: Config, kind: EngineKind, on_progress: Callable[[str, int, int, str], None] | None
+    config: Config, kind: EngineKind, on_progress: ProgressSink | None
 ) -> AbstractAsyncContextManager[Engine, bool | None]:
     worker = config.worker
     if kind == "simulated":

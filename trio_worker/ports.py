@@ -50,6 +50,7 @@ __all__ = [
     "Outlet",
     "Output",
     "Prefill",
+    "ProgressSink",
     "Report",
     "Request",
     "RequestId",
@@ -218,6 +219,12 @@ class Observed(Protocol):
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         """The requests in flight, the oldest first; neither prompts nor answers."""
+
+
+class ProgressSink(Protocol):
+    """Told how far something long has come: 0 of 0 where there is no measure."""
+
+    def __call__(self, step: str, done: int, total: int, unit: str, /) -> None: ...
 
 
 # --- the operating system -----------------------------------------------------------------

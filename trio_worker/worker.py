@@ -46,6 +46,7 @@ from trio_worker.ports import (
     Engine,
     MemoryProbe,
     Observed,
+    ProgressSink,
     ServiceManager,
     StackSampler,
 )
@@ -69,12 +70,6 @@ class ServeHttp(Protocol):
     def __call__(
         self, *, host: str, port: int, observed: Observed, task_status: trio.TaskStatus[int]
     ) -> Awaitable[None]: ...
-
-
-class ProgressSink(Protocol):
-    """Told how far something long has come: 0 of 0 where there is no measure."""
-
-    def __call__(self, step: str, done: int, total: int, unit: str, /) -> None: ...
 
 
 class _Stop:

@@ -16,10 +16,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import trio
 from loguru import logger
@@ -61,13 +60,12 @@ from trio_worker.ports import (
     EngineStatistics,
     Output,
     Prefill,
+    ProgressSink,
     Report,
     SequenceFailure,
     TokenLogprob,
     Work,
 )
-
-ProgressSink: TypeAlias = Callable[[str, int, int, str], None]
 
 KILL_GRACE_S = 0.5
 """A killed child is gone in milliseconds; this bounds the wait for the system to say so."""

@@ -210,6 +210,27 @@ class Call:
         return request_id
 
 
+class AnswerOf:
+    """What the answer to a call tells of it, in every flavour of the client."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    @property
+    def request_id(self) -> str:
+        return self._call.request_id
+
+    @property
+    def control_subject(self) -> str | None:
+        """Known from the first message on; publishing `cancel` there ends the request."""
+        return self._call.control_subject
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return self._call.ended
+
+
 def _error(body: Mapping[str, Any]) -> WorkerError:
     fields = body["error"]
     cls = BY_CODE.get(fields["code"], InternalError)

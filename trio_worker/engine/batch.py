@@ -196,9 +196,11 @@ class Batch:
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
-        for decoding in self._decodings:
-            self._leave(decoding, self._step(decoding, outcome))
-        self._close_ranks()
+        finished = [self._step(decoding, outcome) for decoding in self._decodings]
+        if any(finished):
+            for decoding, rows in zip(self._decodings, finished, strict=True):
+                self._leave(decoding, rows)
+            self._close_ranks()
 
     def _step(self, decoding: Decoding, outcome: _Outcome) -> list[int]:
         """One token for each row; returns the rows that have ended."""

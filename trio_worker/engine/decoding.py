@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ class Row(sampling.Row, Protocol):
 
 
 _Row = TypeVar("_Row", bound=Row)
+_T = TypeVar("_T")
 
 
 class Decoding(GenerationBatch):  # type: ignore[misc]
@@ -93,32 +94,40 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         return tokens, places
 
 
-def alike(rows: list[_Row], padding_max: int) -> list[list[_Row]]:
+def alike(rows: Iterable[_Row], padding_max: int) -> list[list[_Row]]:
     """The rows in sets of similar length: padding one to its longest takes so many tokens at most.
 
     The rows of a set begin to decode together, so that they share their first step too.
     """
-    sets: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens)):
-        if sets and _padding([len(each.tokens) for each in (*sets[-1], row)]) <= padding_max:
-            sets[-1].append(row)
-        else:
-            sets.append([row])
-    return sets
+    return _in_sets(rows, lambda row: [len(row.tokens)], padding_max)
 
 
-def merge_alike(decodings: list[Decoding], padding_max: int) -> list[Decoding]:
+def merge_alike(decodings: Iterable[Decoding], padding_max: int) -> list[Decoding]:
     """As few as `padding_max` allows: each costs a reading of the weights at every step.
 
     What has been put together stays together, since rows grow at the same pace.
     """
-    merged: list[Decoding] = []
-    for decoding in sorted(decodings, key=lambda each: max(each.lengths)):
-        if merged and _padding([*merged[-1].lengths, *decoding.lengths]) <= padding_max:
-            merged[-1].extend(decoding)
-        else:
-            merged.append(decoding)
+    merged = []
+    for first, *others in _in_sets(decodings, lambda each: each.lengths, padding_max):
+        for other in others:
+            first.extend(other)
+        merged.append(first)
     return merged
+
+
+def _in_sets(
+    items: Iterable[_T], lengths_of: Callable[[_T], list[int]], padding_max: int
+) -> list[list[_T]]:
+    """Items that hold rows of some lengths, in sets that need little padding; shortest first."""
+    sets: list[tuple[list[_T], list[int]]] = []
+    for item in sorted(items, key=lambda item: max(lengths_of(item))):
+        lengths = lengths_of(item)
+        if sets and _padding([*sets[-1][1], *lengths]) <= padding_max:
+            sets[-1][0].append(item)
+            sets[-1][1].extend(lengths)
+        else:
+            sets.append(([item], list(lengths)))
+    return [each for each, _ in sets]
 
 
 def _padding(lengths: list[int]) -> int:
