@@ -680,6 +680,89 @@ def test_a_prefix_serves_the_next_prompt_of_the_same_turn(model: Any) -> None:
     assert tokens == {name: of.tokens for name, of in plain.items()}
 
 
+def test_a_running_row_lends_its_beginning_and_nothing_is_kept_before(model: Any) -> None:
+    cached = open_batch(model, 2**20)
+    shared = tuple(range(10, 110))
+    one = admit("one", (*shared, 200), max_tokens=40)
+    tokens = defaultdict(list)
+
+    def take(done: Any) -> Any:
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+        return done
+
+    take(turn(cached, one))
+    for _ in range(5):
+        take(turn(cached))
+    assert nbytes(cached) == 0, "a copy for nobody would take the memory twice"
+    others = [admit(name, (*shared, 300, n)) for n, name in enumerate("ab", 301)]
+    done = take(turn(cached, *others))
+    assert [(p.request_id, p.cached) for p in done.prefills] == [("a", 100), ("b", 100)]
+    kept = nbytes(cached)
+    assert 0 < kept <= 100 * model.cache_bytes_per_token
+    while done.residents:
+        done = take(turn(cached))
+    plain = run(open_batch(model, 0), one, *others)
+    assert tokens == {name: of.tokens for name, of in plain.items()}
+
+
+class Watched:
+    """A model, and the shapes of what went through it."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.shapes: list[tuple[int, int]] = []
+
+    def __call__(self, tokens: Any, **others: Any) -> Any:
+        self.shapes.append(tokens.shape)
+        return self._module(tokens, **others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def test_the_ends_of_alike_prompts_are_computed_in_one_call(model: Any) -> None:
+    """A call reads the weights; a row that is short of the widest computes a little again."""
+    cached = open_batch(model, 2**20)
+    shared = tuple(range(10, 110))
+    run_one(cached, (*shared, 200), max_tokens=1)
+    cached._model = watched = Watched(model.module)
+    admits = [admit(str(n), (*shared, *range(300, 302 + 3 * n))) for n in range(4)]
+    done = turn(cached, *admits)
+    assert watched.shapes == [(4, 10), (4, 1)]
+    assert done.prefill_tokens == 2 + 5 + 8 + 11
+    tokens = defaultdict(list)
+    while done.residents:
+        done = turn(cached)
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+    for one in admits:
+        assert tokens[one.request_id] == run(open_batch(model, 0), one)[one.request_id].tokens
+
+
+def test_prompts_of_very_different_lengths_are_computed_apart(batch: Any, model: Any) -> None:
+    batch._model = watched = Watched(model.module)
+    turn(batch, admit("long", PROMPTS[5]), admit("short", PROMPTS[1]), admit("other", PROMPTS[3]))
+    assert [shape for shape in watched.shapes if shape[1] > 1] == [(1, 79), (2, 16)]
+
+
+@pytest.mark.parametrize("budget", [20, 33, 47, 64, 100])
+def test_padding_counts_against_the_turns_bound(batch: Any, model: Any, budget: int) -> None:
+    batch._model = watched = Watched(model.module)
+    admits = [admit(str(n), range(3, 6 + 7 * n)) for n in range(6)]
+    done = turn(batch, *admits, prefill_tokens=budget)
+    together = False
+    while True:
+        prefilled = [shape for shape in watched.shapes if shape[1] > 1]
+        together = together or any(rows > 1 for rows, _ in prefilled)
+        assert sum(rows * width for rows, width in prefilled) <= budget
+        watched.shapes.clear()
+        if not done.residents:
+            break
+        done = turn(batch, prefill_tokens=budget)
+    assert together
+
+
 def test_trimming_gives_back_what_is_kept_for_reuse(model: Any, alone: Any) -> None:
     """And nothing else: who decodes goes on, and who leaves in this turn is not kept either."""
     cached = open_batch(model, 2**20)

@@ -5,8 +5,8 @@ bounds prefill per row and not per turn, samples row by row as soon as requests 
 Metal's wired limit when it is made, which has brought whole machines down (ml-explore/mlx#3186).
 
 1. A sequence is in `_arriving` until its prompt is computed, then a row of one of `_decodings`.
-2. A sequence that prefills has a cache of its own, so its chunks are exact and need no padding;
-   those that become ready in one turn join together.
+2. A sequence whose prompt takes several turns has a cache of its own until its last chunk; those
+   whose prompts end in one turn are computed in one call and join together (`prompts.py`).
 3. The rows of one `Decoding` are padded to the longest. Rows of very different lengths decode
    apart, for their padding would take longer than reading the weights once more, and would take
    memory that nobody has reserved.
@@ -21,11 +21,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from trio_worker.engine import heap
-from trio_worker.engine.decoding import Decoding, alike, merge_alike
-from trio_worker.engine.prefix import PrefixCache
+from trio_worker.engine.decoding import Decoding, merge_alike
+from trio_worker.engine.prefix import SHORTEST, PrefixCache, TokenArray, as_array, common
+from trio_worker.engine.prompts import (
+    Computed,
+    compute,
+    compute_ends,
+    cost,
+    fit_together,
+    left,
+)
 from trio_worker.engine.sampling import Logprobs
 from trio_worker.engine.text import Answer, Vocabulary
 from trio_worker.frames import (
@@ -73,6 +81,18 @@ class _Outcome:
     prefills: list[PrefillFrame] = field(default_factory=list)
     failures: list[FailureFrame] = field(default_factory=list)
     prefill_tokens: int = 0
+
+    def prefill(self, sequence: Sequence, count: int, done: int) -> None:
+        """Of a sequence, `count` tokens more are computed, `done` in all."""
+        self.prefill_tokens += count
+        self.prefills.append(
+            PrefillFrame(
+                request_id=sequence.request_id,
+                done=done,
+                total=len(sequence.tokens),
+                cached=sequence.cached,
+            )
+        )
 
 
 class Batch:
@@ -149,9 +169,7 @@ class Batch:
         if self._prefixes is None or sequence.cache is None:
             return
         computed = min(sequence.done, len(sequence.tokens) - 1)
-        # A copy, and without the room for more: a cache grows by hundreds of tokens at a time.
-        cache = [layer.merge([layer]).extract(0) for layer in sequence.cache]
-        self._prefixes.keep(sequence.tokens[:computed], cache)
+        self._prefixes.keep(sequence.tokens[:computed], _compact(sequence.cache))
 
     def _admit(self, admit: AdmitFrame, outcome: _Outcome) -> None:
         if admit.request_id in self.residents:
@@ -280,52 +298,111 @@ class Batch:
         self._decodings = merge_alike([d for d in self._decodings if len(d)], self._padding_max)
 
     def _prefill(self, budget: int, outcome: _Outcome) -> None:
-        ready = []
+        """Compute the ends of prompts, several in one call, and the beginning of one more."""
+        ready: list[Computed] = []
+        ends: list[Sequence] = []
         for sequence in self._arriving:
-            if budget <= 0:
+            if budget <= cost(ends):
                 break
             if sequence.cache is None:
-                sequence.cache, sequence.cached = self._begin(sequence.tokens)
+                found = self._find(sequence.tokens, ready, ends)
+                if found is None:
+                    budget -= self._compute(ends, ready, outcome)
+                    ends = []
+                    found = self._find(sequence.tokens, ready, ends)
+                assert found is not None
+                sequence.cache, sequence.cached = found
                 sequence.done = sequence.cached
-            chunk = sequence.tokens[sequence.done : sequence.done + budget]
-            budget -= len(chunk)
-            outcome.prefill_tokens += len(chunk)
-            sequence.done += len(chunk)
-            if sequence.done == len(sequence.tokens):
-                # The last one goes through the model in the row's first decode step.
-                ready.append(sequence)
-                del chunk[-1:]
-            if chunk:
-                self._model(mx.array([chunk]), cache=sequence.cache)
-                mx.eval([layer.state for layer in sequence.cache])
-                if sequence in ready:
-                    # At once, for the next in this loop may begin with the same tokens.
-                    self._keep(sequence)
-            outcome.prefills.append(
-                PrefillFrame(
-                    request_id=sequence.request_id,
-                    done=sequence.done,
-                    total=len(sequence.tokens),
-                    cached=sequence.cached,
-                )
-            )
+            if ends and not self._fits([*ends, sequence], budget):
+                budget -= self._compute(ends, ready, outcome)
+                ends = []
+            if left(sequence) <= budget:
+                ends.append(sequence)
+            elif budget > 0:
+                compute(self._model, sequence, budget)
+                sequence.done += budget
+                outcome.prefill(sequence, budget, sequence.done)
+                budget = 0
+        self._compute(ends, ready, outcome)
         if ready:
-            self._arriving = [s for s in self._arriving if s not in ready]
+            self._arriving = [s for s in self._arriving if s.done < len(s.tokens)]
             self._join(ready)
 
-    def _begin(self, tokens: list[int]) -> tuple[list[Any], int]:
-        """A cache for these tokens, and how many of them it holds already."""
-        # The last one has to go through the model for the logits that follow it.
-        if self._prefixes is not None and (found := self._prefixes.find(tokens[:-1])):
-            return found
-        return make_prompt_cache(self._model), 0
+    def _fits(self, ends: list[Sequence], budget: int) -> bool:
+        return cost(ends) <= budget and fit_together(ends, self._padding_max)
 
-    def _join(self, ready: list[Sequence]) -> None:
-        for rows in alike(ready, self._padding_max):
-            self._decodings.append(Decoding.start(self._model, rows))
+    def _find(
+        self, tokens: list[int], ready: list[Computed], ends: list[Sequence]
+    ) -> tuple[list[Any], int] | None:
+        """A cache for these tokens, and how many of them it holds already.
+
+        None if it is worth waiting until the `ends` have been computed, to begin with one's.
+        """
+        if self._prefixes is None:
+            return make_prompt_cache(self._model), 0
+        # The last one has to go through the model for the logits that follow it.
+        wanted = as_array(tokens[:-1])
+        kept = self._prefixes.longest(wanted)
+        length, caches, index = self._longest_running(wanted, ready)
+        enough = max(kept, length) + SHORTEST
+        if any(common(as_array(end.tokens[:-1]), wanted) >= enough for end in ends):
+            return None
+        if length >= kept + SHORTEST:
+            self._prefixes.keep(tokens[:length], _beginning(caches, index, length))
+        return self._prefixes.find(wanted) or (make_prompt_cache(self._model), 0)
+
+    def _longest_running(
+        self, wanted: TokenArray, ready: list[Computed]
+    ) -> tuple[int, list[Any], int]:
+        """Of the rows with the most of these tokens at its beginning: how many, and where it is."""
+        rows = [
+            (common(as_array(tokens), wanted), each.prompt_cache, i)
+            for each in self._decodings
+            for i, tokens in enumerate(each.tokens)
+        ] + [
+            (common(as_array(row.tokens[:-1]), wanted), each.caches, i)
+            for each in ready
+            for i, row in enumerate(each.rows)
+        ]
+        shareable = [row for row in rows if can_trim_prompt_cache(row[1])]
+        return max(shareable, key=lambda row: row[0], default=(0, [], 0))
+
+    def _compute(self, ends: list[Sequence], ready: list[Computed], outcome: _Outcome) -> int:
+        """Returns how many tokens it took, padding included."""
+        if not ends:
+            return 0
+        took = cost(ends)
+        for sequence in ends:
+            outcome.prefill(sequence, left(sequence), len(sequence.tokens))
+        computed = compute_ends(self._model, ends)
+        ready.append(computed)
+        if self._prefixes is not None and not can_trim_prompt_cache(computed.caches):
+            for i, sequence in enumerate(ends):
+                # From others it can be taken while they run, by whoever begins with the same.
+                self._prefixes.keep(sequence.tokens[:-1], _beginning(computed.caches, i))
+        return took
+
+    def _join(self, ready: list[Computed]) -> None:
+        for computed in merge_alike(ready, self._padding_max):
+            self._decodings.append(Decoding.start(self._model, computed.rows, computed.caches))
         self._close_ranks()
         # Prompts leave behind buffers of sizes that decoding has no use for.
         mx.clear_cache()
+
+
+def _beginning(caches: list[Any], index: int, length: int | None = None) -> list[Any]:
+    """A copy of one row's cache, of its first `length` tokens."""
+    cache = [layer.extract(index) for layer in caches]
+    if length is None or length == cache[0].size():
+        return cache
+    trim_prompt_cache(cache, cache[0].size() - length)
+    # Once more: what was trimmed still takes its memory.
+    return _compact(cache)
+
+
+def _compact(cache: list[Any]) -> list[Any]:
+    """A copy without the room for more: a cache grows by hundreds of tokens at a time."""
+    return [layer.merge([layer]).extract(0) for layer in cache]
 
 
 def _failure(request_id: str, exc: Exception) -> FailureFrame:

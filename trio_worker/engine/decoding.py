@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
@@ -17,11 +17,18 @@ class Row(sampling.Row, Protocol):
 
     request_id: str
     tokens: list[int]
-    cache: list[Any] | None
 
 
-_Row = TypeVar("_Row", bound=Row)
-_T = TypeVar("_T")
+class Rows(Protocol):
+    """Rows that have their caches in common."""
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+    def extend(self, other: Any) -> None: ...
+
+
+_Rows = TypeVar("_Rows", bound=Rows)
 
 
 class Decoding(GenerationBatch):  # type: ignore[misc]
@@ -45,17 +52,16 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         self._plan = None
 
     @classmethod
-    def start(cls, model: Any, rows: Sequence[Row]) -> Decoding:
+    def start(cls, model: Any, rows: Sequence[Row], caches: list[Any]) -> Decoding:
         """Rows whose prompts are computed but for the last token; their first step is started.
 
-        Takes their caches.
+        Takes their caches, which are merged already.
         """
-        caches = zip(*(row.cache or () for row in rows), strict=True)
-        decoding = cls(
+        return cls(
             model,
             uids=[row.request_id for row in rows],
             inputs=mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32),
-            prompt_cache=[layers[0].merge(list(layers)) for layers in caches],
+            prompt_cache=caches,
             tokens=[row.tokens[:-1] for row in rows],
             samplers=list(rows),
             fallback_sampler=None,
@@ -63,9 +69,6 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
             stop_sequences=[StopSequences() for _ in rows],
             max_tokens=[0 for _ in rows],
         )
-        for row in rows:
-            row.cache = None
-        return decoding
 
     @property
     def lengths(self) -> list[int]:
@@ -94,40 +97,19 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         return tokens, places
 
 
-def alike(rows: Iterable[_Row], padding_max: int) -> list[list[_Row]]:
-    """The rows in sets of similar length: padding one to its longest takes so many tokens at most.
-
-    The rows of a set begin to decode together, so that they share their first step too.
-    """
-    return _in_sets(rows, lambda row: [len(row.tokens)], padding_max)
-
-
-def merge_alike(decodings: Iterable[Decoding], padding_max: int) -> list[Decoding]:
+def merge_alike(items: Iterable[_Rows], padding_max: int) -> list[_Rows]:
     """As few as `padding_max` allows: each costs a reading of the weights at every step.
 
-    What has been put together stays together, since rows grow at the same pace.
+    Padding the rows of one to its longest takes so many tokens at most. What has been put
+    together stays together, since rows grow at the same pace.
     """
-    merged = []
-    for first, *others in _in_sets(decodings, lambda each: each.lengths, padding_max):
-        for other in others:
-            first.extend(other)
-        merged.append(first)
-    return merged
-
-
-def _in_sets(
-    items: Iterable[_T], lengths_of: Callable[[_T], list[int]], padding_max: int
-) -> list[list[_T]]:
-    """Items that hold rows of some lengths, in sets that need little padding; shortest first."""
-    sets: list[tuple[list[_T], list[int]]] = []
-    for item in sorted(items, key=lambda item: max(lengths_of(item))):
-        lengths = lengths_of(item)
-        if sets and _padding([*sets[-1][1], *lengths]) <= padding_max:
-            sets[-1][0].append(item)
-            sets[-1][1].extend(lengths)
+    merged: list[_Rows] = []
+    for item in sorted(items, key=lambda item: max(item.lengths)):
+        if merged and _padding([*merged[-1].lengths, *item.lengths]) <= padding_max:
+            merged[-1].extend(item)
         else:
-            sets.append(([item], list(lengths)))
-    return [each for each, _ in sets]
+            merged.append(item)
+    return merged
 
 
 def _padding(lengths: list[int]) -> int:

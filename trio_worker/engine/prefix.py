@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +20,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
 
+TokenArray: TypeAlias = npt.NDArray[np.int64]
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    tokens: npt.NDArray[np.int64]
+    tokens: TokenArray
     cache: list[Any]
     size: int
 
@@ -40,37 +42,45 @@ class PrefixCache:
     def nbytes(self) -> int:
         return self._bytes
 
-    def find(self, tokens: list[int]) -> tuple[list[Any], int] | None:
+    def longest(self, tokens: TokenArray) -> int:
+        """How many of `tokens` the best of the caches would hold."""
+        return self._best(tokens)[1]
+
+    def find(self, tokens: TokenArray) -> tuple[list[Any], int] | None:
         """A cache of one's own that holds the first so many of `tokens`, or None."""
-        wanted = np.array(tokens, dtype=np.int64)
-        best, length = None, SHORTEST - 1
-        for entry in self._entries:
-            common = _common(entry.tokens, wanted)
-            whole = common == len(entry.tokens)
-            if common > length and (whole or can_trim_prompt_cache(entry.cache)):
-                best, length = entry, common
+        best, length = self._best(tokens)
         if best is None:
             return None
         self._entries.remove(best)
         self._entries.append(best)
+        # New handles on the same memory; what is written through them goes elsewhere.
         cache = copy.deepcopy(best.cache)
         if length < len(best.tokens):
             trim_prompt_cache(cache, len(best.tokens) - length)
         return cache, length
 
+    def _best(self, wanted: TokenArray) -> tuple[_Entry | None, int]:
+        best, length = None, 0
+        for entry in self._entries:
+            alike = common(entry.tokens, wanted)
+            whole = alike == len(entry.tokens)
+            if alike >= max(length + 1, SHORTEST) and (whole or can_trim_prompt_cache(entry.cache)):
+                best, length = entry, alike
+        return best, length
+
     def keep(self, tokens: list[int], cache: list[Any]) -> None:
         """Take over `cache`, which holds exactly `tokens`."""
-        held = np.array(tokens, dtype=np.int64)
+        held = as_array(tokens)
         size = sum(layer.nbytes for layer in cache)
         if len(held) < SHORTEST or size > self._limit:
             return
         trimmable = can_trim_prompt_cache(cache)
         for entry in list(self._entries):
-            common = _common(entry.tokens, held)
-            if trimmable and common == len(held):
+            alike = common(entry.tokens, held)
+            if trimmable and alike == len(held):
                 return
             # The longer one can be cut down to it.
-            if (trimmable and common == len(entry.tokens)) or common == len(held) == len(
+            if (trimmable and alike == len(entry.tokens)) or alike == len(held) == len(
                 entry.tokens
             ):
                 self._drop(entry)
@@ -89,7 +99,12 @@ class PrefixCache:
         self._bytes -= entry.size
 
 
-def _common(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
+def as_array(tokens: list[int]) -> TokenArray:
+    return np.array(tokens, dtype=np.int64)
+
+
+def common(one: TokenArray, other: TokenArray) -> int:
+    """How many tokens both begin with."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
