@@ -8,8 +8,8 @@ from __future__ import annotations
 
 CHUNK_FIRST = 32
 """Nothing is known about the engine's speed when it has just started."""
-CHUNK_MIN = 16
-"""Below this the overhead of a turn outweighs what it computes."""
+CHUNK_MIN = 8
+"""Below this a turn does little but read the model's weights, even with much context."""
 GROWTH = 4
 """A chunk is at most so many times the largest measured: a small one says little of a large one."""
 IDLE_S = 1.0
@@ -74,7 +74,13 @@ class PrefillBudget:
         slope = (self._ns - self._n * self._s) / variance
         # Noise may tilt the line beyond reason: no token is free, and none costs more than all.
         slope = min(max(slope, mean_s / 8), mean_s)
-        return max(self._s - slope * self._n, 0.0), slope
+        fixed_s = max(self._s - slope * self._n, 0.0)
+        if self._decode_s and fixed_s > self._decode_s:
+            # What is fixed is reading the weights, and a decode step does that too: a line that
+            # says more has mistaken a growing context for it.
+            fixed_s = self._decode_s
+            slope = (self._s - fixed_s) / self._n
+        return fixed_s, slope
 
 
 def _mean(old: float, new: float) -> float:
