@@ -706,6 +706,20 @@ def test_a_running_row_lends_its_beginning_and_nothing_is_kept_before(model: Any
     assert tokens == {name: of.tokens for name, of in plain.items()}
 
 
+def test_answers_that_differ_only_at_their_ends_are_not_all_kept(model: Any) -> None:
+    """Each would take the memory of the whole; one that goes on from what is kept replaces it."""
+    cached = open_batch(model, 2**22)
+    shared = tuple(range(10, 210))
+    run_one(cached, (*shared, 300), max_tokens=5)
+    one = nbytes(cached)
+    run(cached, *(admit(str(n), (*shared, 301 + n), max_tokens=5) for n in range(6)))
+    assert nbytes(cached) == one
+    run_one(cached, (*shared, *range(400, 460)), max_tokens=5)
+    assert nbytes(cached) > 2 * one, "a quarter of it was new"
+    again = turn(cached, admit("again", (*shared, *range(400, 460), 5)))
+    assert [prefill.cached for prefill in again.prefills] == [260]
+
+
 class Watched:
     """A model, and the shapes of what went through it."""
 

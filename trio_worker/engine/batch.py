@@ -154,8 +154,9 @@ class Batch:
             self._arriving.remove(sequence)
             self._keep(sequence)
         for decoding in self._decodings:
+            rows = [i for i, uid in enumerate(decoding.uids) if uid in leaving]
             # They may only have made room for more urgent ones, and then they come back.
-            self._leave(decoding, [i for i, uid in enumerate(decoding.uids) if uid in leaving])
+            self._leave(decoding, rows, may_return=True)
         self._close_ranks()
 
     def _trim(self) -> None:
@@ -217,7 +218,7 @@ class Batch:
         finished = [self._step(decoding, outcome) for decoding in self._decodings]
         if any(finished):
             for decoding, rows in zip(self._decodings, finished, strict=True):
-                self._leave(decoding, rows)
+                self._leave(decoding, rows, may_return=False)
             self._close_ranks()
 
     def _step(self, decoding: Decoding, outcome: _Outcome) -> list[int]:
@@ -283,13 +284,15 @@ class Batch:
             logprob=logprob,
         )
 
-    def _leave(self, decoding: Decoding, rows: list[int]) -> None:
+    def _leave(self, decoding: Decoding, rows: list[int], *, may_return: bool) -> None:
         if not rows:
             return
         if self._prefixes is not None:
             for i in rows:
                 # What was handed out last has gone through the model for the step in flight.
-                self._prefixes.keep(decoding.tokens[i], decoding.extract_cache(i))
+                tokens = decoding.tokens[i]
+                if may_return or not self._prefixes.adds_little(tokens):
+                    self._prefixes.keep(tokens, decoding.extract_cache(i))
         leaving = frozenset(rows)
         decoding.filter([i for i in range(len(decoding)) if i not in leaving])
 

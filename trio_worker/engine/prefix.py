@@ -20,6 +20,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
 
+NEARLY_ALL = 7 / 8
+
 TokenArray: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -67,6 +69,18 @@ class PrefixCache:
             if alike >= max(length + 1, SHORTEST) and (whole or can_trim_prompt_cache(entry.cache)):
                 best, length = entry, alike
         return best, length
+
+    def adds_little(self, tokens: list[int]) -> bool:
+        """Whether another is kept that begins with nearly all of these, and then goes on otherwise.
+
+        A copy would take the memory of all of them to save computing the few at the end.
+        """
+        held = as_array(tokens)
+        return any(
+            NEARLY_ALL * len(held) <= common(entry.tokens, held) < len(entry.tokens)
+            for entry in self._entries
+            if can_trim_prompt_cache(entry.cache)
+        )
 
     def keep(self, tokens: list[int], cache: list[Any]) -> None:
         """Take over `cache`, which holds exactly `tokens`."""
