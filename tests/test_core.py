@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from random import Random
 
 import pytest
@@ -14,6 +15,7 @@ from trio_worker.core import subjects
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import Samples, Throughput
 from trio_worker.core.formation import Formation, Trigger, Wait
+from trio_worker.core.load_patience import LoadPatience
 from trio_worker.core.memory import (
     MB,
     DegradationStep,
@@ -344,6 +346,37 @@ def test_while_more_wait_than_decode_prefill_gets_more_time_and_alone_a_second()
     assert 45 <= few <= 52
     assert many == min(4 * budget._largest, 350), "four times the gap, less the decode step"
     assert budget.chunk(decoding=0, waiting=8) == min(4 * budget._largest, 500)
+
+
+def test_a_first_load_takes_what_it_takes_and_a_further_one_some_times_that() -> None:
+    patience = LoadPatience(turn_timeout_s=3.0)
+    patience.begun(now=100.0)
+    assert patience.patience_s == math.inf
+    patience.stepped(now=101.0)
+    patience.prewarming()
+    assert (patience.step, patience.patience_s) == ("prewarm", 30.0)
+    patience.loaded(now=110.0)
+    patience.begun(now=200.0)
+    assert (patience.step, patience.patience_s) == ("load", 50.0)
+    patience.loaded(now=201.0)
+    patience.begun(now=300.0)
+    assert patience.patience_s == 50.0, "of the longest"
+
+
+def test_a_download_makes_no_later_load_last_as_long() -> None:
+    patience = LoadPatience(turn_timeout_s=3.0)
+    patience.begun(now=100.0)
+    for step_at in (102.0, 700.0, 1_100.0):  # downloads, converts, loads
+        patience.stepped(now=step_at)
+        assert patience.patience_s == math.inf
+    patience.loaded(now=1_108.0)
+    patience.begun(now=2_000.0)
+    assert patience.patience_s == 50.0, "(2 + 8) s, five times"
+    patience.loaded(now=2_000.1)
+    quick = LoadPatience(turn_timeout_s=3.0)
+    quick.loaded(now=0.5)
+    quick.begun(now=1.0)
+    assert quick.patience_s == 20.0, "the least"
 
 
 def test_pressure_rises_at_a_limit_and_falls_only_clearly_below_it() -> None:

@@ -22,8 +22,8 @@ from loguru import logger
 from tiny_model import write_tiny_model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_worker.adapters import engine_process
 from trio_worker.adapters.engine_process import open_engine
+from trio_worker.core import load_patience
 from trio_worker.core.request import ChatMessage, RequestId, Sampling
 from trio_worker.engine.serve import GREEDY
 from trio_worker.errors import ConfigError, EngineLost, InvalidRequest, WorkerFault
@@ -254,8 +254,8 @@ async def test_an_engine_that_hangs_while_it_loads_again_is_noticed(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by `python -m chaos seed=200`: the worker waited for it until it was stopped."""
-    monkeypatch.setattr(engine_process, "RELOAD_LEAST_S", 0)
-    monkeypatch.setattr(engine_process, "RELOAD_TIMES", 2)
+    monkeypatch.setattr(load_patience, "RELOAD_LEAST_S", 0)
+    monkeypatch.setattr(load_patience, "RELOAD_TIMES", 2)
     async with opened(tiny) as engine:
         await engine.wait_ready()
         first = engine.statistics().pid

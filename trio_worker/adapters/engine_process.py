@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import trio
 from loguru import logger
 from trio_util import AsyncBool
 
+from trio_worker.core.load_patience import LoadPatience
 from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
 from trio_worker.errors import (
     ConfigError,
@@ -72,14 +72,6 @@ KILL_GRACE_S = 0.5
 
 LOG_GRACE_S = 0.2
 """How long to read what a dead child had still written."""
-
-PREWARM_TURNS = 10
-"""Prewarming may take as long as so many turns: it compiles what later turns only run."""
-
-RELOAD_TIMES = 5
-RELOAD_LEAST_S = 20.0
-"""A model that has been loaded is here: to load it again may take so many times as long, or at
-least so long, and no longer. The first load may be a download, and takes what it takes."""
 
 LAST_LINES = 20
 LINE_CHARACTERS = 400
@@ -142,7 +134,7 @@ class EngineProcess:
         """Why there is no child, while there is none: a planned end is nobody's fault."""
         """By the reason of the end before it."""
         self._info: EngineInfo | None = None
-        self._longest_load_s = 0.0
+        self._patience = LoadPatience(turn_timeout_s=settings.turn_timeout_s)
         self._child: _Child | None = None
         # True exactly while there is a `_child`.
         self._is_ready = AsyncBool(value=False)
@@ -331,16 +323,12 @@ class EngineProcess:
         try:
             await line.send(encode(self._settings.hello))
             # A download may take its time; computing may not.
-            began_at = trio.current_time()
-            step, patience_s = "load", math.inf
-            if self._longest_load_s:
-                patience_s = max(RELOAD_LEAST_S, RELOAD_TIMES * self._longest_load_s)
+            self._patience.begun(trio.current_time())
             while True:
-                with trio.fail_after(patience_s):
+                with trio.fail_after(self._patience.patience_s):
                     frame = await line.receive()
                 if isinstance(frame, Loaded):
-                    took_s = trio.current_time() - began_at
-                    self._longest_load_s = max(self._longest_load_s, took_s)
+                    self._patience.loaded(trio.current_time())
                     self._info = EngineInfo(
                         model=frame.model,
                         context_length=frame.context_length,
@@ -355,13 +343,16 @@ class EngineProcess:
                     return False
                 assert isinstance(frame, Progress)
                 if frame.step == PREWARMING:
-                    step, patience_s = "prewarm", PREWARM_TURNS * self._settings.turn_timeout_s
+                    self._patience.prewarming()
+                else:
+                    self._patience.stepped(trio.current_time())
                 if self._settings.on_progress is not None:
                     self._settings.on_progress(frame.step, frame.done, frame.total, frame.unit)
         except _HungUpError:
             self._finish(child, "crash", "it ended while loading")
         except trio.TooSlowError:
-            self._finish(child, "hang", f"it did not {step} within {patience_s:g} s")
+            late = self._patience
+            self._finish(child, "hang", f"it did not {late.step} within {late.patience_s:g} s")
         except FrameError as exc:
             self._finish(child, "crash", str(exc))
         return False
