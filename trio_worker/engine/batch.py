@@ -71,6 +71,11 @@ class Sequence:
     cached: int = 0
     cache: list[Any] | None = None
     """Of the tokens that are done, from the first chunk until the sequence decodes."""
+    prefix: TokenArray = field(init=False)
+    """The tokens that a kept cache may hold: the last has to give the logits that follow it."""
+
+    def __post_init__(self) -> None:
+        self.prefix = as_array(self.tokens[:-1])
 
 
 @dataclass(slots=True)
@@ -308,11 +313,11 @@ class Batch:
             if budget <= cost(ends):
                 break
             if sequence.cache is None:
-                found = self._find(sequence.tokens, ready, ends)
+                found = self._find(sequence, ready, ends)
                 if found is None:
                     budget -= self._compute(ends, ready, outcome)
                     ends = []
-                    found = self._find(sequence.tokens, ready, ends)
+                    found = self._find(sequence, ready, ends)
                 assert found is not None
                 sequence.cache, sequence.cached = found
                 sequence.done = sequence.cached
@@ -335,23 +340,22 @@ class Batch:
         return cost(ends) <= budget and fit_together(ends, self._padding_max)
 
     def _find(
-        self, tokens: list[int], ready: list[Computed], ends: list[Sequence]
+        self, sequence: Sequence, ready: list[Computed], ends: list[Sequence]
     ) -> tuple[list[Any], int] | None:
-        """A cache for these tokens, and how many of them it holds already.
+        """A cache for a sequence's tokens, and how many of them it holds already.
 
         None if it is worth waiting until the `ends` have been computed, to begin with one's.
         """
         if self._prefixes is None:
             return make_prompt_cache(self._model), 0
-        # The last one has to go through the model for the logits that follow it.
-        wanted = as_array(tokens[:-1])
+        wanted = sequence.prefix
         kept = self._prefixes.longest(wanted)
         length, caches, index = self._longest_running(wanted, ready)
         enough = max(kept, length) + SHORTEST
-        if any(common(as_array(end.tokens[:-1]), wanted) >= enough for end in ends):
+        if any(common(end.prefix, wanted) >= enough for end in ends):
             return None
         if length >= kept + SHORTEST:
-            self._prefixes.keep(tokens[:length], _beginning(caches, index, length))
+            self._prefixes.keep(sequence.tokens[:length], _beginning(caches, index, length))
         return self._prefixes.find(wanted) or (make_prompt_cache(self._model), 0)
 
     def _longest_running(
@@ -359,11 +363,11 @@ class Batch:
     ) -> tuple[int, list[Any], int]:
         """Of the rows with the most of these tokens at its beginning: how many, and where it is."""
         rows = [
-            (common(as_array(tokens), wanted), each.prompt_cache, i)
+            (_shared(row, tokens, wanted), each.prompt_cache, i)
             for each in self._decodings
-            for i, tokens in enumerate(each.tokens)
+            for i, (row, tokens) in enumerate(zip(each.samplers, each.tokens, strict=True))
         ] + [
-            (common(as_array(row.tokens[:-1]), wanted), each.caches, i)
+            (common(row.prefix, wanted), each.caches, i)
             for each in ready
             for i, row in enumerate(each.rows)
         ]
@@ -391,6 +395,13 @@ class Batch:
         self._close_ranks()
         # Prompts leave behind buffers of sizes that decoding has no use for.
         mx.clear_cache()
+
+
+def _shared(row: Sequence, tokens: list[int], wanted: TokenArray) -> int:
+    """How many of a decoding row's tokens, `tokens` by now, are the first of `wanted`."""
+    shared = common(row.prefix, wanted)
+    # Only who goes on from its whole prompt makes it worth looking at its answer.
+    return shared if shared < len(row.prefix) else common(as_array(tokens), wanted)
 
 
 def _beginning(caches: list[Any], index: int, length: int | None = None) -> list[Any]:

@@ -21,6 +21,7 @@ SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
 
 NEARLY_ALL = 7 / 8
+"""An answer that shares so much with a kept one is not worth a copy of its own."""
 
 TokenArray: TypeAlias = npt.NDArray[np.int64]
 

@@ -62,15 +62,19 @@ def fit_together(rows: Sequence[Row], padding_max: int) -> bool:
     """
     longest = max(len(row.tokens) for row in rows)
     return (
-        all(is_plain(row.cache or ()) for row in rows)
+        _are_plain(rows)
         and cost(rows) - sum(map(left, rows)) <= PADDING * (len(rows) - 1)
         and sum(longest - len(row.tokens) for row in rows) <= padding_max
     )
 
 
+def _are_plain(rows: Sequence[Row]) -> bool:
+    return all(is_plain(row.cache or ()) for row in rows)
+
+
 def compute_ends(model: Any, rows: Sequence[Row]) -> Computed:
     """Compute what is left of the rows' prompts, which `fit_together`; takes their caches."""
-    if all(is_plain(row.cache or ()) for row in rows):
+    if _are_plain(rows):
         caches = _compute_aligned(model, rows)
     else:
         (row,) = rows
