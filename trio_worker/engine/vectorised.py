@@ -7,61 +7,78 @@ fused where MLX finds a compiler (`g++`), so an exponential made of them takes a
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import activations, base
 
-_FLOOR = -32.0
-"""e to this is nothing beside a sum of which one term is 1, in single precision."""
-_SQUARINGS = 5
+_SPAN = 32.0
+"""e to minus this is nothing beside a sum of which one term is 1, in single precision."""
+_EDGE = 20.0
+"""What a gate lets through does not change beyond, in single precision."""
+_DEGREE, _SQUARINGS = 5, 6
+"""Of a series that gives an exponential's 64th root."""
 _BLOCK, _BLOCK_ROWS = 1 << 18, 64
 """Scores computed at once: a megabyte of them, but of so many queries at least, since the keys are
 read once for each block."""
+_MANY = 1 << 17
+"""Numbers from which MLX's `max` and `sum` take longer than vectorised operations that say the
+same."""
 _MASKED = -1e30
 """Finite, so that a row of padding, all of it masked, does not become not-a-number."""
 
 
-def _series(centre: float) -> list[float]:
-    """Coefficients of exp(centre + u) for u from -0.5 to 0.5; relative error 1e-8.
+def _series(logarithm: Callable[[Any], Any], low: float, high: float) -> list[float]:
+    """Coefficients of a power series for the root of e to `logarithm(w)`, w from `low` to `high`.
 
     Interpolated at Chebyshev's nodes, so that no table of constants has to be believed.
     """
     chebyshev = np.polynomial.chebyshev.Chebyshev.interpolate(
-        lambda u: np.exp(centre + u), 6, domain=[-0.5, 0.5]
+        lambda w: np.exp(logarithm(w) / 2**_SQUARINGS), _DEGREE, domain=[low, high]
     )
     return [float(c) for c in chebyshev.convert(kind=np.polynomial.Polynomial).coef]
 
 
-_BELOW_ZERO, _AROUND_ZERO = _series(-0.5), _series(0.0)
+_OF_WEIGHTS = _series(lambda w: _SPAN * (w / 2 - 1), 0.0, 2.0)
+_OF_GATES = _series(lambda w: w / 2, -2 * _EDGE, 2 * _EDGE)
 
 
-def _power(u: mx.array, series: list[float], squarings: int) -> mx.array:
-    """The series at u, to the power of 2 ** squarings. Each squaring doubles the relative error."""
-    value = series[-1] * u + series[-2]
+def _exponential(w: mx.array, series: list[float]) -> mx.array:
+    """Each squaring doubles the relative error."""
+    value = series[-1] * w + series[-2]
     for coefficient in series[-3::-1]:
-        value = value * u + coefficient
-    for _ in range(squarings):
+        value = value * w + coefficient
+    for _ in range(_SQUARINGS):
         value = value * value
     return value
 
 
+# Where numbers are cut off, sums of absolute values do it: MLX's `maximum` branches on every
+# element, which takes longer than all the rest where half of them are below.
+
+
 @partial(mx.compile, shapeless=True)
 def weights_below(scores: mx.array, top: mx.array) -> mx.array:
-    """exp(scores - top), where nothing in `scores` is above `top`; relative error 1e-5 at most."""
-    return _power(mx.maximum(scores - top, _FLOOR) * (1 / -_FLOOR) + 0.5, _BELOW_ZERO, _SQUARINGS)
+    """exp(32 (scores - top)), at least exp(-32); relative error 1e-5 at most.
+
+    Nothing in `scores` is above `top`.
+    """
+    above = scores - (top - 1.0)
+    return _exponential(above + mx.abs(above), _OF_WEIGHTS)
 
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x; error of the silu 2e-6 at most."""
-    u = mx.clip(gate, _FLOOR, -_FLOOR) * (0.5 / _FLOOR)
-    return gate * x / (1.0 + _power(u, _AROUND_ZERO, _SQUARINGS + 1))
+    return gate * x / (1.0 + _exponential(abs(gate - _EDGE) - abs(gate + _EDGE), _OF_GATES))
 
 
 def attend(
@@ -110,21 +127,44 @@ def _attend_block(
     rows, heads, length, width = queries.shape
     groups, total = keys.shape[1:3]
     # The query heads that share keys become rows of one product.
-    scores = (queries * scale).reshape(rows, groups, -1, width) @ keys.swapaxes(-1, -2)
-    apart = (rows, groups, heads // groups, length, total)
-    if isinstance(mask, str):
-        # Only the newest tokens hide anything from each other.
-        scores = scores.reshape(apart)
-        hidden = mx.triu(mx.full((length, length), _MASKED), k=1)
-        scores[..., total - length :] = scores[..., total - length :] + hidden
-    elif mask is not None:
-        if mask.dtype == mx.bool_:
-            mask = mx.where(mask, 0.0, _MASKED)
-        scores = scores.reshape(apart) + (mx.expand_dims(mask, -3) if mask.ndim > 2 else mask)
-    scores = scores.reshape(rows, groups, -1, total)
-    weights = weights_below(scores, scores.max(axis=-1, keepdims=True))
-    attended = (weights @ values) / weights.sum(axis=-1, keepdims=True)
-    return attended.reshape(rows, heads, length, -1)
+    queries = (queries * (scale / _SPAN)).reshape(rows, groups, -1, width)
+    # Only the newest tokens hide anything from each other.
+    old = total - length if isinstance(mask, str) else 0
+    ends = (0, old, total) if 0 < old < total else (0, total)
+    parts = [(keys[:, :, a:b], values[:, :, a:b]) for a, b in itertools.pairwise(ends)]
+    scores = [queries @ part.swapaxes(-1, -2) for part, _ in parts]
+    if mask is not None:
+        hidden = mx.triu(mx.full((length, length), _MASKED), k=1) if isinstance(mask, str) else mask
+        scores[-1] = _hide(scores[-1], hidden, heads // groups)
+    top = reduce(mx.maximum, map(_tops, scores))
+    weights = [weights_below(each, top) for each in scores]
+    attended = reduce(add, (w @ v for w, (_, v) in zip(weights, parts, strict=True)))
+    return (attended / reduce(add, map(_sums, weights))).reshape(rows, heads, length, -1)
+
+
+def _hide(scores: mx.array, mask: mx.array, sharing: int) -> mx.array:
+    rows, groups, _, total = scores.shape
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, _MASKED)
+    else:
+        mask = mx.maximum(mask / _SPAN, _MASKED)
+    apart = scores.reshape(rows, groups, sharing, -1, total)
+    return (apart + (mx.expand_dims(mask, -3) if mask.ndim > 2 else mask)).reshape(scores.shape)
+
+
+def _tops(scores: mx.array) -> mx.array:
+    """The highest of the last axis."""
+    while scores.size > _MANY:
+        half = (scores.shape[-1] + 1) // 2
+        scores = mx.maximum(scores[..., :half], scores[..., -half:])
+    return scores.max(axis=-1, keepdims=True)
+
+
+def _sums(weights: mx.array) -> mx.array:
+    """Over the last axis."""
+    if weights.size > _MANY:
+        return weights @ mx.ones((weights.shape[-1], 1))
+    return weights.sum(axis=-1, keepdims=True)
 
 
 def use_for(module: Any) -> None:
