@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 import pytest
+from mlx_lm.models import base, llama
 from tiny_model import CONTEXT, END, HEADS, HIDDEN, KV_HEADS, LAYERS, byte_token, write_tiny_model
 
+from trio_worker.engine import stems
+from trio_worker.engine.caches import can_share
 from trio_worker.engine.models import load
 from trio_worker.engine.sampling import Plan
 from trio_worker.engine.serve import GREEDY, open_batch
@@ -104,6 +108,10 @@ def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
         done = turn(batch, prefill_tokens=prefill_tokens)
 
 
+def tokens_of(done: Any, request_id: Any = "one") -> Any:
+    return [output.token for output in done.outputs if output.request_id == request_id]
+
+
 def run_one(batch: Any, *args: Any, prefill_tokens: Any = 512, **settings: Any) -> Any:
     return run(batch, admit("one", *args, **settings), prefill_tokens=prefill_tokens)["one"]
 
@@ -183,20 +191,44 @@ def test_the_size_of_the_prefill_chunks_changes_nothing(batch: Any) -> None:
     assert run_one(batch, PROMPTS[5], prefill_tokens=7).tokens == whole.tokens
 
 
-@pytest.mark.parametrize(
+CACHES = pytest.mark.parametrize(
     ("prefix_bytes", "padding_max"), [(0, 10**6), (2**18, 10**6), (0, 60), (2**18, 0)]
 )
+
+
+@CACHES
 @pytest.mark.parametrize("seed", range(3))
 def test_no_history_of_comings_and_goings_changes_a_token(
     model: Any, alone: Any, seed: int, prefix_bytes: int, padding_max: int
 ) -> None:
     """Removed and crashed at random in every stage; each comes back with what it was given."""
-    random = Random(seed)
-    wanted = mixed()
+    live_through(Random(seed), mixed(), alone, lambda: opened(model, prefix_bytes, padding_max))
+
+
+@CACHES
+@pytest.mark.parametrize("seed", range(3))
+def test_nor_does_one_of_rows_that_share_what_they_begin_with(
+    model: Any, seed: int, prefix_bytes: int, padding_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stems, "STEP", 4)
+    monkeypatch.setattr(stems, "SHORTEST", 8)
+    monkeypatch.setattr(stems, "ALONE", 16)
+    beginnings = [range(100, 140), range(100, 114), range(300, 333)]
+    wanted = {
+        name: msgspec.structs.replace(one, prompt=(*beginnings[n % 3], *one.prompt))
+        for n, (name, one) in enumerate(mixed().items())
+    }
+    batch = open_batch(model, 0)
+    batch._share = False
+    alone = {name: run(batch, one)[name] for name, one in wanted.items()}
+    live_through(Random(seed), wanted, alone, lambda: opened(model, prefix_bytes, padding_max))
+
+
+def live_through(random: Random, wanted: Any, alone: Any, opened: Callable[[], Any]) -> None:
     tokens: dict[str, list[int]] = {name: [] for name in wanted}
     texts = dict.fromkeys(wanted, "")
     outside, finished = set(wanted), set[str]()
-    batch = opened(model, prefix_bytes, padding_max)
+    batch = opened()
     while len(finished) < len(wanted):
         inside = sorted(set(wanted) - outside - finished)
         leaving = {name for name in inside if random.random() < 0.1}
@@ -219,7 +251,7 @@ def test_no_history_of_comings_and_goings_changes_a_token(
                 finished.add(output.request_id)
         assert set(done.residents) == set(wanted) - outside - finished
         if random.random() < 0.05:
-            batch = opened(model, prefix_bytes, padding_max)
+            batch = opened()
             outside = set(wanted) - finished
     assert tokens == {name: of.tokens for name, of in alone.items()}
     assert texts == {name: of.text for name, of in alone.items()}
@@ -538,13 +570,12 @@ def test_a_sequence_can_leave_in_every_stage_and_the_others_are_unharmed(
 
 def test_an_id_may_come_back_in_the_turn_that_removes_it(batch: Any) -> None:
     whole = run_one(batch).tokens
-    turn(batch, admit("one"))
-    done = turn(batch)
-    got = [output.token for output in done.outputs]
+    got = tokens_of(turn(batch, admit("one")))
     done = turn(batch, admit("one", produced=got), remove=["one"])
+    got += tokens_of(done)
     while done.residents:
         done = turn(batch)
-        got += [output.token for output in done.outputs]
+        got += tokens_of(done)
     assert got == whole
 
 
@@ -591,19 +622,18 @@ def test_a_sequence_that_cannot_be_computed_fails_alone(
     assert runs["greedy"].tokens == alone["greedy"].tokens
 
 
-@pytest.mark.parametrize("fails_at", [0, 3])
+@pytest.mark.parametrize("fails_at", [1, 3])
 def test_a_failure_while_handing_out_fails_only_that_sequence(
     model: Any, alone: Any, fails_at: Any
 ) -> None:
     batch = open_batch(model, 0)
-    turn(batch, admit("bad"), admit("greedy", PROMPTS[0]))
-    tokens = []
-    for step in range(12):
+    tokens = tokens_of(turn(batch, admit("bad"), admit("greedy", PROMPTS[0])), "greedy")
+    for step in range(1, 12):
         if step == fails_at:
             rows = (row for each in batch._decodings for row in each.samplers)
             next(row for row in rows if row.request_id == "bad").answer = None
         done = turn(batch)
-        tokens += [o.token for o in done.outputs if o.request_id == "greedy"]
+        tokens += tokens_of(done, "greedy")
         assert ("bad" in done.residents) == (step < fails_at)
         assert [f.request_id for f in done.failures] == (["bad"] if step == fails_at else [])
     assert tokens == alone["greedy"].tokens
@@ -629,10 +659,10 @@ def test_a_common_prefix_is_computed_once(model: Any, batch: Any) -> None:
         (prefill,) = done.prefills
         assert (prefill.cached, prefill.done, prefill.total) == (hit, len(prompt), len(prompt))
         assert done.prefill_tokens == len(prompt) - hit
-        tokens = []
+        tokens = tokens_of(done)
         while done.residents:
             done = turn(cached)
-            tokens += [output.token for output in done.outputs]
+            tokens += tokens_of(done)
         got.append(tokens)
     assert got == expected
 
@@ -642,17 +672,17 @@ def test_a_sequence_that_was_removed_comes_back_without_computing_again(
 ) -> None:
     cached = open_batch(model, 2**20)
     one = admit("one", PROMPTS[2], **MIXED["seeded"])
-    done, tokens = turn(cached, one), []
+    tokens = tokens_of(turn(cached, one))
     for _ in range(5):
-        done = turn(cached)
-        tokens += [output.token for output in done.outputs]
+        tokens += tokens_of(turn(cached))
     done = turn(cached, remove=["one"])
     assert done.residents == ()
     done = turn(cached, msgspec.structs.replace(one, produced=tuple(tokens)))
     assert done.prefill_tokens == 1
+    tokens += tokens_of(done)
     while done.residents:
         done = turn(cached)
-        tokens += [output.token for output in done.outputs]
+        tokens += tokens_of(done)
     assert tokens == run_one(open_batch(model, 0), PROMPTS[2], **MIXED["seeded"]).tokens
 
 
@@ -671,11 +701,11 @@ def test_a_prefix_serves_the_next_prompt_of_the_same_turn(model: Any) -> None:
     one, other = admit("one", (*shared, 200), max_tokens=5), admit("two", (*shared, 300, 301))
     done = turn(cached, one, other)
     assert [prefill.cached for prefill in done.prefills] == [0, 100]
-    tokens = defaultdict(list)
+    tokens = {name: tokens_of(done, name) for name in ("one", "two")}
     while done.residents:
         done = turn(cached)
-        for output in done.outputs:
-            tokens[output.request_id].append(output.token)
+        for name in tokens:
+            tokens[name] += tokens_of(done, name)
     plain = run(open_batch(model, 0), one, other)
     assert tokens == {name: of.tokens for name, of in plain.items()}
 
@@ -743,13 +773,13 @@ def test_the_ends_of_alike_prompts_are_computed_in_one_call(model: Any) -> None:
     cached._model = watched = Watched(model.module)
     admits = [admit(str(n), (*shared, *range(300, 302 + 3 * n))) for n in range(4)]
     done = turn(cached, *admits)
-    assert watched.shapes == [(4, 10), (4, 1)]
+    assert watched.shapes == [(4, 10), (4, 1), (4, 1)]
     assert done.prefill_tokens == 2 + 5 + 8 + 11
-    tokens = defaultdict(list)
+    tokens = {one.request_id: tokens_of(done, one.request_id) for one in admits}
     while done.residents:
         done = turn(cached)
-        for output in done.outputs:
-            tokens[output.request_id].append(output.token)
+        for name in tokens:
+            tokens[name] += tokens_of(done, name)
     for one in admits:
         assert tokens[one.request_id] == run(open_batch(model, 0), one)[one.request_id].tokens
 
@@ -777,15 +807,132 @@ def test_padding_counts_against_the_turns_bound(batch: Any, model: Any, budget: 
     assert together
 
 
+def segments(batch: Any) -> list[list[tuple[int, int]]]:
+    """Of each set of rows that decode together: how many rows begin with a stem of what length."""
+    return [
+        [
+            (rows, 0 if stem is None else stem[0].shape[2])
+            for rows, stem in each.prompt_cache[0].shared()
+        ]
+        for each in batch._decodings
+    ]
+
+
+LONG = tuple(range(10, 310))
+
+
+def test_rows_that_begin_alike_hold_it_once(model: Any) -> None:
+    """Whether they come together or one after the other."""
+    cached = open_batch(model, 2**22)
+    admits = [
+        admit(name, (*LONG, *range(400 + 9 * n, 403 + 10 * n))) for n, name in enumerate("abcdef")
+    ]
+    tokens: dict[str, list[int]] = {name: [] for name in "abcdef"}
+
+    def take(done: Any) -> Any:
+        for output in done.outputs:
+            tokens[output.request_id].append(output.token)
+        return done
+
+    take(turn(cached, *admits[:3]))
+    take(turn(cached))
+    before = mx.get_active_memory()
+    for one in admits[3:]:
+        done = take(turn(cached, one))
+        assert [prefill.cached for prefill in done.prefills] == [300]
+    grown = mx.get_active_memory() - before
+    assert grown < 3 * 300 * model.cache_bytes_per_token, "only the room that every row has"
+    assert segments(cached) == [[(6, 288)]]
+    take(turn(cached, remove=["b", "e"]))
+    assert segments(cached) == [[(4, 288)]]
+    while done.residents:
+        done = take(turn(cached))
+    for one in admits:
+        name = one.request_id
+        whole = run(open_batch(model, 0), one)[name].tokens
+        assert tokens[name] == (whole[: len(tokens[name])] if name in "be" else whole)
+
+
+def test_a_long_prompt_decodes_with_short_ones_and_makes_none_of_them_long(model: Any) -> None:
+    batch = opened(model, 0, padding_max=100)
+    short = [admit(name, range(3, 23), max_tokens=40) for name in "abc"]
+    long = admit("long", (*LONG, *LONG, *LONG, *LONG[:200]), max_tokens=20)
+    turn(batch, *short, prefill_tokens=100)
+    done = turn(batch, long, prefill_tokens=600)
+    assert done.prefill_tokens == 600
+    assert len(done.prefills) == 1
+    done = turn(batch, prefill_tokens=600)
+    assert done.prefill_tokens == 500
+    assert [sorted(each) for each in segments(batch)] == [[(1, 1088), (3, 0)]]
+    tokens = tokens_of(done, "long")
+    while "long" in done.residents:
+        done = turn(batch)
+        tokens += tokens_of(done, "long")
+    assert tokens == run(open_batch(model, 0), long)["long"].tokens
+
+
+def test_what_a_running_row_begins_with_need_not_be_kept_to_be_shared(model: Any) -> None:
+    cached = open_batch(model, 200 * model.cache_bytes_per_token)
+    much = LONG * 4
+    one = admit("one", (*much, 400), max_tokens=40)
+    turn(cached, one, prefill_tokens=1190)
+    done = turn(cached)
+    tokens = tokens_of(done)
+    done = turn(cached, admit("two", (*much, 401), max_tokens=3))
+    assert [prefill.cached for prefill in done.prefills] == [1184]
+    assert nbytes(cached) == 0
+    assert segments(cached) == [[(2, 1184)]]
+    tokens += tokens_of(done)
+    while done.residents:
+        done = turn(cached)
+        tokens += tokens_of(done)
+    assert tokens == run(open_batch(model, 0), one)["one"].tokens
+
+
+def test_a_short_beginning_does_not_hold_on_to_a_long_conversation(model: Any) -> None:
+    cached = open_batch(model, 2**22)
+    run_one(cached, (*LONG, *range(400, 500), *LONG), max_tokens=2)
+    for name in "ab":
+        done = turn(cached, admit(name, (*LONG, 501), max_tokens=20))
+        assert [prefill.cached for prefill in done.prefills] == [300]
+    assert segments(cached) == [[(2, 288)]]
+    kept, before = nbytes(cached), mx.get_active_memory()
+    turn(cached, trim=True)
+    assert before - mx.get_active_memory() > 0.9 * kept
+
+
+@pytest.mark.parametrize("other", ["16 bits", "a window", "mlx-lm's attention"])
+def test_nothing_is_shared_where_attention_does_not_look_for_it(
+    model: Any, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert can_share(model.module)
+    if other == "16 bits":
+        name, attention = "scaled_dot_product_attention", llama.scaled_dot_product_attention
+        monkeypatch.setattr(
+            llama, name, lambda q, k, v, **rest: attention(q.astype(mx.float16), k, v, **rest)
+        )
+    elif other == "a window":
+        masks = llama.create_attention_mask
+        monkeypatch.setattr(
+            llama, "create_attention_mask", lambda h, cache: masks(h, cache, window_size=8)
+        )
+    else:
+        monkeypatch.setattr(
+            llama, "scaled_dot_product_attention", base.scaled_dot_product_attention
+        )
+    assert not can_share(model.module)
+
+
 def test_trimming_gives_back_what_is_kept_for_reuse(model: Any, alone: Any) -> None:
     """And nothing else: who decodes goes on, and who leaves in this turn is not kept either."""
     cached = open_batch(model, 2**20)
     run_one(cached, PROMPTS[5])
-    turn(cached, admit("greedy", PROMPTS[0]), admit("leaves", PROMPTS[2]))
+    done = turn(cached, admit("greedy", PROMPTS[0]), admit("leaves", PROMPTS[2]))
     assert nbytes(cached) > 0
+    tokens = tokens_of(done, "greedy")
     done = turn(cached, remove=["leaves"], trim=True)
     assert nbytes(cached) == 0
-    tokens = [output.token for output in done.outputs]
+    tokens += tokens_of(done, "greedy")
     done = turn(cached, admit("again", PROMPTS[5], max_tokens=1))
     assert [prefill.cached for prefill in done.prefills] == [0]
     while True:

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from trio_worker.engine.caches import RowsCache, is_plain
+from trio_worker.engine.stems import Stem
 
 pytestmark = pytest.mark.mlx
 
@@ -30,16 +31,22 @@ def layer_of(numbers: list[float]) -> Any:
     return layer
 
 
-def check(cache: Any, rows: list[list[float]]) -> None:
+def check(cache: Any, rows: list[list[float]], stems: Any = ()) -> None:
+    stems = stems or [None] * len(rows)
+    in_order = [stem for count, stem in cache.shared() for _ in range(count)]
+    assert in_order == ([stem and stem.layers[0] for stem in stems] if any(stems) else [])
     for i, numbers in enumerate(rows):
         row = cache.extract(i)
         assert row.size() == len(numbers)
         if numbers:
+            assert row.keys.shape == (1, HEADS, len(numbers), WIDTH)
+            assert cache.beginning(i, 2).keys[0, 0, :, 0].tolist() == numbers[:2]
             assert row.keys[0, 1, :, 2].tolist() == numbers
             assert row.values[0, 0, :, 0].tolist() == [-number for number in numbers]
     padding = cache.left_padding.tolist()
     assert cache.offset.tolist() == [len(numbers) for numbers in rows]
-    assert [cache.size() - p for p in padding] == [len(numbers) for numbers in rows]
+    own = [len(numbers) - 3 * bool(stem) for numbers, stem in zip(rows, stems, strict=True)]
+    assert [cache.size() - p for p in padding] == own
     if not any(padding) and len(rows) == 1:
         assert cache.make_mask(1) is None
         assert cache.make_mask(5) == "causal"
@@ -48,38 +55,70 @@ def check(cache: Any, rows: list[list[float]]) -> None:
         assert [row.index(True) for row in hidden] == padding
 
 
+def stem_of_numbers(numbers: list[float]) -> Stem:
+    layer = layer_of(numbers)
+    return Stem(((layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :]),), 3)
+
+
+def adopted(cache: Any, rows: list[list[float]], stems: list[Stem | None]) -> list[Stem | None]:
+    """The first row that can begins with a stem of its own."""
+    for i, row in enumerate(rows):
+        if len(row) >= 3 and stems[i] is None:
+            stem = stem_of_numbers(row[:3])
+            cache.adopt(i, stem)
+            return [*stems[:i], stem, *stems[i + 1 :]]
+    return stems
+
+
+@pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("seed", range(12))
-def test_rows_keep_their_tokens_whoever_comes_and_goes(seed: int) -> None:
+def test_rows_keep_their_tokens_whoever_comes_and_goes(seed: int, shared: int) -> None:
     random, numbers = Random(seed), iter(range(1, 10**6))
 
-    def drawn(longest: int) -> list[float]:
-        return [float(next(numbers)) for _ in range(random.randint(1, longest))]
+    def drawn(count: int) -> list[float]:
+        return [float(next(numbers)) for _ in range(count)]
 
-    def opened() -> tuple[Any, list[list[float]]]:
+    beginnings: dict[Stem | None, list[float]] = {None: []}
+    for _ in range(shared):
+        beginning = drawn(3)
+        beginnings[stem_of_numbers(beginning)] = beginning
+
+    def opened() -> tuple[Any, list[list[float]], list[Stem | None]]:
         longest = random.choice([3, 40, 300])
-        rows = [drawn(longest) for _ in range(random.randint(1, 4))]
-        held = [len(rows[0]), *(random.randint(0, len(row)) for row in rows[1:])]
+        stems = random.choices(list(beginnings), k=random.randint(1, 4))
+        rows = [[*beginnings[stem], *drawn(random.randint(1, longest))] for stem in stems]
+        began = [len(beginnings[stem]) for stem in stems]
+        held = [random.randint(n, len(row)) for n, row in zip(began, rows, strict=True)]
+        held[0] = len(rows[0])
         layers = [layer_of(row) for row in rows]
-        cache = RowsCache.of(layers, held, [0 for _ in rows], room=random.randint(1, 300))
-        return cache, [row[:count] for row, count in zip(rows, held, strict=True)]
+        cache = RowsCache.of(
+            layers,
+            [count - before for count, before in zip(held, began, strict=True)],
+            [0 for _ in rows],
+            room=random.randint(1, 300),
+            stems=stems,
+        )
+        return cache, [row[:count] for row, count in zip(rows, held, strict=True)], stems
 
-    cache, rows = opened()
+    cache, rows, stems = opened()
     for _ in range(25):
-        action = random.choice(["token", "token", "extend", "filter"])
+        action = random.choice(["token", "token", "extend", "filter", "adopt"])
         if action == "token":
             for _ in range(random.choice([1, 1, 30])):
                 tokens = [float(next(numbers)) for _ in rows]
                 cache.update_and_fetch(column(tokens), -column(tokens))
                 rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
         elif action == "extend" and len(rows) < 8:
-            other, more = opened()
+            other, more, theirs = opened()
             cache.extend(other)
-            rows += more
+            rows, stems = rows + more, stems + theirs
+        elif action == "adopt" and shared:
+            stems = adopted(cache, rows, stems)
         elif len(rows) > 1:
-            keep = sorted(random.sample(range(len(rows)), random.randint(1, len(rows) - 1)))
+            keep = random.sample(range(len(rows)), random.randint(1, len(rows) - 1))
             cache.filter(keep)
-            rows = [rows[i] for i in keep]
-        check(cache, rows)
+            rows, stems = [rows[i] for i in keep], [stems[i] for i in keep]
+        check(cache, rows, stems)
 
 
 def test_a_row_with_fewer_tokens_than_are_computed_begins_later() -> None:

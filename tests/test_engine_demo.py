@@ -50,13 +50,14 @@ def run(batch: Any, *admits: Any, prefill_tokens: int = 512) -> tuple[dict[str, 
     """The tokens of every sequence, and how many prompt tokens were computed."""
     tokens: dict[str, list[int]] = {one.request_id: list(one.produced) for one in admits}
     done = batch.turn(Turn(admit=admits, remove=(), prefill_tokens=prefill_tokens))
-    computed = done.prefill_tokens
-    while done.residents:
-        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=prefill_tokens))
+    computed = 0
+    while True:
         computed += done.prefill_tokens
         for output in done.outputs:
             tokens[output.request_id].append(output.token)
-    return tokens, computed
+        if not done.residents:
+            return tokens, computed
+        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=prefill_tokens))
 
 
 @pytest.fixture(scope="module")

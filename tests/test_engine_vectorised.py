@@ -13,6 +13,7 @@ from tiny_model import write_tiny_model
 from trio_worker.engine import vectorised
 from trio_worker.engine.models import load
 from trio_worker.engine.serve import GREEDY, open_batch
+from trio_worker.engine.stems import Segment
 from trio_worker.frames import AdmitFrame, Turn
 
 pytestmark = pytest.mark.mlx
@@ -74,6 +75,38 @@ def test_attention_is_that_of_mlx(
     assert np.max(np.abs(np.array(got - wanted))) < 5e-6
 
 
+@pytest.mark.parametrize("kind", masks(1, 1, 1))
+@pytest.mark.parametrize(("length", "own"), [(1, 9), (7, 7), (7, 30), (70, 90)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_see_what_they_begin_with_as_if_it_were_their_own(
+    length: int, own: int, groups: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectorised, "_BLOCK", 1 << 12)
+    stems: list[Any] = [(normal(1, groups, n, 16), normal(1, groups, n, 8)) for n in (5, 40)]
+    segments = [Segment(2, stems[0]), Segment(1, None), Segment(3, stems[1]), Segment(1, stems[0])]
+    rows = sum(segment.rows for segment in segments)
+    queries, keys = normal(rows, 6, length, 16), normal(rows, groups, own, 16)
+    values, mask = normal(rows, groups, own, 8), masks(rows, length, own)[kind]
+    settings: dict[str, Any] = {"scale": 0.25, "mask": mask}
+    got = vectorised.attend(queries, keys, values, segments=segments, **settings)
+    begun = [stem for count, stem in segments for _ in range(count)]
+    for row, stem in enumerate(begun):
+        alone = slice(row, row + 1)
+        parts = [keys[alone], values[alone]]
+        if isinstance(mask, mx.array) and mask.ndim > 2:
+            settings["mask"] = mask[alone]
+        if stem is not None:
+            parts = [mx.concatenate(list(each), axis=2) for each in zip(stem, parts, strict=True)]
+            shown = settings["mask"]
+            if isinstance(shown, mx.array):
+                seen = shown.dtype.size == 1
+                before = mx.full((*shown.shape[:-1], stem[0].shape[2]), seen, dtype=shown.dtype)
+                settings["mask"] = mx.concatenate([before, shown], axis=-1)
+        wanted = mx.fast.scaled_dot_product_attention(queries[alone], *parts, **settings)
+        settings["mask"] = mask
+        assert np.max(np.abs(np.array(got[alone] - wanted))) < 5e-6
+
+
 def test_a_row_that_sees_nothing_stays_finite() -> None:
     mask = mx.zeros((1, 1, 1, 9), dtype=mx.bool_)
     attended = vectorised.attend(
@@ -124,9 +157,11 @@ def test_a_models_layers_call_them_and_say_the_same(
             for length in (4, 90, 100)
         )
         done = batch.turn(Turn(admit=admits, remove=(), prefill_tokens=64))
-        while done.residents:
-            done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=64))
+        while True:
             tokens += [(output.request_id, output.token) for output in done.outputs]
+            if not done.residents:
+                break
+            done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=64))
         answers.append(tokens)
     assert len(answers[0]) > 3
     assert answers[0] == answers[1]

@@ -7,9 +7,9 @@ Metal's wired limit when it is made, which has brought whole machines down (ml-e
 1. A sequence is in `_arriving` until its prompt is computed, then a row of one of `_decodings`.
 2. A sequence whose prompt takes several turns has a cache of its own until its last chunk; those
    whose prompts end in one turn are computed in one call and join together (`prompts.py`).
-3. The rows of one `Decoding` are padded to the longest. Rows of very different lengths decode
-   apart, for their padding would take longer than reading the weights once more, and would take
-   memory that nobody has reserved.
+3. The rows of one `Decoding` are padded to the longest, what they begin with in common apart
+   (`stems.py`). Rows of very different lengths decode apart, for their padding would take longer
+   than reading the weights once more, and would take memory that nobody has reserved.
 4. A step is in flight on the device between turns: a turn takes its tokens and starts the next.
 """
 
@@ -23,9 +23,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from trio_worker.engine import heap
-from trio_worker.engine.decoding import Decoding, merge_alike
-from trio_worker.engine.prefix import SHORTEST, PrefixCache, TokenArray, as_array, common
+from trio_worker.engine import heap, stems
+from trio_worker.engine.caches import RowsCache, can_share
+from trio_worker.engine.decoding import Decoding, merge_alike, own_length
+from trio_worker.engine.prefix import SHORTEST, Found, PrefixCache, TokenArray, as_array, common
 from trio_worker.engine.prompts import (
     Computed,
     compute,
@@ -35,6 +36,7 @@ from trio_worker.engine.prompts import (
     left,
 )
 from trio_worker.engine.sampling import Logprobs
+from trio_worker.engine.stems import Stem
 from trio_worker.engine.text import Answer, Vocabulary
 from trio_worker.frames import (
     AdmitFrame,
@@ -71,6 +73,8 @@ class Sequence:
     cached: int = 0
     cache: list[Any] | None = None
     """Of the tokens that are done, from the first chunk until the sequence decodes."""
+    stem: Stem | None = None
+    """What it begins with, in common with other rows or so that they need not be padded to it."""
     prefix: TokenArray = field(init=False)
     """The tokens that a kept cache may hold: the last has to give the logits that follow it."""
 
@@ -117,7 +121,10 @@ class Batch:
         self._vocabulary = vocabulary
         self._end_tokens = frozenset(end_tokens)
         self._vocabulary_size = vocabulary_size
-        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self._share = can_share(model)
+        self._prefixes = (
+            PrefixCache(prefix_cache_bytes, share=self._share) if prefix_cache_bytes else None
+        )
         self._arriving: list[Sequence] = []
         self._decodings: list[Decoding] = []
         self._padding_max = padding_max
@@ -129,7 +136,7 @@ class Batch:
         return [s.request_id for s in self._arriving] + decoding
 
     def turn(self, turn: Turn) -> TurnDone:
-        """Remove, admit, one decode step for the rows that decode, and some prefill."""
+        """Remove, admit, some prefill, and one decode step for the rows that decode by then."""
         started = time.perf_counter()
         outcome = _Outcome()
         self._remove(frozenset(turn.remove))
@@ -138,8 +145,9 @@ class Batch:
             self._trim()
         for admit in turn.admit:
             self._admit(admit, outcome)
-        self._decode(outcome)
+        # In this order, whoever's prompt ends now gives its first token before more is prefilled.
         self._prefill(turn.prefill_tokens, outcome)
+        self._decode(outcome)
         return TurnDone(
             outputs=tuple(outcome.outputs),
             prefills=tuple(outcome.prefills),
@@ -319,12 +327,13 @@ class Batch:
                     ends = []
                     found = self._find(sequence, ready, ends)
                 assert found is not None
-                sequence.cache, sequence.cached = found
+                sequence.cache, sequence.cached, sequence.stem = found
                 sequence.done = sequence.cached
             if ends and not self._fits([*ends, sequence], budget):
                 budget -= self._compute(ends, ready, outcome)
                 ends = []
             if left(sequence) <= budget:
+                budget -= self._settle_stem(sequence, outcome)
                 ends.append(sequence)
             elif budget > 0:
                 compute(self._model, sequence, budget)
@@ -336,43 +345,66 @@ class Batch:
             self._arriving = [s for s in self._arriving if s.done < len(s.tokens)]
             self._join(ready)
 
+    def _settle_stem(self, sequence: Sequence, outcome: _Outcome) -> int:
+        """Before its end is computed; returns how many tokens of a long end this has computed."""
+        if not self._share or own_length(sequence, len(sequence.tokens)) < stems.ALONE:
+            return 0
+        count = 0
+        if left(sequence) > stems.SHORTEST:
+            count = left(sequence) - 1
+            compute(self._model, sequence, count)
+            sequence.done += count
+            outcome.prefill_tokens += count
+        assert sequence.cache is not None
+        sequence.stem = stems.lengthened(sequence.stem, sequence.cache, sequence.done)
+        return count
+
     def _fits(self, ends: list[Sequence], budget: int) -> bool:
         return cost(ends) <= budget and fit_together(ends, self._padding_max)
 
     def _find(
         self, sequence: Sequence, ready: list[Computed], ends: list[Sequence]
-    ) -> tuple[list[Any], int] | None:
+    ) -> Found | None:
         """A cache for a sequence's tokens, and how many of them it holds already.
 
         None if it is worth waiting until the `ends` have been computed, to begin with one's.
         """
+        nothing = Found(make_prompt_cache(self._model), 0, None)
         if self._prefixes is None:
-            return make_prompt_cache(self._model), 0
+            return nothing
         wanted = sequence.prefix
         kept = self._prefixes.longest(wanted)
-        length, caches, index = self._longest_running(wanted, ready)
+        length, caches, index, row = self._longest_running(wanted, ready)
+        stem = row.stem if row else None
         enough = max(kept, length) + SHORTEST
         if any(common(end.prefix, wanted) >= enough for end in ends):
             return None
+        if stem is not None and length >= stem.length >= max(kept, length - stems.STEP):
+            return Found(stem.handles(), stem.length, stem)
         if length >= kept + SHORTEST:
             self._prefixes.keep(sequence.tokens[:length], _beginning(caches, index, length))
-        return self._prefixes.find(wanted) or (make_prompt_cache(self._model), 0)
+        found = self._prefixes.find(wanted) or nothing
+        if row and stem is None and found.stem and found.stem.length <= length:
+            for layer in caches:
+                layer.adopt(index, found.stem)
+            row.stem = found.stem
+        return found
 
     def _longest_running(
         self, wanted: TokenArray, ready: list[Computed]
-    ) -> tuple[int, list[Any], int]:
-        """Of the rows with the most of these tokens at its beginning: how many, and where it is."""
+    ) -> tuple[int, list[Any], int, Sequence | None]:
+        """The row with the most of these tokens at its beginning: how many, and where it is."""
         rows = [
-            (_shared(row, tokens, wanted), each.prompt_cache, i)
+            (_shared(row, tokens, wanted), each.prompt_cache, i, row)
             for each in self._decodings
             for i, (row, tokens) in enumerate(zip(each.samplers, each.tokens, strict=True))
         ] + [
-            (common(row.prefix, wanted), each.caches, i)
+            (common(row.prefix, wanted), each.caches, i, row)
             for each in ready
             for i, row in enumerate(each.rows)
         ]
         shareable = [row for row in rows if can_trim_prompt_cache(row[1])]
-        return max(shareable, key=lambda row: row[0], default=(0, [], 0))
+        return max(shareable, key=lambda row: row[0], default=(0, [], 0, None))
 
     def _compute(self, ends: list[Sequence], ready: list[Computed], outcome: _Outcome) -> int:
         """Returns how many tokens it took, padding included."""
@@ -406,6 +438,8 @@ def _shared(row: Sequence, tokens: list[int], wanted: TokenArray) -> int:
 
 def _beginning(caches: list[Any], index: int, length: int | None = None) -> list[Any]:
     """A copy of one row's cache, of its first `length` tokens."""
+    if all(isinstance(layer, RowsCache) for layer in caches):
+        return [layer.beginning(index, length) for layer in caches]
     cache = [layer.extract(index) for layer in caches]
     if length is None or length == cache[0].size():
         return cache

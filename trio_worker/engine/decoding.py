@@ -10,9 +10,16 @@ from mlx_lm.generate import GenerationBatch, StopSequences
 
 from trio_worker.engine import sampling
 from trio_worker.engine.sampling import Logprobs, Plan
+from trio_worker.engine.stems import Stem
 
 
-class Row(sampling.Row, Protocol):
+class HasStem(Protocol):
+    """Whatever may begin with one."""
+
+    stem: Stem | None
+
+
+class Row(sampling.Row, HasStem, Protocol):
     """What decoding must know of a sequence."""
 
     request_id: str
@@ -46,6 +53,8 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
     def extend(self, batch: Decoding) -> None:
         super().extend(batch)
         self._plan = None
+        if (order := in_groups(self.samplers)) is not None:
+            self.filter(order)
 
     def filter(self, keep: list[int]) -> None:
         super().filter(keep)
@@ -72,8 +81,11 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
 
     @property
     def lengths(self) -> list[int]:
-        """Of each row, in tokens, before any padding."""
-        return [len(tokens) for tokens in self.tokens]
+        """Of each row, in tokens after its stem, before any padding."""
+        return [
+            own_length(row, len(tokens))
+            for row, tokens in zip(self.samplers, self.tokens, strict=True)
+        ]
 
     def step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
         """Take the tokens of the step in flight, and start the next one."""
@@ -110,6 +122,18 @@ def merge_alike(items: Iterable[_Rows], padding_max: int) -> list[_Rows]:
         else:
             merged.append(item)
     return merged
+
+
+def own_length(row: HasStem, length: int) -> int:
+    """How much of a row's `length` comes after its stem, in tokens."""
+    return length - (row.stem.length if row.stem else 0)
+
+
+def in_groups(rows: Sequence[HasStem]) -> list[int] | None:
+    """The order in which rows with the same stem follow each other; None if they do."""
+    first = {stem: i for i, stem in reversed(list(enumerate(row.stem for row in rows)))}
+    order = sorted(range(len(rows)), key=lambda i: first[rows[i].stem])
+    return None if order == list(range(len(rows))) else order
 
 
 def _padding(lengths: list[int]) -> int:

@@ -9,13 +9,15 @@ one that contains it.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from trio_worker.engine.stems import Stem, Stems
 
 SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
@@ -31,13 +33,28 @@ class _Entry:
     tokens: TokenArray
     cache: list[Any]
     size: int
+    stems: Stems = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stems = Stems(self.cache, len(self.tokens))
+
+
+class Found(NamedTuple):
+    """What is computed already of the tokens that were asked for."""
+
+    cache: list[Any]
+    """One's own, that holds the first `length` of them."""
+    length: int
+    stem: Stem | None
+    """The same for all who find it, with nearly so many, if that is worth while."""
 
 
 class PrefixCache:
     """Caches by their tokens, least recently used first."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, share: bool = False) -> None:
         self._limit = limit_bytes
+        self._share = share
         self._entries: list[_Entry] = []
         self._bytes = 0
 
@@ -49,8 +66,8 @@ class PrefixCache:
         """How many of `tokens` the best of the caches would hold."""
         return self._best(tokens)[1]
 
-    def find(self, tokens: TokenArray) -> tuple[list[Any], int] | None:
-        """A cache of one's own that holds the first so many of `tokens`, or None."""
+    def find(self, tokens: TokenArray) -> Found | None:
+        """The most that is kept of the first of `tokens`, or None."""
         best, length = self._best(tokens)
         if best is None:
             return None
@@ -60,11 +77,12 @@ class PrefixCache:
         cache = copy.deepcopy(best.cache)
         if length < len(best.tokens):
             trim_prompt_cache(cache, len(best.tokens) - length)
-        return cache, length
+        return Found(cache, length, best.stems.first(length) if self._share else None)
 
     def _best(self, wanted: TokenArray) -> tuple[_Entry | None, int]:
         best, length = None, 0
-        for entry in self._entries:
+        # Of those that serve as well as each other always the same one, so that stems are shared.
+        for entry in reversed(self._entries):
             alike = common(entry.tokens, wanted)
             whole = alike == len(entry.tokens)
             if alike >= max(length + 1, SHORTEST) and (whole or can_trim_prompt_cache(entry.cache)):

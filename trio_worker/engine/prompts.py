@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from trio_worker.engine.caches import RowsCache, is_plain
+from trio_worker.engine.decoding import in_groups, own_length
+from trio_worker.engine.stems import Stem
 
 PADDING = 32
 """Tokens that take about as long as one more call (38 on a CPU of two cores)."""
@@ -24,6 +26,7 @@ class Row(Protocol):
     tokens: list[int]
     done: int
     cache: list[Any] | None
+    stem: Stem | None
 
 
 @dataclass(slots=True, eq=False)
@@ -35,14 +38,18 @@ class Computed:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each row, in tokens, before any padding."""
-        return [len(row.tokens) for row in self.rows]
+        """Of each row, in tokens after its stem, before any padding."""
+        return [own_length(row, len(row.tokens)) for row in self.rows]
 
     def extend(self, other: Computed) -> None:
         """Take over the rows of `other`."""
-        self.rows.extend(other.rows)
+        rows = [*self.rows, *other.rows]
+        order = in_groups(rows)
         for mine, theirs in zip(self.caches, other.caches, strict=True):
             mine.extend(theirs)
+            if order is not None:
+                mine.filter(order)
+        self.rows = rows if order is None else [rows[i] for i in order]
 
 
 def cost(rows: Sequence[Row]) -> int:
@@ -60,11 +67,11 @@ def fit_together(rows: Sequence[Row], padding_max: int) -> bool:
 
     `padding_max` is what the rows may be apart in all, in tokens, to decode together.
     """
-    longest = max(len(row.tokens) for row in rows)
+    lengths = [own_length(row, len(row.tokens)) for row in rows]
     return (
         _are_plain(rows)
         and cost(rows) - sum(map(left, rows)) <= PADDING * (len(rows) - 1)
-        and sum(longest - len(row.tokens) for row in rows) <= padding_max
+        and len(rows) * max(lengths) - sum(lengths) <= padding_max
     )
 
 
@@ -75,6 +82,8 @@ def _are_plain(rows: Sequence[Row]) -> bool:
 def compute_ends(model: Any, rows: Sequence[Row]) -> Computed:
     """Compute what is left of the rows' prompts, which `fit_together`; takes their caches."""
     if _are_plain(rows):
+        order = in_groups(rows)
+        rows = rows if order is None else [rows[i] for i in order]
         caches = _compute_aligned(model, rows)
     else:
         (row,) = rows
@@ -99,16 +108,18 @@ def _compute_aligned(model: Any, rows: Sequence[Row]) -> list[Any]:
     what padding would.
     """
     width = max(left(row) for row in rows) - 1
-    held = [max(len(row.tokens) - 1 - width, 0) for row in rows]
-    missing = [max(width - (len(row.tokens) - 1), 0) for row in rows]
+    # Of what comes after a row's stem.
+    behind = [own_length(row, len(row.tokens)) - 1 - width for row in rows]
+    held, missing = [max(count, 0) for count in behind], [max(-count, 0) for count in behind]
+    stems = [row.stem for row in rows]
     caches = [
-        RowsCache.of(layers, held, missing, room=width + 1)
-        for layers in zip(*(row.cache or () for row in rows), strict=True)
+        RowsCache.of(layers, held, missing, room=width + 1, stems=stems, layer=i)
+        for i, layers in enumerate(zip(*(row.cache or () for row in rows), strict=True))
     ]
     if width:
         ends = [
-            [0] * absent + row.tokens[start:-1]
-            for row, start, absent in zip(rows, held, missing, strict=True)
+            [0] * absent + row.tokens[len(row.tokens) - 1 - width + absent : -1]
+            for row, absent in zip(rows, missing, strict=True)
         ]
         model(mx.array(ends), cache=caches)
         mx.eval([layer.state for layer in caches])

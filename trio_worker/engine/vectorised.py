@@ -11,14 +11,17 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import activations, base
+
+from trio_worker.engine.caches import RowsCache
+from trio_worker.engine.stems import Segment
 
 _SPAN = 32.0
 """e to minus this is nothing beside a sum of which one term is 1, in single precision."""
@@ -34,6 +37,10 @@ _MANY = 1 << 17
 same."""
 _MASKED = -1e30
 """Finite, so that a row of padding, all of it masked, does not become not-a-number."""
+
+
+Part: TypeAlias = tuple[mx.array, mx.array]
+"""Keys and values."""
 
 
 def _series(logarithm: Callable[[Any], Any], low: float, high: float) -> list[float]:
@@ -88,58 +95,102 @@ def attend(
     *,
     scale: float,
     mask: mx.array | str | None,
+    segments: Sequence[Segment] = (),
 ) -> mx.array:
     """What `mx.fast.scaled_dot_product_attention` returns, for masks that all heads share.
 
-    Goes through the queries in blocks whose scores stay in the processor's own cache.
+    With `segments`, the rows of each see all of its stem too, which neither `keys` nor `mask` know
+    of. Goes through rows and queries in blocks whose scores stay in the processor's own cache.
     """
+    first, attended = 0, []
+    for count, stem in segments or [Segment(queries.shape[0], None)]:
+        for rows in _row_blocks(first, count, queries, keys, stem):
+            hidden = mask
+            if isinstance(mask, mx.array) and mask.ndim > 3:
+                hidden = _of(mask, rows)
+            own = (_of(keys, rows), _of(values, rows))
+            attended.append(_attend_rows(_of(queries, rows), own, stem, scale=scale, mask=hidden))
+        first += count
+    return attended[0] if len(attended) == 1 else mx.concatenate(attended)
+
+
+def _row_blocks(
+    first: int, count: int, queries: mx.array, keys: mx.array, stem: Part | None
+) -> Iterator[slice]:
+    _, heads, length, _ = queries.shape
+    total = keys.shape[2] + (stem[0].shape[2] if stem else 0)
+    block = max(_BLOCK // (heads * length * total), 1)
+    for start in range(first, first + count, block):
+        yield slice(start, min(start + block, first + count))
+
+
+def _of(array: mx.array, rows: slice) -> mx.array:
+    return array if array.shape[0] in {1, rows.stop - rows.start} else array[rows]
+
+
+def _attend_rows(
+    queries: mx.array,
+    own_part: Part,
+    stem: Part | None,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+) -> mx.array:
     rows, heads, length, _ = queries.shape
-    total = keys.shape[2]
+    keys, values = own_part
+    own = keys.shape[2]
+    total = own + (stem[0].shape[2] if stem else 0)
     block = max(_BLOCK // (rows * heads * total), _BLOCK_ROWS)
     attended = []
     for start in range(0, length, block):
         end = min(start + block, length)
         # What comes later than a block is hidden from all of it.
-        seen = total - length + end if isinstance(mask, str) else total
-        part = mask
+        seen = own - length + end if isinstance(mask, str) else own
+        hidden = mask
         if isinstance(mask, mx.array) and mask.shape[-2] > 1:
-            part = mask[..., start:end, :]
+            hidden = mask[..., start:end, :]
+        # Only the newest tokens hide anything from each other.
+        old = seen - (end - start) if isinstance(mask, str) else 0
+        ends = (0, old, seen) if 0 < old < seen else (0, seen)
+        parts = [(keys[:, :, a:b], values[:, :, a:b]) for a, b in itertools.pairwise(ends)]
         attended.append(
             _attend_block(
-                queries[:, :, start:end],
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                scale=scale,
-                mask=part,
+                queries[:, :, start:end] * (scale / _SPAN),
+                [stem, *parts] if stem else parts,
+                hidden,
             )
         )
     return attended[0] if len(attended) == 1 else mx.concatenate(attended, axis=2)
 
 
 def _attend_block(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    *,
-    scale: float,
-    mask: mx.array | str | None,
+    queries: mx.array, parts: Sequence[Part], mask: mx.array | str | None
 ) -> mx.array:
+    """`mask` is about the last of `parts`; those of one row are for all rows."""
     rows, heads, length, width = queries.shape
-    groups, total = keys.shape[1:3]
+    groups = parts[0][0].shape[1]
     # The query heads that share keys become rows of one product.
-    queries = (queries * (scale / _SPAN)).reshape(rows, groups, -1, width)
-    # Only the newest tokens hide anything from each other.
-    old = total - length if isinstance(mask, str) else 0
-    ends = (0, old, total) if 0 < old < total else (0, total)
-    parts = [(keys[:, :, a:b], values[:, :, a:b]) for a, b in itertools.pairwise(ends)]
-    scores = [queries @ part.swapaxes(-1, -2) for part, _ in parts]
+    queries = queries.reshape(rows, groups, -1, width)
+    scores = [_as_rows(queries, len(keys)) @ keys.swapaxes(-1, -2) for keys, _ in parts]
     if mask is not None:
         hidden = mx.triu(mx.full((length, length), _MASKED), k=1) if isinstance(mask, str) else mask
         scores[-1] = _hide(scores[-1], hidden, heads // groups)
-    top = reduce(mx.maximum, map(_tops, scores))
-    weights = [weights_below(each, top) for each in scores]
-    attended = reduce(add, (w @ v for w, (_, v) in zip(weights, parts, strict=True)))
-    return (attended / reduce(add, map(_sums, weights))).reshape(rows, heads, length, -1)
+    top = reduce(mx.maximum, (_as_rows(_tops(each), rows) for each in scores))
+    weights = [weights_below(each, _as_rows(top, len(each))) for each in scores]
+    sums = reduce(add, (_as_rows(_sums(each), rows) for each in weights))
+    attended = reduce(
+        add,
+        (_as_rows(each @ values, rows) for each, (_, values) in zip(weights, parts, strict=True)),
+    )
+    return (attended / sums).reshape(rows, heads, length, -1)
+
+
+def _as_rows(array: mx.array, rows: int) -> mx.array:
+    """From (rows, groups, length, width) to (1, groups, rows * length, width), or back."""
+    if len(array) == rows:
+        return array
+    _, groups, _, width = array.shape
+    return array.swapaxes(0, 1).reshape(groups, rows, -1, width).swapaxes(0, 1)
 
 
 def _hide(scores: mx.array, mask: mx.array, sharing: int) -> mx.array:
@@ -204,16 +255,21 @@ def _scaled_dot_product_attention(  # noqa: PLR0917 - mlx-lm's
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    shared = mask is None or isinstance(mask, str) or mask.ndim < 3 or mask.shape[-3] == 1
-    if (
+    for_all_heads = mask is None or isinstance(mask, str) or mask.ndim < 3 or mask.shape[-3] == 1
+    other = (
         hasattr(cache, "bits")
         or sinks is not None
-        or not shared
+        or not for_all_heads
         or queries.dtype != mx.float32
-        or queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < _FEWEST
+    )
+    segments = cache.shared() if isinstance(cache, RowsCache) else ()
+    if segments and other:
+        raise NotImplementedError("attention of this kind to what rows have in common")
+    if not segments and (
+        other or queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < _FEWEST
     ):
         plain: mx.array = base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
         return plain
-    return attend(queries, keys, values, scale=scale, mask=mask)
+    return attend(queries, keys, values, scale=scale, mask=mask, segments=segments)

@@ -1,0 +1,101 @@
+"""What several rows begin with: held once, and read once for all of them at every step.
+
+The attention of a row is that to its stem and that to its own tokens, put together by the sums of
+their weights (Hydragen, arXiv:2402.05099). Rows that begin with the same system prompt do not copy
+it to join a batch; a row with much context does not make the others as long as itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+STEP = 32
+"""Lengths are multiples of it, so that rows whose prompts differ a little later share one."""
+SHORTEST = 256
+"""Of a stem that others may come to share, in tokens."""
+ALONE = 1024
+"""Of one that nobody shares: below, another set of products at every step takes longer than
+padding does."""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Stem:
+    """The first `length` tokens of one row or more: keys and values of each layer.
+
+    Shapes (1, heads, length, width). Nothing writes to them.
+    """
+
+    layers: tuple[tuple[mx.array, mx.array], ...]
+    length: int
+
+    def handles(self) -> list[Any]:
+        """A cache of one's own that holds it; what is written through it goes elsewhere."""
+        caches = []
+        for keys, values in self.layers:
+            cache = KVCache()
+            cache.keys, cache.values, cache.offset = keys, values, self.length
+            caches.append(cache)
+        return caches
+
+
+class Segment(NamedTuple):
+    """Rows of a batch that follow each other and begin with the same stem, or with none."""
+
+    rows: int
+    stem: tuple[mx.array, mx.array] | None
+    """Of one layer."""
+
+
+def stem_of(cache: Sequence[Any], done: int) -> Stem | None:
+    """Of a row's cache that holds `done` tokens, sharing its memory; None if they are too few."""
+    length = done // STEP * STEP
+    if length < SHORTEST:
+        return None
+    layers = tuple((layer.keys[..., :length, :], layer.values[..., :length, :]) for layer in cache)
+    mx.eval(layers)
+    return Stem(layers, length)
+
+
+def lengthened(stem: Stem | None, cache: Sequence[Any], done: int) -> Stem | None:
+    """What a row whose `cache` holds `done` tokens begins with, if it has begun with `stem`.
+
+    A longer one if many were computed since: what comes after a stem is copied, and padded to.
+    """
+    if done - (stem.length if stem else 0) < ALONE:
+        return stem
+    return stem_of(cache, done)
+
+
+class Stems:
+    """The stems in use of one kept prefix, of `size` tokens."""
+
+    def __init__(self, cache: Sequence[Any], size: int) -> None:
+        self._cache = cache
+        self._size = size
+        self._in_use: weakref.WeakValueDictionary[int, Stem] = weakref.WeakValueDictionary()
+
+    def first(self, done: int) -> Stem | None:
+        """One that holds at most the first `done` tokens, the same for all who ask for it."""
+        length = done // STEP * STEP
+        stem = self._in_use.get(length)
+        if stem is None:
+            stem = stem_of(self._cache, done)
+            if stem is None:
+                return None
+            if 2 * length < self._size:
+                # Its rows would hold on to the memory of all the rest, when it is kept no more.
+                stem = _copied(stem)
+            self._in_use[length] = stem
+        return stem
+
+
+def _copied(stem: Stem) -> Stem:
+    layers = tuple((mx.contiguous(keys), mx.contiguous(values)) for keys, values in stem.layers)
+    mx.eval(layers)
+    return Stem(layers, stem.length)
