@@ -889,6 +889,18 @@ def test_what_a_running_row_begins_with_need_not_be_kept_to_be_shared(model: Any
     assert tokens == run(open_batch(model, 0), one)["one"].tokens
 
 
+def test_a_long_prompt_is_kept_without_copying_it(model: Any) -> None:
+    cached = open_batch(model, 2**22)
+    turn(cached, admit("one", LONG * 4, max_tokens=3), prefill_tokens=1300)
+    before = mx.get_active_memory()
+    while turn(cached).residents:
+        pass
+    assert nbytes(cached) == 1184 * model.cache_bytes_per_token
+    assert mx.get_active_memory() <= before
+    done = turn(cached, admit("again", (*LONG, *LONG, *LONG, *LONG, 5)))
+    assert [prefill.cached for prefill in done.prefills] == [1184]
+
+
 def test_a_short_beginning_does_not_hold_on_to_a_long_conversation(model: Any) -> None:
     cached = open_batch(model, 2**22)
     run_one(cached, (*LONG, *range(400, 500), *LONG), max_tokens=2)

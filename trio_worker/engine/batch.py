@@ -26,7 +26,15 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from trio_worker.engine import heap, stems
 from trio_worker.engine.caches import RowsCache, can_share
 from trio_worker.engine.decoding import Decoding, merge_alike, own_length
-from trio_worker.engine.prefix import SHORTEST, Found, PrefixCache, TokenArray, as_array, common
+from trio_worker.engine.prefix import (
+    NEARLY_ALL,
+    SHORTEST,
+    Found,
+    PrefixCache,
+    TokenArray,
+    as_array,
+    common,
+)
 from trio_worker.engine.prompts import (
     Computed,
     compute,
@@ -303,8 +311,13 @@ class Batch:
         if self._prefixes is not None:
             for i in rows:
                 # What was handed out last has gone through the model for the step in flight.
-                tokens = decoding.tokens[i]
-                if may_return or not self._prefixes.adds_little(tokens):
+                tokens, stem = decoding.tokens[i], decoding.samplers[i].stem
+                if not may_return and self._prefixes.adds_little(tokens):
+                    continue
+                if stem is not None and stem.length >= NEARLY_ALL * len(tokens):
+                    # With the rest it would have to be copied, into memory that nobody reserved.
+                    self._prefixes.keep(tokens[: stem.length], stem.handles())
+                else:
                     self._prefixes.keep(tokens, decoding.extract_cache(i))
         leaving = frozenset(rows)
         decoding.filter([i for i in range(len(decoding)) if i not in leaving])

@@ -23,7 +23,8 @@ SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
 
 NEARLY_ALL = 7 / 8
-"""An answer that shares so much with a kept one is not worth a copy of its own."""
+"""What shares so much with what is kept, or begins with so much in one piece, is not worth a copy
+of its own."""
 
 TokenArray: TypeAlias = npt.NDArray[np.int64]
 
