@@ -58,8 +58,8 @@ class PrefillBudget:
         if decoding:
             share = min(max(1.0, waiting / decoding), PATIENCE)
             allowed_s = self.gap_target_s * share - self._decode_s
-            # Where the fixed cost alone is too much, at least as much goes into tokens.
-            allowed_s = max(allowed_s - fixed_s, min(fixed_s, self.gap_target_s))
+            # Where the fixed cost alone is too much, at least half as much goes into tokens.
+            allowed_s = max(allowed_s - fixed_s, min(fixed_s, self.gap_target_s) / 2)
         else:
             allowed_s = IDLE_S - fixed_s
         fitting = int(max(allowed_s, 0.0) / token_s)
@@ -72,8 +72,9 @@ class PrefillBudget:
         if variance < 1.0:
             return 0.0, mean_s
         slope = (self._ns - self._n * self._s) / variance
-        # Noise may tilt the line beyond reason: no token is free, and none costs more than all.
-        slope = min(max(slope, mean_s / 8), mean_s)
+        # Noise may tilt the line beyond reason: tokens cost a quarter of it all at least (then the
+        # next chunk is half as large again, and says more), and no more than all.
+        slope = min(max(slope, mean_s / 4), mean_s)
         fixed_s = max(self._s - slope * self._n, 0.0)
         if self._decode_s and fixed_s > self._decode_s:
             # What is fixed is reading the weights, and a decode step does that too: a line that
