@@ -38,7 +38,7 @@ from trio_worker.core.sequence import (
     Stage,
     queue_key,
 )
-from trio_worker.core.turn import Output
+from trio_worker.core.turn import EngineMemory, Output, Report
 from trio_worker.errors import (
     DuplicateRequest,
     QueueFull,
@@ -295,39 +295,50 @@ def test_how_long_an_idle_engine_waits(
     assert formation.decide(now=now, waiting=waiting, first_at=0.0, mean_gap_s=gap) == expected
 
 
+MUCH = 10**6
+"""More tokens than could be prefilled at once."""
+
+
+def beside_seven(budget: PrefillBudget, *, left: int = MUCH) -> int:
+    """What one may prefill in a turn while seven decode."""
+    return budget.chunk(decoding=7, waiting=1, left=left)
+
+
 def measured_budget(*, fixed_s: float, token_s: float, decode_s: float = 0.1) -> PrefillBudget:
     """After enough turns of an engine with these costs, seven requests decoding beside one."""
     budget = PrefillBudget(chunk_max=512, gap_target_s=0.2)
-    budget.record(seconds=decode_s, prefilled=0, decoded=7)
+    budget.record(seconds=decode_s, prefilled=0, steps=1)
     for number in range(30):
-        chunk = budget.chunk(decoding=7, waiting=1) + number % 3
-        budget.record(seconds=decode_s + fixed_s + token_s * chunk, prefilled=chunk, decoded=7)
+        chunk = beside_seven(budget) + number % 3
+        budget.record(seconds=decode_s + fixed_s + token_s * chunk, prefilled=chunk, steps=1)
     return budget
 
 
 def test_the_chunk_is_what_fits_between_a_decode_step_and_the_gap_target() -> None:
-    assert PrefillBudget(chunk_max=512, gap_target_s=0.2).chunk(decoding=0, waiting=8) == 32
+    assert (
+        PrefillBudget(chunk_max=512, gap_target_s=0.2).chunk(decoding=0, waiting=8, left=MUCH) == 32
+    )
     budget = measured_budget(fixed_s=0.0, token_s=0.0005)
-    assert 180 <= budget.chunk(decoding=7, waiting=1) <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
+    assert 180 <= beside_seven(budget) <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
     budget = measured_budget(fixed_s=0.04, token_s=0.001)
-    assert 50 <= budget.chunk(decoding=7, waiting=1) <= 70, "(0.2 - 0.1 - 0.04) s at 1 ms"
+    assert 50 <= beside_seven(budget) <= 70, "(0.2 - 0.1 - 0.04) s at 1 ms"
 
 
 def test_a_fixed_cost_that_cannot_be_avoided_is_made_worth_while() -> None:
     budget = measured_budget(fixed_s=0.1, token_s=0.001)
-    assert 40 <= budget.chunk(decoding=7, waiting=1) <= 55, "half as much for tokens as is fixed"
+    assert 80 <= beside_seven(budget) <= 110, "as much for tokens as is fixed"
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_growing_context_is_not_mistaken_for_a_fixed_cost(seed: int) -> None:
     """Its tokens cost more and more, and noise tilts the fitted line any way it likes."""
     budget, random = PrefillBudget(chunk_max=512, gap_target_s=0.2), Random(seed)
-    budget.record(seconds=0.08, prefilled=0, decoded=7)
+    budget.record(seconds=0.08, prefilled=0, steps=1)
     gaps, done = [], 0
     while done < 4_000:
-        chunk = budget.chunk(decoding=7, waiting=1)
+        chunk = beside_seven(budget)
         gap_s = (0.08 + 0.04 + chunk * (0.001 + 2e-6 * done)) * random.uniform(0.8, 1.2)
-        budget.record(seconds=gap_s, prefilled=chunk, decoded=7)
+        budget.record(seconds=gap_s, prefilled=chunk, steps=1)
         gaps.append(gap_s)
         done += chunk
     assert max(gaps) < 0.5
@@ -335,17 +346,54 @@ def test_a_growing_context_is_not_mistaken_for_a_fixed_cost(seed: int) -> None:
 
 def test_a_slow_engine_gets_the_least_chunk_and_a_restarted_one_the_first() -> None:
     budget = measured_budget(fixed_s=0.0, token_s=0.1)
-    assert budget.chunk(decoding=7, waiting=1) == CHUNK_MIN
+    assert beside_seven(budget) == CHUNK_MIN
     budget.restarted()
-    assert budget.chunk(decoding=7, waiting=1) == CHUNK_FIRST
+    assert beside_seven(budget) == CHUNK_FIRST
 
 
 def test_while_more_wait_than_decode_prefill_gets_more_time_and_alone_a_second() -> None:
     budget = measured_budget(fixed_s=0.0, token_s=0.002)
-    few, many = (budget.chunk(decoding=each, waiting=8 - each) for each in (7, 1))
+    few, many = (budget.chunk(decoding=each, waiting=8 - each, left=MUCH) for each in (7, 1))
     assert 45 <= few <= 52
     assert many == min(4 * budget._largest, 350), "four times the gap, less the decode step"
-    assert budget.chunk(decoding=0, waiting=8) == min(4 * budget._largest, 500)
+    assert budget.chunk(decoding=0, waiting=8, left=MUCH) == min(4 * budget._largest, 500)
+
+
+def test_the_last_of_what_anybody_waits_for_is_prefilled_at_once() -> None:
+    budget = measured_budget(fixed_s=0.04, token_s=0.004)
+    assert beside_seven(budget) < 20
+    assert 45 <= beside_seven(budget, left=45) <= 80
+
+
+def test_a_turn_with_two_decode_steps_is_not_taken_for_a_slow_prefill() -> None:
+    one, two = (PrefillBudget(chunk_max=512, gap_target_s=0.2) for _ in range(2))
+    for budget, steps in ((one, 1), (two, 2)):
+        budget.record(seconds=0.08, prefilled=0, steps=1)
+        for prefilled in (32, 8, 16):
+            budget.record(
+                seconds=steps * 0.08 + 0.04 + 0.004 * prefilled, prefilled=prefilled, steps=steps
+            )
+    assert beside_seven(one) == beside_seven(two)
+
+
+def test_the_batch_of_every_step_of_a_turn_is_known() -> None:
+    def outputs(*request_ids: str) -> tuple[Output, ...]:
+        return tuple(Output(request_id=RequestId(each), token=1, text="") for each in request_ids)
+
+    def sizes(*request_ids: str) -> tuple[int, ...]:
+        return Report(
+            outputs=outputs(*request_ids),
+            prefills=(),
+            failures=(),
+            residents=frozenset(),
+            memory=EngineMemory(active=0, cache=0, peak=0),
+            seconds=0.0,
+            prefill_tokens=0,
+        ).batch_sizes
+
+    assert sizes() == ()
+    assert sizes("a", "b", "c") == (3,)
+    assert sizes("a", "b", "a", "b", "new") == (3, 2)
 
 
 def test_a_first_load_takes_what_it_takes_and_a_further_one_some_times_that() -> None:

@@ -784,6 +784,26 @@ def test_the_ends_of_alike_prompts_are_computed_in_one_call(model: Any) -> None:
         assert tokens[one.request_id] == run(open_batch(model, 0), one)[one.request_id].tokens
 
 
+def test_who_comes_makes_the_first_step_with_all_others(batch: Any, model: Any) -> None:
+    """A step of their own would read the weights once more; the turn has two steps for all."""
+    old = admit("old", PROMPTS[1])
+    done = turn(batch, old)
+    tokens = {"old": tokens_of(done, "old")}
+    batch._model = watched = Watched(model.module)
+    for each in batch._decodings:
+        each.model = watched
+    done = turn(batch, admit("new", PROMPTS[3]), admit("other", PROMPTS[3]))
+    assert watched.shapes == [(2, 16), (3, 1), (3, 1)]
+    counts = {name: len(tokens_of(done, name)) for name in ("old", "new", "other")}
+    assert counts == {"old": 2, "new": 1, "other": 1}
+    while True:
+        tokens["old"] += tokens_of(done, "old")
+        if not done.residents:
+            break
+        done = turn(batch)
+    assert tokens["old"] == run(open_batch(model, 0), old)["old"].tokens
+
+
 def test_prompts_of_very_different_lengths_are_computed_apart(batch: Any, model: Any) -> None:
     batch._model = watched = Watched(model.module)
     turn(batch, admit("long", PROMPTS[5]), admit("short", PROMPTS[1]), admit("other", PROMPTS[3]))

@@ -143,7 +143,7 @@ GENERATED_TOKENS = Description(
     name="generated_tokens_total",
     kind="counter",
     meaning="Tokens of the answers, counted when a request ends; for the rate of this moment see "
-    "`batch_size`, whose sum counts them turn by turn.",
+    "`batch_size`, whose sum counts them step by step.",
 )
 CACHED_TOKENS = Description(
     name="prefix_cache_hit_tokens_total",
@@ -209,7 +209,7 @@ REQUEST_SECONDS = Description(
 BATCH_SIZE = Description(
     name="batch_size",
     kind="histogram",
-    meaning="Sequences that got a token, for each turn with a token.",
+    meaning="Sequences that got a token, for each decode step.",
     buckets=SIZE_BUCKETS,
 )
 BATCH_FORMATION = Description(

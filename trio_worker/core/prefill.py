@@ -15,8 +15,10 @@ GROWTH = 4
 IDLE_S = 1.0
 """What a turn may take while no answer is running: how late a cancel may then take effect."""
 PATIENCE = 4.0
-"""Where more requests wait for their prefill than decode, the gap may grow in that proportion, up
-to so many times the target: holding seven back for one would help nobody."""
+"""Where more than half as many requests wait for their prefill as decode, the gap may grow in that
+proportion, up to so many times the target: holding seven back for one would help nobody."""
+AT_ONCE = 1.5
+"""So many times the target may the last tokens that anybody waits for take, once."""
 WEIGHT = 0.25
 """Of a new measurement in the running means."""
 
@@ -36,13 +38,13 @@ class PrefillBudget:
         # Running means over turns with prefill: tokens, seconds, and their products.
         self._n = self._s = self._nn = self._ns = 0.0
 
-    def record(self, *, seconds: float, prefilled: int, decoded: int) -> None:
-        """One turn took `seconds`, prefilled and decoded so many tokens."""
+    def record(self, *, seconds: float, prefilled: int, steps: int) -> None:
+        """One turn took `seconds`, prefilled so many tokens and made so many decode steps."""
         if not prefilled:
-            if decoded:
+            if steps:
                 self._decode_s = _mean(self._decode_s or seconds, seconds)
             return
-        own_s = max(seconds - (self._decode_s if decoded else 0.0), 0.0)
+        own_s = max(seconds - steps * self._decode_s, 0.0)
         if not self._largest:
             self._n, self._s = prefilled, own_s
             self._nn, self._ns = prefilled**2, prefilled * own_s
@@ -50,16 +52,19 @@ class PrefillBudget:
         self._nn, self._ns = _mean(self._nn, prefilled**2), _mean(self._ns, prefilled * own_s)
         self._largest = max(self._largest, prefilled)
 
-    def chunk(self, *, decoding: int, waiting: int) -> int:
-        """For a turn in which so many requests decode and so many wait for their prefill."""
+    def chunk(self, *, decoding: int, waiting: int, left: int) -> int:
+        """For a turn in which so many requests decode; others wait, for `left` tokens in all."""
         if not self._largest:
             return min(CHUNK_FIRST, self.chunk_max)
         fixed_s, token_s = self._line()
         if decoding:
-            share = min(max(1.0, waiting / decoding), PATIENCE)
+            share = min(max(1.0, 2 * waiting / decoding), PATIENCE)
             allowed_s = self.gap_target_s * share - self._decode_s
-            # Where the fixed cost alone is too much, at least half as much goes into tokens.
-            allowed_s = max(allowed_s - fixed_s, min(fixed_s, self.gap_target_s) / 2)
+            # Where the fixed cost alone is too much, at least as much goes into tokens.
+            allowed_s = max(allowed_s - fixed_s, min(fixed_s, self.gap_target_s))
+            if left * token_s <= AT_ONCE * self.gap_target_s:
+                # One longer gap takes less of everybody's time than a bit in each of many.
+                allowed_s = max(allowed_s, AT_ONCE * self.gap_target_s)
         else:
             allowed_s = IDLE_S - fixed_s
         fitting = int(max(allowed_s, 0.0) / token_s)

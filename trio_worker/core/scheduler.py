@@ -163,8 +163,12 @@ class Scheduler:
         )
 
     def _chunk(self) -> int:
-        decoding = sum(each.stage is Stage.DECODE for each in self.running.values())
-        chunk = self._prefill.chunk(decoding=decoding, waiting=len(self.running) - decoding)
+        waiting = [each for each in self.running.values() if each.stage is not Stage.DECODE]
+        chunk = self._prefill.chunk(
+            decoding=len(self.running) - len(waiting),
+            waiting=len(waiting),
+            left=sum(len(each.prompt) + len(each.produced) - each.prefilled for each in waiting),
+        )
         return max(CHUNK_MIN, chunk // 2) if self.shrunk else chunk
 
     def book(self, report: Report, *, now: float) -> list[Delivery]:
@@ -178,7 +182,9 @@ class Scheduler:
             *(self._book_failure(failure) for failure in report.failures),
         ]
         self._prefill.record(
-            seconds=report.seconds, prefilled=report.prefill_tokens, decoded=len(report.outputs)
+            seconds=report.seconds,
+            prefilled=report.prefill_tokens,
+            steps=len(report.batch_sizes),
         )
         assert report.residents == self._resident, (
             f"the engine holds {sorted(report.residents)}, not {sorted(self._resident)}"

@@ -79,7 +79,7 @@ class BatchReading:
     max_batch_size: int
     turns: int
     mean_batch_size: float
-    """Sequences that got a token, per turn with a token."""
+    """Sequences that got a token, per decode step."""
     max_batch_seen: int
     last_formation_ms: float
     by_trigger: dict[str, int]

@@ -1,10 +1,12 @@
 """What goes into one turn of the engine and what comes out of it.
 
-A turn is one decode step for every running sequence and a bounded amount of prefill.
+A turn is a bounded amount of prefill and one decode step for every running sequence, or two where
+prompts have ended: the first of these is the one that takes the last of their tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from trio_worker.core.request import FinishReason, RequestId, Sampling
@@ -102,3 +104,12 @@ class Report:
     """Time spent inside the engine."""
     prefill_tokens: int
     """Prompt tokens computed in this turn."""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """How many sequences got a token from each decode step; mostly there is one step."""
+        tokens = Counter(output.request_id for output in self.outputs)
+        return tuple(
+            sum(count > step for count in tokens.values())
+            for step in range(max(tokens.values(), default=0))
+        )

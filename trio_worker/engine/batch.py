@@ -81,6 +81,8 @@ class Sequence:
     cached: int = 0
     cache: list[Any] | None = None
     """Of the tokens that are done, from the first chunk until the sequence decodes."""
+    started: bool = False
+    """Whether its first decode step is in flight, or done."""
     stem: Stem | None = None
     """What it begins with, in common with other rows or so that they need not be padded to it."""
     prefix: TokenArray = field(init=False)
@@ -144,8 +146,11 @@ class Batch:
         return [s.request_id for s in self._arriving] + decoding
 
     def turn(self, turn: Turn) -> TurnDone:
-        """Remove, admit, some prefill, and one decode step for the rows that decode by then."""
-        started = time.perf_counter()
+        """Remove, admit, some prefill, and one decode step for the rows that decode by then.
+
+        Where prompts have ended there are two, since in the first those rows have no token yet.
+        """
+        began_at = time.perf_counter()
         outcome = _Outcome()
         self._remove(frozenset(turn.remove))
         if turn.trim_caches:
@@ -155,7 +160,9 @@ class Batch:
             self._admit(admit, outcome)
         # In this order, whoever's prompt ends now gives its first token before more is prefilled.
         self._prefill(turn.prefill_tokens, outcome)
-        self._decode(outcome)
+        started = self._decode(outcome)
+        if started:
+            self._decode(outcome)
         return TurnDone(
             outputs=tuple(outcome.outputs),
             prefills=tuple(outcome.prefills),
@@ -164,7 +171,7 @@ class Batch:
             memory_active=mx.get_active_memory(),
             memory_cache=mx.get_cache_memory(),
             memory_peak=mx.get_peak_memory(),
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - began_at,
             prefill_tokens=outcome.prefill_tokens,
         )
 
@@ -230,9 +237,11 @@ class Batch:
             if not 0 <= token < size:
                 raise ValueError(f"logit_bias: token {token} is not one of the model's {size}")
 
-    def _decode(self, outcome: _Outcome) -> None:
+    def _decode(self, outcome: _Outcome) -> bool:
+        """Returns whether there were rows whose first step this has only started."""
         if not self._decodings:
-            return
+            return False
+        starting = any(not row.started for each in self._decodings for row in each.samplers)
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
@@ -241,6 +250,7 @@ class Batch:
             for decoding, rows in zip(self._decodings, finished, strict=True):
                 self._leave(decoding, rows, may_return=False)
             self._close_ranks()
+        return starting
 
     def _step(self, decoding: Decoding, outcome: _Outcome) -> list[int]:
         """One token for each row; returns the rows that have ended."""
@@ -249,6 +259,9 @@ class Batch:
         for i, (sequence, token, place) in enumerate(
             zip(decoding.samplers, tokens, places, strict=True)
         ):
+            if not sequence.started:
+                sequence.started = True
+                continue
             try:
                 output = self._hand_out(sequence, token, place)
             except Exception as exc:  # noqa: BLE001 - as above

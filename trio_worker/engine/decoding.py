@@ -62,11 +62,11 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
 
     @classmethod
     def start(cls, model: Any, rows: Sequence[Row], caches: list[Any]) -> Decoding:
-        """Rows whose prompts are computed but for the last token; their first step is started.
+        """Rows whose prompts are computed but for the last token, which their first step takes.
 
         Takes their caches, which are merged already.
         """
-        return cls(
+        decoding = cls(
             model,
             uids=[row.request_id for row in rows],
             inputs=mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32),
@@ -78,6 +78,8 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
             stop_sequences=[StopSequences() for _ in rows],
             max_tokens=[0 for _ in rows],
         )
+        decoding._next_logprobs = [None for _ in rows]
+        return decoding
 
     @property
     def lengths(self) -> list[int]:
@@ -88,10 +90,10 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         ]
 
     def step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
-        """Take the tokens of the step in flight, and start the next one."""
-        return self._step()
+        """Take the tokens of the step in flight, and start the next one.
 
-    def _step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
+        Rows that have just started have none in flight: theirs are the last of their prompts.
+        """
         inputs, places = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, places
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
@@ -107,6 +109,10 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         for before, token in zip(self.tokens, tokens, strict=True):
             before.append(token)
         return tokens, places
+
+    def _step(self) -> tuple[list[int], list[tuple[Logprobs, int] | None]]:
+        """Do nothing when a batch is made: its rows make their first step with all others."""
+        return [], []
 
 
 def merge_alike(items: Iterable[_Rows], padding_max: int) -> list[_Rows]:

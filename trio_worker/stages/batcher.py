@@ -17,6 +17,7 @@ from trio_worker.core.formation import Formation, Trigger
 from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ArrivalRate
+from trio_worker.core.request import RequestId
 from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.core.turn import Output, Report, SequenceFailure
@@ -254,8 +255,10 @@ class _Batcher:
             if sequence.left_at is not None:
                 counters.cancel_ms.add(1000 * (now - sequence.left_at))
                 self._metrics.cancel_latency.observe(now - sequence.left_at)
+        sampled = set[RequestId]()
         for output in report.outputs:
-            self._sample(output, now)
+            self._sample(output, now, again=output.request_id in sampled)
+            sampled.add(output.request_id)
         self._hand_out(self._scheduler.book(report, now=now))
         self._gauge.read_engine(report.memory.active + report.memory.cache)
         self._scheduler.ledger.reconcile(
@@ -286,12 +289,15 @@ class _Batcher:
         wanted = DegradationStep.TRIM_CACHES in self._steps or not self._scheduler.has_work
         return wanted and trio.current_time() - self._trimmed_at >= TRIM_INTERVAL_S
 
-    def _sample(self, output: Output, now: float) -> None:
-        """Latencies, before the booking moves the times on."""
+    def _sample(self, output: Output, now: float, *, again: bool) -> None:
+        """Latencies, before the booking moves the times on; `again` in the same turn, no time."""
         sequence = self._scheduler.running.get(output.request_id)
         if sequence is None:
             return
-        if sequence.last_token_at is None:
+        if again:
+            self._counters.inter_token_ms.add(0.0)
+            self._metrics.inter_token.observe(0.0)
+        elif sequence.last_token_at is None:
             first_s = now - sequence.arrived_at
             self._counters.time_to_first_token_ms.add(1000 * first_s)
             self._metrics.time_to_first_token.observe(first_s, self._label(sequence))
@@ -310,17 +316,16 @@ class _Batcher:
             delivery.sequence.outputs.send_nowait(output)
 
     def _count(self, report: Report, now: float) -> None:
-        decoded = len(report.outputs)
         batches = self._batches
         batches.turns += 1
         batches.engine_memory = report.memory
-        if decoded:
+        for size in report.batch_sizes:
             batches.decode_turns += 1
-            batches.decoded += decoded
-            self._metrics.batch_size.observe(decoded)
-            batches.max_batch_seen = max(batches.max_batch_seen, decoded)
-            self._counters.throughput.add(decoded, now=now)
-            self._tokens_of_engine += decoded
+            batches.decoded += size
+            self._metrics.batch_size.observe(size)
+            batches.max_batch_seen = max(batches.max_batch_seen, size)
+            self._counters.throughput.add(size, now=now)
+            self._tokens_of_engine += size
 
     def _recycle_if_due(self, engine: Engine) -> None:
         """Metal's count of buffers runs out after some 300,000 tokens; nothing else does."""
