@@ -162,14 +162,15 @@ async def check_prefill_stays_within_its_bound(engine: Engine) -> None:
     assert done == totals
 
 
-async def check_each_decoding_sequence_gets_one_token_a_turn(engine: Engine) -> None:
+async def check_each_decoding_sequence_gets_one_token_a_step(engine: Engine) -> None:
+    """A turn has one step, and a second one at most where prompts have ended."""
     await engine.wait_ready()
 
     def each(report: Report) -> None:
-        ids = [output.request_id for output in report.outputs]
-        assert len(ids) == len(set(ids))
+        ended = any(prefill.done == prefill.total for prefill in report.prefills)
+        assert len(report.batch_sizes) <= 1 + ended
 
-    await run_all(engine, await admits(engine), each=each)
+    await run_all(engine, await admits(engine), prefill_tokens=5, each=each)
 
 
 async def check_removed_sequences_produce_nothing(engine: Engine) -> None:
@@ -342,7 +343,7 @@ CHECKS: tuple[Callable[[Engine], Awaitable[None]], ...] = (
     check_residents_are_those_who_came_and_have_not_left,
     check_an_answer_has_max_tokens_tokens_or_stopped,
     check_prefill_stays_within_its_bound,
-    check_each_decoding_sequence_gets_one_token_a_turn,
+    check_each_decoding_sequence_gets_one_token_a_step,
     check_removed_sequences_produce_nothing,
     check_unknown_removes_are_ignored,
     check_a_batch_gives_the_tokens_that_each_gets_alone,
