@@ -150,7 +150,7 @@ class Batch:
 
         Where prompts have ended there are two, since in the first those rows have no token yet.
         """
-        began_at = time.perf_counter()
+        started = time.perf_counter()
         outcome = _Outcome()
         self._remove(frozenset(turn.remove))
         if turn.trim_caches:
@@ -160,8 +160,7 @@ class Batch:
             self._admit(admit, outcome)
         # In this order, whoever's prompt ends now gives its first token before more is prefilled.
         self._prefill(turn.prefill_tokens, outcome)
-        started = self._decode(outcome)
-        if started:
+        if self._decode(outcome):
             self._decode(outcome)
         return TurnDone(
             outputs=tuple(outcome.outputs),
@@ -171,7 +170,7 @@ class Batch:
             memory_active=mx.get_active_memory(),
             memory_cache=mx.get_cache_memory(),
             memory_peak=mx.get_peak_memory(),
-            seconds=time.perf_counter() - began_at,
+            seconds=time.perf_counter() - started,
             prefill_tokens=outcome.prefill_tokens,
         )
 
@@ -395,9 +394,8 @@ class Batch:
 
         None if it is worth waiting until the `ends` have been computed, to begin with one's.
         """
-        nothing = Found(make_prompt_cache(self._model), 0, None)
         if self._prefixes is None:
-            return nothing
+            return Found(make_prompt_cache(self._model), 0, None)
         wanted = sequence.prefix
         kept = self._prefixes.longest(wanted)
         length, caches, index, row = self._longest_running(wanted, ready)
@@ -409,7 +407,7 @@ class Batch:
             return Found(stem.handles(), stem.length, stem)
         if length >= kept + SHORTEST:
             self._prefixes.keep(sequence.tokens[:length], _beginning(caches, index, length))
-        found = self._prefixes.find(wanted) or nothing
+        found = self._prefixes.find(wanted) or Found(make_prompt_cache(self._model), 0, None)
         if row and stem is None and found.stem and found.stem.length <= length:
             for layer in caches:
                 layer.adopt(index, found.stem)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -23,6 +23,9 @@ ALONE = 1024
 """Of one that nobody shares: below, another set of products at every step takes longer than
 padding does."""
 
+Part: TypeAlias = tuple[mx.array, mx.array]
+"""Keys and values of one layer."""
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Stem:
@@ -31,7 +34,7 @@ class Stem:
     Shapes (1, heads, length, width). Nothing writes to them.
     """
 
-    layers: tuple[tuple[mx.array, mx.array], ...]
+    layers: tuple[Part, ...]
     length: int
 
     def handles(self) -> list[Any]:
@@ -48,8 +51,7 @@ class Segment(NamedTuple):
     """Rows of a batch that follow each other and begin with the same stem, or with none."""
 
     rows: int
-    stem: tuple[mx.array, mx.array] | None
-    """Of one layer."""
+    stem: Part | None
 
 
 def stem_of(cache: Sequence[Any], done: int) -> Stem | None:

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import activations, base
 
 from trio_worker.engine.caches import RowsCache
-from trio_worker.engine.stems import Segment
+from trio_worker.engine.stems import Part, Segment
 
 _SPAN = 32.0
 """e to minus this is nothing beside a sum of which one term is 1, in single precision."""
@@ -37,10 +37,6 @@ _MANY = 1 << 17
 same."""
 _MASKED = -1e30
 """Finite, so that a row of padding, all of it masked, does not become not-a-number."""
-
-
-Part: TypeAlias = tuple[mx.array, mx.array]
-"""Keys and values."""
 
 
 def _series(logarithm: Callable[[Any], Any], low: float, high: float) -> list[float]:
@@ -205,7 +201,7 @@ def _hide(scores: mx.array, mask: mx.array, sharing: int) -> mx.array:
 
 def _tops(scores: mx.array) -> mx.array:
     """The highest of the last axis."""
-    while scores.size > _MANY:
+    while scores.size > _MANY and scores.shape[-1] > 1:
         half = (scores.shape[-1] + 1) // 2
         scores = mx.maximum(scores[..., :half], scores[..., -half:])
     return scores.max(axis=-1, keepdims=True)

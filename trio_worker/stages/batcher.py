@@ -294,15 +294,13 @@ class _Batcher:
         sequence = self._scheduler.running.get(output.request_id)
         if sequence is None:
             return
-        if again:
-            self._counters.inter_token_ms.add(0.0)
-            self._metrics.inter_token.observe(0.0)
-        elif sequence.last_token_at is None:
+        last_at = now if again else sequence.last_token_at
+        if last_at is None:
             first_s = now - sequence.arrived_at
             self._counters.time_to_first_token_ms.add(1000 * first_s)
             self._metrics.time_to_first_token.observe(first_s, self._label(sequence))
         else:
-            gap_s = now - sequence.last_token_at
+            gap_s = now - last_at
             self._counters.inter_token_ms.add(1000 * gap_s)
             self._metrics.inter_token.observe(gap_s)
 
