@@ -138,6 +138,18 @@ def test_after_rows_have_come_together_there_is_room_for_the_next_token() -> Non
     assert cache.make_mask(1) is not None
 
 
+def test_short_rows_have_little_room_and_long_rows_grow_seldom() -> None:
+    numbers = [[float(i), float(-i)] for i in range(600)]
+    cache = RowsCache.of([layer_of([row]) for row in numbers[0]], [1, 1], [0, 0], room=1)
+    rooms = [cache.keys.shape[2]]
+    for row in numbers[1:]:
+        cache.update_and_fetch(column(row), -column(row))
+        rooms.append(cache.keys.shape[2])
+    check(cache, [list(row) for row in zip(*numbers, strict=True)])
+    assert sorted(set(rooms)) == [64, 128, 192, 256, 512, 768]
+    assert all(room > size for size, room in enumerate(rooms))
+
+
 def test_only_plain_caches_are_taken() -> None:
     assert is_plain([KVCache(), KVCache()])
     assert not is_plain([KVCache(), RotatingKVCache(16)])

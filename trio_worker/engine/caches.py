@@ -11,6 +11,11 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from trio_worker.engine.stems import Segment, Stem
 
+STEP, STEP_LONG = 64, 256
+"""By how many tokens the room of rows grows, and that of rows which have so many already. Growing
+copies all of them, which long rows had better do seldom; but whoever comes or goes copies the room
+that nobody uses as well."""
+
 
 class RowsCache(BatchKVCache):  # type: ignore[misc]
     """mlx-lm's cache of a batch, made for rows that come and go while others decode.
@@ -77,6 +82,10 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
             for name in ("keys", "values")
         )
         return rows
+
+    @property
+    def step(self) -> int:
+        return _step(self._idx)
 
     def shared(self) -> Sequence[Segment]:
         """What rows begin with, for the attention to add; empty if none begins with a stem."""
@@ -197,13 +206,14 @@ def is_plain(layers: Sequence[Any]) -> bool:
 def _stacked(
     arrays: Sequence[mx.array | None], places: Sequence[tuple[int, int, int]], size: int
 ) -> mx.array:
-    """The rows of all arrays, in steps of 256 tokens.
+    """The rows of all arrays, with room for `size` tokens at least.
 
     Of each array, from such a token on, so many tokens, to such a place.
     """
     known = next(array for array in arrays if array is not None)
     count = sum(1 if array is None else array.shape[0] for array in arrays)
-    size = -(-size // RowsCache.step) * RowsCache.step
+    step = _step(size)
+    size = -(-size // step) * step
     stacked = mx.zeros((count, known.shape[1], size, known.shape[3]), dtype=known.dtype)
     row = 0
     for array, (first, held, start) in zip(arrays, places, strict=True):
@@ -212,6 +222,10 @@ def _stacked(
             stacked[row:end, :, start : start + held] = array[..., first : first + held, :]
         row = end
     return stacked
+
+
+def _step(size: int) -> int:
+    return STEP if size < STEP_LONG else STEP_LONG
 
 
 def _joined(parts: Sequence[mx.array]) -> mx.array:
