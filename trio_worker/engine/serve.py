@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from itertools import cycle, islice
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -36,6 +37,8 @@ log = logging.getLogger("trio_worker.engine")
 
 MB = 2**20
 PREWARM_PREFILL_TOKENS = 512
+PREWARM_TOKENS = 65
+"""At least: all but the last are computed together, as a prompt's are."""
 
 GREEDY = SamplingFrame(
     temperature=0.0,
@@ -129,12 +132,18 @@ def open_batch(model: LoadedModel, prefix_cache_bytes: int) -> Batch:
 
 
 def prewarm(batch: Batch, model: LoadedModel, prompt: str, max_tokens: int) -> None:
-    """Really generate: the kernels are compiled and the memory is touched before anybody waits."""
+    """Really generate: the kernels are compiled and the memory is touched before anybody waits.
+
+    A short prompt is said again and again.
+    """
+    max_tokens = max(max_tokens, 1)
+    tokens = tuple(model.tokenizer.encode(prompt)) or (0,)
+    wanted = max(len(tokens), min(PREWARM_TOKENS, model.context_length - max_tokens))
     admit = AdmitFrame(
         request_id="prewarm",
-        prompt=tuple(model.tokenizer.encode(prompt)) or (0,),
+        prompt=tuple(islice(cycle(tokens), wanted)),
         produced=(),
-        max_tokens=max(max_tokens, 1),
+        max_tokens=max_tokens,
         sampling=GREEDY,
         stop=(),
     )
