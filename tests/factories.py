@@ -88,4 +88,6 @@ def make_report(
         memory=EngineMemory(active=1, cache=2, peak=3),
         seconds=seconds,
         prefill_tokens=prefilled,
+        prefill_calls=int(prefilled > 0),
+        prefill_seconds=seconds if prefilled else 0.0,
     )

@@ -307,10 +307,10 @@ def beside_seven(budget: PrefillBudget, *, left: int = MUCH) -> int:
 def measured_budget(*, fixed_s: float, token_s: float, decode_s: float = 0.1) -> PrefillBudget:
     """After enough turns of an engine with these costs, seven requests decoding beside one."""
     budget = PrefillBudget(chunk_max=512, gap_target_s=0.2)
-    budget.record(seconds=decode_s, prefilled=0, steps=1)
+    budget.decoded(seconds=decode_s)
     for number in range(30):
         chunk = beside_seven(budget) + number % 3
-        budget.record(seconds=decode_s + fixed_s + token_s * chunk, prefilled=chunk, steps=1)
+        budget.prefilled(seconds=fixed_s + token_s * chunk, tokens=chunk, calls=1)
     return budget
 
 
@@ -333,13 +333,13 @@ def test_a_fixed_cost_that_cannot_be_avoided_is_made_worth_while() -> None:
 def test_a_growing_context_is_not_mistaken_for_a_fixed_cost(seed: int) -> None:
     """Its tokens cost more and more, and noise tilts the fitted line any way it likes."""
     budget, random = PrefillBudget(chunk_max=512, gap_target_s=0.2), Random(seed)
-    budget.record(seconds=0.08, prefilled=0, steps=1)
+    budget.decoded(seconds=0.08)
     gaps, done = [], 0
     while done < 4_000:
         chunk = beside_seven(budget)
-        gap_s = (0.08 + 0.04 + chunk * (0.001 + 2e-6 * done)) * random.uniform(0.8, 1.2)
-        budget.record(seconds=gap_s, prefilled=chunk, steps=1)
-        gaps.append(gap_s)
+        took_s = (0.04 + chunk * (0.001 + 2e-6 * done)) * random.uniform(0.8, 1.2)
+        budget.prefilled(seconds=took_s, tokens=chunk, calls=1)
+        gaps.append(0.08 + took_s)
         done += chunk
     assert max(gaps) < 0.5
 
@@ -365,15 +365,14 @@ def test_the_last_of_what_anybody_waits_for_is_prefilled_at_once() -> None:
     assert 45 <= beside_seven(budget, left=45) <= 80
 
 
-def test_a_turn_with_two_decode_steps_is_not_taken_for_a_slow_prefill() -> None:
+def test_calls_of_the_model_are_not_taken_for_slow_tokens() -> None:
     one, two = (PrefillBudget(chunk_max=512, gap_target_s=0.2) for _ in range(2))
-    for budget, steps in ((one, 1), (two, 2)):
-        budget.record(seconds=0.08, prefilled=0, steps=1)
-        for prefilled in (32, 8, 16):
-            budget.record(
-                seconds=steps * 0.08 + 0.04 + 0.004 * prefilled, prefilled=prefilled, steps=steps
-            )
-    assert beside_seven(one) == beside_seven(two)
+    for budget, calls in ((one, 1), (two, 2)):
+        budget.decoded(seconds=0.08)
+        for tokens in (32, 8, 16):
+            seconds = calls * (0.04 + 0.004 * tokens)
+            budget.prefilled(seconds=seconds, tokens=calls * tokens, calls=calls)
+    assert beside_seven(one) == beside_seven(two) > 10
 
 
 def test_the_batch_of_every_step_of_a_turn_is_known() -> None:
@@ -389,6 +388,8 @@ def test_the_batch_of_every_step_of_a_turn_is_known() -> None:
             memory=EngineMemory(active=0, cache=0, peak=0),
             seconds=0.0,
             prefill_tokens=0,
+            prefill_calls=0,
+            prefill_seconds=0.0,
         ).batch_sizes
 
     assert sizes() == ()

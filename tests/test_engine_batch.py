@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,9 @@ from tiny_model import CONTEXT, END, HEADS, HIDDEN, KV_HEADS, LAYERS, byte_token
 from trio_worker.engine import stems
 from trio_worker.engine.caches import can_share
 from trio_worker.engine.models import load
+from trio_worker.engine.prompts import CALL
 from trio_worker.engine.sampling import Plan
-from trio_worker.engine.serve import GREEDY, open_batch
+from trio_worker.engine.serve import GREEDY, open_batch, prewarm
 from trio_worker.frames import AdmitFrame, Turn
 
 pytestmark = pytest.mark.mlx
@@ -818,10 +820,45 @@ def test_who_comes_makes_the_first_step_with_all_others(batch: Any, model: Any) 
     assert tokens["old"] == run(open_batch(model, 0), old)["old"].tokens
 
 
+def test_prewarming_computes_a_prompt_as_well(batch: Any, model: Any) -> None:
+    batch._model = watched = Watched(model.module)
+    prewarm(batch, model, "Hello", 2)
+    assert [shape for shape in watched.shapes if shape[1] > 1] == [(1, 64)]
+    watched.shapes.clear()
+    prewarm(batch, replace(model, context_length=20), "Hello", 2)
+    assert [shape for shape in watched.shapes if shape[1] > 1] == [(1, 17)]
+    assert not batch.residents
+
+
 def test_prompts_of_very_different_lengths_are_computed_apart(batch: Any, model: Any) -> None:
     batch._model = watched = Watched(model.module)
     turn(batch, admit("long", PROMPTS[5]), admit("short", PROMPTS[1]), admit("other", PROMPTS[3]))
     assert [shape for shape in watched.shapes if shape[1] > 1] == [(1, 79), (2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "shapes"),
+    [
+        (30, [(1, 16)]),
+        (60, [(1, 16)]),
+        (17 + 2 * CALL, [(1, 16), (1, CALL)]),
+        (17 + CALL + 80, [(1, 16), (1, 79)]),
+    ],
+)
+def test_a_further_call_of_the_model_is_paid_from_the_turns_bound(
+    batch: Any, model: Any, budget: int, shapes: Any
+) -> None:
+    """Each reads the weights: a few tokens more of another prompt are not worth one."""
+    batch._model = watched = Watched(model.module)
+    short, long = admit("short", PROMPTS[3]), admit("long", PROMPTS[5])
+    done = turn(batch, short, long, prefill_tokens=budget)
+    assert [shape for shape in watched.shapes if shape[1] > 1] == shapes
+    assert done.prefill_calls == len(shapes)
+    assert 0 < done.prefill_seconds < done.seconds
+    first: list[int] = []
+    while not (first := tokens_of(done, "long")):
+        done = turn(batch, prefill_tokens=budget)
+    assert first[0] == run(open_batch(model, 0), long)["long"].tokens[0]
 
 
 @pytest.mark.parametrize("budget", [20, 33, 47, 64, 100])

@@ -242,6 +242,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             memory=EngineMemory(active=0, cache=0, peak=0),
             seconds=0.02,
             prefill_tokens=0,
+            prefill_calls=0,
+            prefill_seconds=0.0,
         )
 
     def _deliver(self, delivery: Delivery) -> None:

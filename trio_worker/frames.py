@@ -141,6 +141,8 @@ class TurnDone(msgspec.Struct, frozen=True, tag=True):
     memory_peak: int
     seconds: float
     prefill_tokens: int
+    prefill_calls: int
+    prefill_seconds: float
 
 
 class Tokenised(msgspec.Struct, frozen=True, tag=True):

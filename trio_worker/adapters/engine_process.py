@@ -608,6 +608,8 @@ def _report(done: TurnDone) -> Report:
         ),
         seconds=done.seconds,
         prefill_tokens=done.prefill_tokens,
+        prefill_calls=done.prefill_calls,
+        prefill_seconds=done.prefill_seconds,
     )
 
 

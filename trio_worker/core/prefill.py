@@ -1,7 +1,8 @@
 """How many prompt tokens a turn may compute, so that running answers keep flowing.
 
-A turn with prefill takes what its decode step takes, a fixed cost, and a cost for each token; the
-last two are fitted to measured turns as a straight line, with exponentially fading weights.
+A turn with prefill takes what its decode step takes, and what its calls of the model take: each a
+fixed cost, and a cost for each token. These two are fitted to measured turns as a straight line,
+with exponentially fading weights.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ class PrefillBudget:
     def restarted(self) -> None:
         """Forget what was measured: the engine has just started."""
         self._decode_s = 0.0
-        self._largest = 0
-        # Running means over turns with prefill: tokens, seconds, and their products.
+        self._largest = 0.0
+        # Running means over turns with prefill, of one call: tokens, seconds, and their products.
         self._n = self._s = self._nn = self._ns = 0.0
 
-    def record(self, *, seconds: float, prefilled: int, steps: int) -> None:
-        """One turn took `seconds`, prefilled so many tokens and made so many decode steps."""
-        if not prefilled:
-            if steps:
-                self._decode_s = _mean(self._decode_s or seconds, seconds)
-            return
-        own_s = max(seconds - steps * self._decode_s, 0.0)
+    def decoded(self, *, seconds: float) -> None:
+        """A decode step took `seconds`, in a turn without prefill."""
+        self._decode_s = _mean(self._decode_s or seconds, seconds)
+
+    def prefilled(self, *, seconds: float, tokens: int, calls: int) -> None:
+        """So many `tokens` took `seconds`, in so many `calls` of the model, one at least."""
+        each, each_s = tokens / calls, seconds / calls
         if not self._largest:
-            self._n, self._s = prefilled, own_s
-            self._nn, self._ns = prefilled**2, prefilled * own_s
-        self._n, self._s = _mean(self._n, prefilled), _mean(self._s, own_s)
-        self._nn, self._ns = _mean(self._nn, prefilled**2), _mean(self._ns, prefilled * own_s)
-        self._largest = max(self._largest, prefilled)
+            self._n, self._s = each, each_s
+            self._nn, self._ns = each**2, each * each_s
+        self._n, self._s = _mean(self._n, each), _mean(self._s, each_s)
+        self._nn, self._ns = _mean(self._nn, each**2), _mean(self._ns, each * each_s)
+        self._largest = max(self._largest, each)
 
     def chunk(self, *, decoding: int, waiting: int, left: int) -> int:
         """For a turn in which so many requests decode; others wait, for `left` tokens in all."""
@@ -68,7 +69,7 @@ class PrefillBudget:
         else:
             allowed_s = IDLE_S - fixed_s
         fitting = int(max(allowed_s, 0.0) / token_s)
-        return max(CHUNK_MIN, min(fitting, GROWTH * self._largest, self.chunk_max))
+        return max(CHUNK_MIN, min(fitting, int(GROWTH * self._largest), self.chunk_max))
 
     def _line(self) -> tuple[float, float]:
         """The fixed cost and the cost of a token, in seconds."""

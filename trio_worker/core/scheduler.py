@@ -181,15 +181,22 @@ class Scheduler:
             *(self._book_output(output, now) for output in report.outputs),
             *(self._book_failure(failure) for failure in report.failures),
         ]
-        self._prefill.record(
-            seconds=report.seconds,
-            prefilled=report.prefill_tokens,
-            steps=len(report.batch_sizes),
-        )
+        self._measure(report)
         assert report.residents == self._resident, (
             f"the engine holds {sorted(report.residents)}, not {sorted(self._resident)}"
         )
         return [delivery for delivery in deliveries if delivery is not None]
+
+    def _measure(self, report: Report) -> None:
+        if report.prefill_calls:
+            # The first step of those who join is slower than others, and is left out.
+            self._prefill.prefilled(
+                seconds=report.prefill_seconds,
+                tokens=report.prefill_tokens,
+                calls=report.prefill_calls,
+            )
+        elif report.outputs:
+            self._prefill.decoded(seconds=report.seconds / len(report.batch_sizes))
 
     def _book_output(self, output: Output, now: float) -> Delivery | None:
         ended = output.finish is not None

@@ -104,6 +104,9 @@ class Report:
     """Time spent inside the engine."""
     prefill_tokens: int
     """Prompt tokens computed in this turn."""
+    prefill_calls: int
+    """Of the model; each has to read its weights."""
+    prefill_seconds: float
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

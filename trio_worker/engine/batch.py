@@ -36,6 +36,7 @@ from trio_worker.engine.prefix import (
     common,
 )
 from trio_worker.engine.prompts import (
+    CALL,
     Computed,
     compute,
     compute_ends,
@@ -100,6 +101,7 @@ class _Outcome:
     prefills: list[PrefillFrame] = field(default_factory=list)
     failures: list[FailureFrame] = field(default_factory=list)
     prefill_tokens: int = 0
+    prefill_calls: int = 0
 
     def prefill(self, sequence: Sequence, count: int, done: int) -> None:
         """Of a sequence, `count` tokens more are computed, `done` in all."""
@@ -159,7 +161,9 @@ class Batch:
         for admit in turn.admit:
             self._admit(admit, outcome)
         # In this order, whoever's prompt ends now gives its first token before more is prefilled.
+        prefill_began_at = time.perf_counter()
         self._prefill(turn.prefill_tokens, outcome)
+        prefill_s = time.perf_counter() - prefill_began_at
         if self._decode(outcome):
             self._decode(outcome)
         return TurnDone(
@@ -172,6 +176,8 @@ class Batch:
             memory_peak=mx.get_peak_memory(),
             seconds=time.perf_counter() - started,
             prefill_tokens=outcome.prefill_tokens,
+            prefill_calls=outcome.prefill_calls,
+            prefill_seconds=prefill_s,
         )
 
     def _remove(self, leaving: frozenset[str]) -> None:
@@ -339,7 +345,11 @@ class Batch:
         self._decodings = merge_alike([d for d in self._decodings if len(d)], self._padding_max)
 
     def _prefill(self, budget: int, outcome: _Outcome) -> None:
-        """Compute the ends of prompts, several in one call, and the beginning of one more."""
+        """Compute the ends of prompts, several in one call, and the beginning of one more.
+
+        The first call is what the turn is for; every further one is paid from the budget, and one
+        for a beginning must be worth it.
+        """
         ready: list[Computed] = []
         ends: list[Sequence] = []
         for sequence in self._arriving:
@@ -360,8 +370,9 @@ class Batch:
             if left(sequence) <= budget:
                 budget -= self._settle_stem(sequence, outcome)
                 ends.append(sequence)
-            elif budget > 0:
+            elif budget >= (CALL if outcome.prefill_calls else 1):
                 compute(self._model, sequence, budget)
+                outcome.prefill_calls += 1
                 sequence.done += budget
                 outcome.prefill(sequence, budget, sequence.done)
                 budget = 0
@@ -371,18 +382,20 @@ class Batch:
             self._join(ready)
 
     def _settle_stem(self, sequence: Sequence, outcome: _Outcome) -> int:
-        """Before its end is computed; returns how many tokens of a long end this has computed."""
+        """Before its end is computed; returns what computing most of a long end has cost."""
         if not self._share or own_length(sequence, len(sequence.tokens)) < stems.ALONE:
             return 0
-        count = 0
+        spent = 0
         if left(sequence) > stems.SHORTEST:
             count = left(sequence) - 1
             compute(self._model, sequence, count)
+            outcome.prefill_calls += 1
             sequence.done += count
             outcome.prefill_tokens += count
+            spent = count + CALL
         assert sequence.cache is not None
         sequence.stem = stems.lengthened(sequence.stem, sequence.cache, sequence.done)
-        return count
+        return spent
 
     def _fits(self, ends: list[Sequence], budget: int) -> bool:
         return cost(ends) <= budget and fit_together(ends, self._padding_max)
@@ -431,10 +444,14 @@ class Batch:
         return max(shareable, key=lambda row: row[0], default=(0, [], 0, None))
 
     def _compute(self, ends: list[Sequence], ready: list[Computed], outcome: _Outcome) -> int:
-        """Returns how many tokens it took, padding included."""
+        """Returns what it has cost, in tokens: padding and one more call included."""
         if not ends:
             return 0
-        took = cost(ends)
+        width = max(map(left, ends))
+        # The last token of each prompt waits for the first decode step.
+        calls = int(width > 1)
+        outcome.prefill_calls += calls
+        took = cost(ends) + calls * CALL
         for sequence in ends:
             outcome.prefill(sequence, left(sequence), len(sequence.tokens))
         computed = compute_ends(self._model, ends)

@@ -16,8 +16,8 @@ from trio_worker.engine.caches import RowsCache, is_plain
 from trio_worker.engine.decoding import in_groups, own_length
 from trio_worker.engine.stems import Stem
 
-PADDING = 32
-"""Tokens that take about as long as one more call (38 on a CPU of two cores)."""
+CALL = 32
+"""Tokens that take about as long as one more call (38 to 60 on a CPU of two cores)."""
 
 
 class Row(Protocol):
@@ -70,7 +70,7 @@ def fit_together(rows: Sequence[Row], padding_max: int) -> bool:
     lengths = [own_length(row, len(row.tokens)) for row in rows]
     return (
         _are_plain(rows)
-        and cost(rows) - sum(map(left, rows)) <= PADDING * (len(rows) - 1)
+        and cost(rows) - sum(map(left, rows)) <= CALL * (len(rows) - 1)
         and len(rows) * max(lengths) - sum(lengths) <= padding_max
     )
 

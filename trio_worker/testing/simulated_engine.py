@@ -373,6 +373,8 @@ class SimulatedEngine:
             memory=self._memory(),
             seconds=trio.current_time() - began_at,
             prefill_tokens=prefilled,
+            prefill_calls=int(prefilled > 0),
+            prefill_seconds=self._config.prefill_ms_per_token * prefilled / 1000,
         )
 
     def _take_in(self, work: Work) -> None:
