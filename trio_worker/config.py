@@ -332,7 +332,10 @@ class PrewarmConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     enabled: Annotated[
         bool, Meta(description="whether the model answers once before the worker is ready")
     ] = True
-    prompt: Annotated[_Text, Meta(description="what it is asked")] = "Hello"
+    prompt: Annotated[
+        _Text,
+        Meta(description="what it is asked, again and again until it is as long as a short prompt"),
+    ] = "Hello"
     max_tokens: Annotated[int, Meta(ge=1, le=1_024, description="the length of its answer")] = 1
 
 
