@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
-from trio_worker.engine import vectorised
+from trio_worker.engine import tall, vectorised
 from trio_worker.engine.blas import MISSING, preload_blas
 from trio_worker.engine.prepared import (
     DEMO_NAME,
@@ -34,8 +34,6 @@ _REPOSITORY = re.compile(r"\A[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _SHARE_OF_MEMORY = 0.6
 """Weights are dequantised for a CPU only while they take less than this of its memory."""
-_TALL = 16
-"""Outputs over inputs from which a matrix is one over the vocabulary."""
 
 
 class CannotLoad(Exception):
@@ -186,23 +184,10 @@ def _for_this_device(module: Any) -> None:
         _unpack_common(module)
         dequantize_model(module)
         module.update(tree_map(_widen, module.parameters()))
-        _turn_tall_matrices(module)
+        tall.use_for(module)
         vectorised.use_for(module)
     mx.eval(module.parameters())
     mx.clear_cache()
-
-
-def _turn_tall_matrices(module: Any) -> None:
-    """Lay out the matrix over the vocabulary as its product reads it; its shape stays.
-
-    A product with a few rows, as in a decode step, would otherwise begin by copying the matrix.
-    Smaller matrices gain nothing by it.
-    """
-    for _, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Embedding):
-            outputs, inputs = layer.weight.shape
-            if outputs > _TALL * inputs:
-                layer.weight = mx.contiguous(layer.weight.T).T
 
 
 def _unpack_common(module: Any) -> None:
