@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -204,6 +205,26 @@ async def test_what_greets_otherwise_is_not_a_nats_server() -> None:
         nursery.start_soon(trio.serve_listeners, web, [listener])
         with pytest.raises(ConfigError, match="is not a NATS server"):
             await somebody_listens(f"nats://127.0.0.1:{listener.socket.getsockname()[1]}")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_what_hangs_up_without_a_word_is_nobody(reset: bool) -> None:  # noqa: FBT001
+    """A worker that is started again at once meets the server of the one before as it dies."""
+
+    async def hang_up(stream: trio.SocketStream) -> None:
+        if reset:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, hang_up, [listener])
+        url = f"nats://127.0.0.1:{listener.socket.getsockname()[1]}"
+        assert not await somebody_listens(url)
+        # One that lives on is found out when a server is to take its place.
+        with pytest.raises(ConfigError, match="cannot listen"):
+            async with open_nats_server(url):
+                raise AssertionError
         nursery.cancel_scope.cancel()
 
 

@@ -53,8 +53,9 @@ def is_loopback(url: str) -> bool:
 async def somebody_listens(url: str) -> bool:
     """Whether a NATS server answers at `url`; False if nobody does.
 
-    Raises `ConfigError` if something answers that does not greet as a NATS server does.
-    Bounded by the time for a greeting.
+    Nobody does either where the connection ends without a word: so it is with a server that is
+    just dying, whose port was still open. Raises `ConfigError` if something answers that does not
+    greet as a NATS server does. Bounded by the time for a greeting.
     """
     address = parse_nats_url(url)
     greeting = b""
@@ -66,6 +67,8 @@ async def somebody_listens(url: str) -> bool:
         async with stream:
             with suppress(trio.BrokenResourceError):
                 greeting = await stream.receive_some(64)
+    if not greeting and not scope.cancelled_caught:
+        return False
     if not greeting.startswith(b"INFO "):
         if scope.cancelled_caught:
             what = f"says nothing for {_GREETING_TIMEOUT_S:g} s"
