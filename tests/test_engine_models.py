@@ -31,6 +31,7 @@ from tiny_model import (
 )
 
 from trio_worker.engine import prepared
+from trio_worker.engine.blas import set_up_mkl
 from trio_worker.engine.check import check
 from trio_worker.engine.models import CannotLoad, load, resolve
 from trio_worker.engine.prepared import DEMO_NAME, CannotPrepare, cache_folder, prepare_demo
@@ -425,3 +426,19 @@ def test_the_check_finds_a_model_whose_rows_disturb_each_other(tiny: Any) -> Non
 
     attention.__class__ = Leaking
     assert check(model)
+
+
+@pytest.mark.parametrize(
+    ("maker", "before", "after"),
+    [
+        ("GenuineIntel", {}, {}),
+        ("AuthenticAMD", {}, {"MKL_CBWR": "AUTO"}),
+        ("AuthenticAMD", {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "COMPATIBLE"}),
+    ],
+)
+def test_mkl_is_set_up_for_processors_of_other_makers(
+    maker: str, before: dict[str, str], after: dict[str, str]
+) -> None:
+    environ = dict(before)
+    set_up_mkl(environ, f"processor\t: 0\nvendor_id\t: {maker}\n")
+    assert environ == after

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
+import os
 import platform
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 MISSING = (
@@ -30,8 +32,20 @@ def preload_blas() -> str | None:
     return _load_first()
 
 
+def set_up_mkl(environ: MutableMapping[str, str], cpuinfo: str) -> None:
+    """Have MKL share out products of a few rows among all cores, also on another maker's processor.
+
+    There it computes up to eight rows on one core alone, unless its results are to be
+    reproducible (`MKL_CBWR`), which sends it another way. A variable that is set already stays.
+    """
+    if "GenuineIntel" not in cpuinfo:
+        environ.setdefault("MKL_CBWR", "AUTO")
+
+
 def _load_first() -> str:
     if platform.machine() in {"x86_64", "AMD64"}:
+        # It reads its variables when it is loaded.
+        set_up_mkl(os.environ, Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         for path in sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*")):
             if _load(str(path)):
                 return "mkl"
