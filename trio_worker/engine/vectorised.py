@@ -176,9 +176,20 @@ def _attend_block(
     sums = reduce(add, (_as_rows(_sums(each), rows) for each in weights))
     attended = reduce(
         add,
-        (_as_rows(each @ values, rows) for each, (_, values) in zip(weights, parts, strict=True)),
+        (
+            _as_rows(_product(each, values), rows)
+            for each, (_, values) in zip(weights, parts, strict=True)
+        ),
     )
     return (attended / sums).reshape(rows, heads, length, -1)
+
+
+def _product(weights: mx.array, values: mx.array) -> mx.array:
+    """Their matrix product; three rows, as of as many heads, take MKL longer than four."""
+    if weights.shape[-2] != 3:
+        return weights @ values
+    four = mx.pad(weights, [(0, 0), (0, 0), (0, 1), (0, 0)])
+    return (four @ values)[..., :3, :]
 
 
 def _as_rows(array: mx.array, rows: int) -> mx.array:
