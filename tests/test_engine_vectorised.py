@@ -124,7 +124,10 @@ def test_a_row_that_sees_nothing_stays_finite() -> None:
     ],
     ids=["16 bits", "a mask for each head", "sinks"],
 )
-def test_what_it_was_not_made_for_is_left_to_mlx_lm(other: dict[str, Any]) -> None:
+def test_what_it_was_not_made_for_is_left_to_mlx_lm(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectorised, "_FEWEST_SCORES", 0)
     dtype = other.pop("dtype", mx.float32)
     arrays: Any = [normal(1, heads, length, 8) for heads, length in ((4, 20), (2, 30), (2, 30))]
     arrays = [array.astype(dtype) for array in arrays]
@@ -143,7 +146,8 @@ def test_a_models_layers_call_them_and_say_the_same(
     assert llama.scaled_dot_product_attention is not base.scaled_dot_product_attention
     answers = []
     for fewest in (10**9, 0):
-        monkeypatch.setattr(vectorised, "_FEWEST", fewest)
+        monkeypatch.setattr(vectorised, "_FEWEST_GATES", fewest)
+        monkeypatch.setattr(vectorised, "_FEWEST_SCORES", fewest)
         batch, tokens = open_batch(model, 0), []
         admits = tuple(
             AdmitFrame(
