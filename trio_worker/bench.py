@@ -216,19 +216,21 @@ async def _newcomer(bench: Bench) -> None:
     """The gaps between tokens of seven streams, before and while a long prompt is computed."""
     target_ms = bench.config.worker.engine.token_gap_target_ms
     async with running(bench) as worker:
-        largest, usual = [], []
+        usual, late, largest = [], [], []
         for number in range(1, bench.rounds + 1):
             before, during, tokens, seconds = await worker.gaps_around_a_newcomer(number)
+            usual.append(statistics.median(during))
+            late.append(_p95(during))
             largest.append(max(during))
-            usual.append(_p95(during))
             _print(
-                f"  round {number}: gaps of {CONCURRENT - 1} streams, p95 and largest, "
-                f"{_ms(_p95(before))} and {_ms(max(before))} ms; "
-                f"{_ms(usual[-1])} and {_ms(largest[-1])} ms while a prompt of {tokens} tokens "
-                f"was computed, which took {seconds:.1f} s"
+                f"  round {number}: gaps of {CONCURRENT - 1} streams, median, p95 and largest, "
+                f"{_ms(statistics.median(before))}, {_ms(_p95(before))} and {_ms(max(before))} ms; "
+                f"{_ms(usual[-1])}, {_ms(late[-1])} and {_ms(largest[-1])} ms while a prompt of "
+                f"{tokens} tokens was computed, which took {seconds:.1f} s"
             )
         _print(
-            f"gaps beside a newcomer with a long prompt: p95 {_ms(statistics.median(usual))} ms, "
+            f"gaps beside a newcomer with a long prompt: median {_ms(statistics.median(usual))} "
+            f"ms, p95 {_ms(statistics.median(late))} ms, "
             f"largest {_ms(statistics.median(largest))} ms; {target_ms} wanted"
         )
 
