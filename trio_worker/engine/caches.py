@@ -174,6 +174,13 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
             self._segments = []
 
 
+def before_call(layers: Sequence[Any]) -> None:
+    """Have all layers name the rows' positions by one array: what is made of it is made once."""
+    for layer in layers:
+        if isinstance(layer, RowsCache):
+            layer.offset = layers[0].offset
+
+
 def can_share(model: Any) -> bool:
     """Whether the attention of all layers of `model` asks for what rows begin with.
 

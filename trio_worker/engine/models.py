@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
-from trio_worker.engine import vectorised
+from trio_worker.engine import rotary, vectorised
 from trio_worker.engine.blas import MISSING, preload_blas
 from trio_worker.engine.prepared import (
     DEMO_NAME,
@@ -184,6 +184,7 @@ def _for_this_device(module: Any) -> None:
         _unpack_common(module)
         dequantize_model(module)
         module.update(tree_map(_widen, module.parameters()))
+        rotary.use_for(module)
         vectorised.use_for(module)
     mx.eval(module.parameters())
     mx.clear_cache()
