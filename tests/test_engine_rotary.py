@@ -7,13 +7,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx import nn
-from tiny_model import LAYERS, write_tiny_model
+from tiny_model import LAYERS, admits, write_tiny_model
 
 from trio_worker.engine import rotary
 from trio_worker.engine.models import load
 from trio_worker.engine.rotary import SharedRoPE
-from trio_worker.engine.serve import GREEDY, open_batch
-from trio_worker.frames import AdmitFrame, Turn
+from trio_worker.engine.serve import open_batch
+from trio_worker.frames import Turn
 
 pytestmark = pytest.mark.mlx
 
@@ -99,19 +99,8 @@ def test_a_step_and_a_call_for_prompts_compute_one_table_for_all_layers(
         return plain(angles)
 
     monkeypatch.setattr(mx, "cos", counted)
-    admits = tuple(
-        AdmitFrame(
-            request_id=str(length),
-            prompt=tuple(range(3, 3 + length)),
-            produced=(),
-            max_tokens=20,
-            sampling=GREEDY,
-            stop=(),
-        )
-        for length in (20, 22, 25)
-    )
     assert LAYERS > 1
-    batch.turn(Turn(admit=admits, remove=(), prefill_tokens=128))
+    batch.turn(Turn(admit=admits(20, 22, 25), remove=(), prefill_tokens=128))
     assert [shape[2] for shape in computed] == [24, 1, 1], "the prompts, and two steps"
     computed.clear()
     for _ in range(3):

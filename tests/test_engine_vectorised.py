@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import activations, base, llama
-from tiny_model import write_tiny_model
+from tiny_model import admits, write_tiny_model
 
 from trio_worker.engine import vectorised
 from trio_worker.engine.models import load
-from trio_worker.engine.serve import GREEDY, open_batch
+from trio_worker.engine.serve import open_batch
 from trio_worker.engine.stems import Segment
-from trio_worker.frames import AdmitFrame, Turn
+from trio_worker.frames import Turn
 
 pytestmark = pytest.mark.mlx
 
@@ -149,18 +149,7 @@ def test_a_models_layers_call_them_and_say_the_same(
         monkeypatch.setattr(vectorised, "_FEWEST_GATES", fewest)
         monkeypatch.setattr(vectorised, "_FEWEST_SCORES", fewest)
         batch, tokens = open_batch(model, 0), []
-        admits = tuple(
-            AdmitFrame(
-                request_id=str(length),
-                prompt=tuple(range(3, 3 + length)),
-                produced=(),
-                max_tokens=20,
-                sampling=GREEDY,
-                stop=(),
-            )
-            for length in (4, 90, 100)
-        )
-        done = batch.turn(Turn(admit=admits, remove=(), prefill_tokens=64))
+        done = batch.turn(Turn(admit=admits(4, 90, 100), remove=(), prefill_tokens=64))
         while True:
             tokens += [(output.request_id, output.token) for output in done.outputs]
             if not done.residents:

@@ -10,7 +10,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from trio_worker.engine.serve import GREEDY
 from trio_worker.engine.text import byte_alphabet
+from trio_worker.frames import AdmitFrame
 
 VOCABULARY = 512
 HIDDEN = 64
@@ -89,6 +91,21 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     _write_tokenizer(folder)
     return folder
+
+
+def admits(*lengths: int) -> tuple[AdmitFrame, ...]:
+    """Greedy requests for 20 tokens, with prompts of these lengths, by which they are named."""
+    return tuple(
+        AdmitFrame(
+            request_id=str(length),
+            prompt=tuple(range(3, 3 + length)),
+            produced=(),
+            max_tokens=20,
+            sampling=GREEDY,
+            stop=(),
+        )
+        for length in lengths
+    )
 
 
 def _write_tokenizer(folder: Path) -> None:

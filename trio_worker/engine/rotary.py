@@ -20,7 +20,7 @@ class SharedRoPE(nn.RoPE):  # type: ignore[misc]
     """`nn.RoPE` for all layers of a model.
 
     Holds the tables of the last positions it was asked for: of the same array, or number, and
-    as many tokens.
+    as many tokens. mlx-lm's caches take another array when they move on; none changes one in place.
     """
 
     def __init__(self, dims: int, *, base: float, scale: float) -> None:
