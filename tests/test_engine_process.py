@@ -17,7 +17,16 @@ from typing import Any
 import psutil
 import pytest
 import trio
-from engine_conformance import CHECKS, ENDS, PROMPTS, Harm, admits, request, run_all
+from engine_conformance import (
+    CHECKS,
+    ENDS,
+    PATIENCE_S,
+    PROMPTS,
+    Harm,
+    admits,
+    request,
+    run_all,
+)
 from loguru import logger
 from tiny_model import write_tiny_model
 from trio.testing import wait_all_tasks_blocked
@@ -177,7 +186,7 @@ async def test_the_ends_of_the_engine_process_conform(tiny: Any, check: Any) -> 
 
 async def lost_reason(engine: Any) -> str:
     """Turn until the engine is lost, which it soon is."""
-    with trio.fail_after(2):
+    with trio.fail_after(PATIENCE_S):
         while True:
             try:
                 await engine.turn(Work())
@@ -226,14 +235,14 @@ async def test_a_stopped_engine_is_noticed_within_the_turn_timeout_and_replaced(
     async with opened(tiny, turn_timeout_s=0.5) as engine:
         await engine.wait_ready()
         kill(engine, signal.SIGSTOP)
-        with trio.fail_after(2), pytest.raises(EngineLost) as lost:
+        with trio.fail_after(PATIENCE_S), pytest.raises(EngineLost) as lost:
             await engine.turn(Work())
         assert lost.value.reason == "hang"
         await engine.wait_ready()
         kill(engine, signal.SIGSTOP)
         with trio.move_on_after(0.1):
             await engine.tokenise(request("hello"))
-        with trio.fail_after(2):
+        with trio.fail_after(PATIENCE_S):
             await until(lambda: engine.statistics().state != "ready")
         await engine.wait_ready()
         assert engine.statistics().restarts == 2
