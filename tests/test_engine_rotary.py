@@ -86,6 +86,13 @@ def test_layers_that_rotate_alike_share_one_and_others_do_not() -> None:
     assert type(traditional) is nn.RoPE
 
 
+def test_a_model_that_rotates_otherwise_stays_as_it_is() -> None:
+    other = nn.SinusoidalPositionalEncoding(8)
+    model = _Model(other, other)
+    rotary.use_for(model)
+    assert all(layer.rope is other for layer in model.layers)
+
+
 def test_a_step_and_a_call_for_prompts_compute_one_table_for_all_layers(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

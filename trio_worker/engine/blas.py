@@ -35,7 +35,7 @@ def preload_blas() -> str | None:
 def set_up_mkl(environ: MutableMapping[str, str], cpuinfo: str) -> None:
     """Have MKL share out products of a few rows among all cores, also on another maker's processor.
 
-    There it computes up to eight rows on one core alone, unless its results are to be
+    There such a product takes about as long as on one core alone, unless results are to be
     reproducible (`MKL_CBWR`), which sends it another way. A variable that is set already stays.
     """
     if "GenuineIntel" not in cpuinfo:

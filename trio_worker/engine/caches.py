@@ -174,10 +174,13 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
             self._segments = []
 
 
-def before_call(layers: Sequence[Any]) -> None:
-    """Have all layers name the rows' positions by one array: what is made of it is made once."""
-    for layer in layers:
-        if isinstance(layer, RowsCache):
+def share_positions(layers: Sequence[Any]) -> None:
+    """Before a call: have all layers name the rows' positions by one array.
+
+    What is made of it is then made once. The layers are all `RowsCache`s, or none is.
+    """
+    if isinstance(layers[0], RowsCache):
+        for layer in layers[1:]:
             layer.offset = layers[0].offset
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, StopSequences
 
 from trio_worker.engine import sampling
-from trio_worker.engine.caches import before_call
+from trio_worker.engine.caches import share_positions
 from trio_worker.engine.sampling import Logprobs, Plan
 from trio_worker.engine.stems import Stem
 
@@ -97,7 +97,7 @@ class Decoding(GenerationBatch):  # type: ignore[misc]
         """
         inputs, places = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, places
-        before_call(self.prompt_cache)
+        share_positions(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         if self._plan is None:
             self._plan = Plan(self.samplers, self.tokens, logits.shape[-1])

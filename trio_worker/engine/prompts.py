@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from trio_worker.engine.caches import RowsCache, before_call, is_plain
+from trio_worker.engine.caches import RowsCache, is_plain, share_positions
 from trio_worker.engine.decoding import in_groups, own_length
 from trio_worker.engine.stems import Stem
 
@@ -121,7 +121,7 @@ def _compute_aligned(model: Any, rows: Sequence[Row]) -> list[Any]:
             [0] * absent + row.tokens[len(row.tokens) - 1 - width + absent : -1]
             for row, absent in zip(rows, missing, strict=True)
         ]
-        before_call(caches)
+        share_positions(caches)
         model(mx.array(ends), cache=caches)
         mx.eval([layer.state for layer in caches])
     return caches
