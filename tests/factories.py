@@ -85,7 +85,7 @@ def make_report(
             for request_id in failures or []
         ),
         residents=frozenset(RequestId(each) for each in residents),
-        memory=EngineMemory(active=1, cache=2, peak=3),
+        memory=EngineMemory(active=1, cache=2),
         seconds=seconds,
         prefill_tokens=prefilled,
         prefill_calls=int(prefilled > 0),

@@ -385,7 +385,7 @@ def test_the_batch_of_every_step_of_a_turn_is_known() -> None:
             prefills=(),
             failures=(),
             residents=frozenset(),
-            memory=EngineMemory(active=0, cache=0, peak=0),
+            memory=EngineMemory(active=0, cache=0),
             seconds=0.0,
             prefill_tokens=0,
             prefill_calls=0,

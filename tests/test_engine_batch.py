@@ -610,7 +610,7 @@ def test_residents_are_those_who_came_and_have_not_left(batch: Any) -> None:
 
 def test_the_report_has_the_allocators_numbers_and_the_time(batch: Any) -> None:
     done = turn(batch, admit("one"))
-    assert done.memory_peak >= done.memory_active > 0
+    assert done.memory_active > 0
     assert done.memory_cache >= 0
     assert 0 < done.seconds < 60
 

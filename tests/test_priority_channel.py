@@ -1,4 +1,4 @@
-"""The request queue as a channel keeps the contract of a Trio memory channel."""
+"""The request queue as a channel: its ends keep the promises of a Trio memory channel's."""
 
 from __future__ import annotations
 
@@ -25,25 +25,34 @@ def ends() -> Ends:
     return open_priority_channel(RequestQueue(max_size=3))
 
 
-async def test_the_most_urgent_is_received_first(ends: Ends) -> None:
+async def take_first(receive: PriorityReceiveChannel) -> Sequence:
+    """As the batcher does: wait, look, take."""
+    await receive.wait_depth(1)
+    first = receive.first()
+    assert first is not None
+    receive.take_nowait(first)
+    return first
+
+
+async def test_the_most_urgent_is_taken_first(ends: Ends) -> None:
     send, receive = ends
     for name, level in [("low", 2), ("high", 0), ("medium", 1)]:
         send.send_nowait(make_sequence(name, level=level))
-    assert [(await receive.receive()).request_id for _ in range(3)] == ["high", "medium", "low"]
-    with pytest.raises(trio.WouldBlock):
-        receive.receive_nowait()
+    assert [(await take_first(receive)).request_id for _ in range(3)] == ["high", "medium", "low"]
+    assert receive.first() is None
 
 
-async def test_receive_waits_and_a_cancelled_wait_takes_nothing(
+async def test_a_waiting_receiver_is_woken_by_what_is_sent(
     ends: Ends, autojump_clock: MockClock
 ) -> None:
     send, receive = ends
-    with trio.move_on_after(1):
-        await receive.receive()
+    with trio.move_on_after(1) as nobody:
+        await receive.wait_depth(1)
+    assert nobody.cancelled_caught
     got: list[Sequence] = []
 
     async def take() -> None:
-        got.append(await receive.receive())
+        got.append(await take_first(receive))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take)
@@ -57,9 +66,9 @@ async def test_closing_the_sender_ends_the_receiver_once_it_is_empty(ends: Ends)
     send, receive = ends
     send.send_nowait(make_sequence("last"))
     send.close()
-    assert (await receive.receive()).request_id == "last"
+    assert (await take_first(receive)).request_id == "last"
     with pytest.raises(trio.EndOfChannel):
-        await receive.receive()
+        await receive.wait_depth(1)
     with pytest.raises(trio.ClosedResourceError):
         send.send_nowait(make_sequence())
 
@@ -70,7 +79,7 @@ async def test_closing_wakes_a_waiting_receiver(ends: Ends) -> None:
 
         async def take() -> None:
             with pytest.raises(trio.EndOfChannel):
-                await receive.receive()
+                await receive.wait_depth(1)
 
         nursery.start_soon(take)
         await wait_all_tasks_blocked()
@@ -93,7 +102,7 @@ async def test_a_sequence_can_be_taken_out_wherever_it_stands(ends: Ends) -> Non
         send.send_nowait(sequence)
     assert send.withdraw(sequences[1])
     assert not send.withdraw(sequences[1])
-    assert [receive.receive_nowait() for _ in range(2)] == [sequences[0], sequences[2]]
+    assert [(await take_first(receive)) for _ in range(2)] == [sequences[0], sequences[2]]
 
 
 async def test_wait_depth_waits_for_company(ends: Ends, autojump_clock: MockClock) -> None:

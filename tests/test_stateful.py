@@ -239,7 +239,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for name in failures
             ),
             residents=frozenset(self.residents),  # type: ignore[arg-type]
-            memory=EngineMemory(active=0, cache=0, peak=0),
+            memory=EngineMemory(active=0, cache=0),
             seconds=0.02,
             prefill_tokens=0,
             prefill_calls=0,

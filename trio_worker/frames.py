@@ -138,7 +138,6 @@ class TurnDone(msgspec.Struct, frozen=True, tag=True):
     residents: tuple[str, ...]
     memory_active: int
     memory_cache: int
-    memory_peak: int
     seconds: float
     prefill_tokens: int
     prefill_calls: int

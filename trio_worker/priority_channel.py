@@ -1,8 +1,9 @@
-"""The request queue as a channel: core's sorted queue with the contract of a Trio memory channel.
+"""The request queue as a channel: core's sorted queue with two ends like a Trio memory channel's.
 
-`send_nowait` never has to wait, because a place was taken at admission; `receive` waits for the
-most urgent sequence; closing the sending end ends the receiving one with `EndOfChannel` once the
-queue is empty. What a memory channel has not: a sequence can be taken out wherever it stands.
+`send_nowait` never has to wait, because a place was taken at admission; closing the sending end
+ends the receiving one with `EndOfChannel` once the queue is empty. What a memory channel has not:
+whoever receives waits for a depth, looks at the first and takes it or not, and a sequence can be
+taken out wherever it stands.
 """
 
 from __future__ import annotations
@@ -93,24 +94,6 @@ class PriorityReceiveChannel(_End):
     def put_back_nowait(self, sequence: Sequence) -> None:
         """Return a sequence to the place that its key gives it."""
         self._state.queue.add(sequence)
-
-    def receive_nowait(self) -> Sequence:
-        """The most urgent sequence.
-
-        Raises `WouldBlock` when there is none, `EndOfChannel` when there will be none.
-        """
-        if not self._state.receive_open:
-            raise trio.ClosedResourceError
-        if len(self._state.queue):
-            return self._state.queue.take()
-        if not self._state.send_open:
-            raise trio.EndOfChannel
-        raise trio.WouldBlock
-
-    async def receive(self) -> Sequence:
-        """Wait for a sequence and take it. Cancelled: nothing has been taken."""
-        await self.wait_depth(1)
-        return self.receive_nowait()
 
     async def wait_depth(self, depth: int) -> None:
         """Return once at least `depth` sequences are queued; nothing is taken.

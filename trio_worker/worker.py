@@ -256,7 +256,6 @@ async def _serve(
                 gauge=gauge,
                 scheduler=scheduler,
                 door=door,
-                batches=batches,
                 check_interval_s=limits.check_interval_ms / 1000,
                 relief_timeout_s=limits.relief_timeout_ms / 1000,
             )

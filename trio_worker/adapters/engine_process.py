@@ -603,9 +603,7 @@ def _report(done: TurnDone) -> Report:
             for frame in done.failures
         ),
         residents=frozenset(RequestId(request_id) for request_id in done.residents),
-        memory=EngineMemory(
-            active=done.memory_active, cache=done.memory_cache, peak=done.memory_peak
-        ),
+        memory=EngineMemory(active=done.memory_active, cache=done.memory_cache),
         seconds=done.seconds,
         prefill_tokens=done.prefill_tokens,
         prefill_calls=done.prefill_calls,

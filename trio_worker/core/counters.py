@@ -102,9 +102,7 @@ class BatchCounters:
         self.max_batch_seen = 0
         self.last_formation_ms = 0.0
         self.by_trigger: Counter[str] = Counter()
-        self.reliefs = 0
-        """Engines replaced because memory stayed critical."""
-        self.engine_memory = EngineMemory(active=0, cache=0, peak=0)
+        self.engine_memory = EngineMemory(active=0, cache=0)
         """As of the last turn."""
         self.turn_began_at: float | None = None
         """Set while a turn is under way."""

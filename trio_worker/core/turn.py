@@ -87,7 +87,6 @@ class EngineMemory:
 
     active: int
     cache: int
-    peak: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

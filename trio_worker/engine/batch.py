@@ -173,7 +173,6 @@ class Batch:
             residents=tuple(self.residents),
             memory_active=mx.get_active_memory(),
             memory_cache=mx.get_cache_memory(),
-            memory_peak=mx.get_peak_memory(),
             seconds=time.perf_counter() - started,
             prefill_tokens=outcome.prefill_tokens,
             prefill_calls=outcome.prefill_calls,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import trio
 from loguru import logger
 
-from trio_worker.core.counters import BatchCounters
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.door import Door
@@ -31,7 +30,6 @@ async def run_monitor(
     gauge: PressureGauge,
     scheduler: Scheduler,
     door: Door,
-    batches: BatchCounters,
     check_interval_s: float,
     relief_timeout_s: float,
 ) -> None:
@@ -61,7 +59,6 @@ async def run_monitor(
             critical_since = trio.current_time()
         elif trio.current_time() - critical_since >= relief_timeout_s and engine.ready.value:
             logger.warning("Memory stays critical: replacing the engine by a fresh one")
-            batches.reliefs += 1
             engine.recycle()
             critical_since = None
         calm = gauge.level is Pressure.NORMAL

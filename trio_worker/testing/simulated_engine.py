@@ -247,7 +247,6 @@ class SimulatedEngine:
         self._hangs_next = False
         self._deaths = 0
         """Ends that count against `max_restarts`."""
-        self._peak = 0
         self._restarts: Counter[str] = Counter()
         """By the reason of the end before it."""
         self.largest_batch = 0
@@ -260,11 +259,6 @@ class SimulatedEngine:
     @property
     def residents(self) -> frozenset[RequestId]:
         return frozenset(self._residents)
-
-    @property
-    def kept_tokens(self) -> int:
-        """Tokens whose caches are kept for reuse only."""
-        return self._kept.tokens
 
     def crash(self) -> None:
         """End as a killed process would: at once, with all it holds."""
@@ -472,8 +466,7 @@ class SimulatedEngine:
     def _memory(self) -> EngineMemory:
         tokens = sum(each.held for each in self._residents.values()) + self._kept.tokens
         active = self._model_bytes + tokens * self._info.cache_bytes_per_token
-        self._peak = max(self._peak, active)
-        return EngineMemory(active=active, cache=0, peak=self._peak)
+        return EngineMemory(active=active, cache=0)
 
     def _token(self, text: str) -> int:
         return zlib.crc32(text.encode("utf-8", "surrogatepass")) % self._config.vocabulary
