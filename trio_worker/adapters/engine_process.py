@@ -25,6 +25,7 @@ from trio_util import AsyncBool
 
 from trio_worker.core.load_patience import LoadPatience
 from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
+from trio_worker.core.restart_budget import RestartBudget
 from trio_worker.errors import (
     ConfigError,
     EngineFailed,
@@ -138,7 +139,9 @@ class EngineProcess:
         self._child: _Child | None = None
         # True exactly while there is a `_child`.
         self._is_ready = AsyncBool(value=False)
-        self._deaths: deque[float] = deque()
+        self._budget = RestartBudget(
+            max_restarts=settings.max_restarts, window_s=settings.restart_window_s
+        )
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
 
     @property
@@ -200,8 +203,7 @@ class EngineProcess:
 
     def pardon(self, count: int) -> None:
         """Give back so many of the latest deaths to the budget: one request was guilty of them."""
-        for _ in range(min(count, len(self._deaths))):
-            self._deaths.pop()
+        self._budget.give_back(count)
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
@@ -234,21 +236,17 @@ class EngineProcess:
             self._state = "stopped"
 
     def _spend_restart(self, end: _End) -> None:
-        now = trio.current_time()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self._settings.restart_window_s:
-            self._deaths.popleft()
-        if len(self._deaths) > self._settings.max_restarts:
+        if not self._budget.spend(trio.current_time()):
             said = "\n  ".join(self._lines)
             raise WorkerFault(
-                f"the engine ended {len(self._deaths)} times within "
-                f"{self._settings.restart_window_s:g} s, at last: {end.message}"
+                f"the engine ended {self._budget.spent} times within "
+                f"{self._budget.window_s:g} s, at last: {end.message}"
                 + (f"; its last lines:\n  {said}" if said else "")
             )
 
     def _backoff_s(self) -> float:
-        """None before the first restart of a window, then doubling."""
-        earlier = len(self._deaths) - 1
+        """0.0 before the first restart of a window, then doubling."""
+        earlier = self._budget.spent - 1
         return min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** (earlier - 1)) if earlier > 0 else 0.0
 
     async def _live_once(self) -> _End:
