@@ -341,7 +341,7 @@ class Found:
 
 
 FOUND = (
-    Found(scheduler_withdraw_forgotten, CANCELLED, "running"),
+    Found(scheduler_withdraw_forgotten, CANCELLED, "at stage ended of victim"),
     Found(queue_withdraw_forgotten, CROWDED, "at stage ended"),
     Found(place_leaked_on_cancel, CROWDED, "places: 1"),
     Found(terminal_message_twice, CANCELLED, "2 terminal messages"),

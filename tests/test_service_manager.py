@@ -24,6 +24,7 @@ from worker_rig import running_worker
 
 from trio_worker.adapters.service_manager import open_service_manager
 from trio_worker.adapters.stack_sampler import open_stack_sampler
+from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.metrics import Metrics
 from trio_worker.door import DoorState
 from trio_worker.ports import Health, Observed
@@ -473,7 +474,7 @@ async def test_without_a_sampler_a_late_pulse_is_said_without_a_place(
 ) -> None:
     metrics = Metrics()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_pulse, metrics)
+        nursery.start_soon(run_pulse, metrics, Heartbeat("pulse", bound_s=1.0))
         await trio.testing.wait_all_tasks_blocked()
         autojump_clock.jump(3)
         await trio.testing.wait_all_tasks_blocked()

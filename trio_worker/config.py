@@ -249,7 +249,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=0,
             le=1_000,
-            description="how many unplanned restarts in `restart_window_s` are borne",
+            description="how many unplanned restarts of the engine in `restart_window_s` are "
+            "borne, and how many of the batch loop",
         ),
     ] = 5
     restart_window_s: Annotated[

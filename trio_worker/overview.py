@@ -13,6 +13,7 @@ from trio_worker.config import WorkerConfig
 from trio_worker.core import metrics
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
+from trio_worker.core.heartbeat import Heartbeats
 from trio_worker.core.memory import MB, DegradationStep, Pressure
 from trio_worker.core.metrics import (
     CounterMetric,
@@ -38,10 +39,6 @@ from trio_worker.core.statistics import (
 from trio_worker.door import Door, DoorState
 from trio_worker.ports import Broker, Engine, Health
 
-LIVENESS_MARGIN_S = 10.0
-"""A turn that takes longer than its timeout is ended by the engine's supervisor; if it is still
-under way so much later, the loops do not make progress."""
-
 
 class Overview:
     """Implements `ports.Observed`."""
@@ -58,6 +55,7 @@ class Overview:
         counters: RequestCounters,
         engine: Engine,
         broker: Broker,
+        heartbeats: Heartbeats,
     ) -> None:
         self._config = config
         self._admission = admission
@@ -68,18 +66,21 @@ class Overview:
         self._counters = counters
         self._engine = engine
         self._broker = broker
+        self._heartbeats = heartbeats
         self._started_at = trio.current_time()
         self.is_subscribed = False
         """Set by the worker once requests reach it."""
 
     def liveness(self) -> Health:
-        """False when a turn is under way for much longer than a turn may take."""
-        began_at = self._batches.turn_began_at
-        if began_at is not None:
-            age_s = trio.current_time() - began_at
-            limit_s = self._config.continuous_batching.turn_timeout_ms / 1000 + LIVENESS_MARGIN_S
-            if age_s > limit_s:
-                return Health(ok=False, reason=f"a turn has been under way for {age_s:.0f} s")
+        """False while a loop gives no sign of life within its bound; the reason names it."""
+        now = trio.current_time()
+        late = [
+            f"{each.loop} has not come round for {each.silent_s(now):.0f} s "
+            f"(bound: {each.bound_s:g} s)"
+            for each in self._heartbeats.late(now)
+        ]
+        if late:
+            return Health(ok=False, reason="stuck: " + ", ".join(late))
         return Health(ok=True, reason="the loops make progress")
 
     def readiness(self) -> Health:

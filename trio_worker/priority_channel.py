@@ -8,6 +8,7 @@ taken out wherever it stands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
 
@@ -20,8 +21,9 @@ from trio_worker.core.sequence import Sequence
 class _State:
     """What the two ends share: the queue, who is parked, and whether the ends are open."""
 
-    def __init__(self, queue: RequestQueue) -> None:
+    def __init__(self, queue: RequestQueue, on_put: Callable[[], None]) -> None:
         self.queue = queue
+        self.on_put = on_put
         self.parked = trio.lowlevel.ParkingLot()
         self.changed = trio.Event()
         self.send_open = True
@@ -66,6 +68,7 @@ class PrioritySendChannel(_End):
             raise trio.BrokenResourceError
         self._state.queue.add(sequence)
         self._state.wake()
+        self._state.on_put()
 
     def withdraw(self, sequence: Sequence) -> bool:
         """Take a sequence out wherever it stands; False if it is not (or no longer) queued."""
@@ -82,6 +85,9 @@ class PriorityReceiveChannel(_End):
 
     def __len__(self) -> int:
         return len(self._state.queue)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._state.queue
 
     def first(self, *, hold_level: int | None = None) -> Sequence | None:
         """The most urgent sequence, left where it is; those of `hold_level` are passed over."""
@@ -123,8 +129,11 @@ class PriorityReceiveChannel(_End):
 
 
 def open_priority_channel(
-    queue: RequestQueue,
+    queue: RequestQueue, *, on_put: Callable[[], None] = lambda: None
 ) -> tuple[PrioritySendChannel, PriorityReceiveChannel]:
-    """Two ends over `queue`; its `max_size` bounds them, and its counts are their statistics."""
-    state = _State(queue)
+    """Two ends over `queue`; its `max_size` bounds them, and its counts are their statistics.
+
+    `on_put` is called when a sequence has been sent, in the same synchronous section.
+    """
+    state = _State(queue, on_put)
     return PrioritySendChannel(state), PriorityReceiveChannel(state)

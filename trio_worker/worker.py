@@ -30,11 +30,13 @@ from trio_worker.config import Config, WorkerConfig
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation
+from trio_worker.core.heartbeat import Awaited, heartbeats
 from trio_worker.core.memory import MB, PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.priority import level_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.restart_budget import RestartBudget
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending
 from trio_worker.core.wire.native import RequestLimits
@@ -57,7 +59,7 @@ from trio_worker.stages.control import Control, run_control
 from trio_worker.stages.intake import open_intake_buffer, run_intake
 from trio_worker.stages.monitor import read_memory, run_monitor
 from trio_worker.stages.notify import Standing, run_notify
-from trio_worker.stages.pulse import run_pulse
+from trio_worker.stages.pulse import PULSE_S, run_pulse
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
@@ -203,7 +205,16 @@ async def _serve(
         arrivals=arrivals,
     )
     door = Door(admission)
-    send, receive = open_priority_channel(queue)
+    beats = heartbeats(
+        trio.current_time(),
+        turn_timeout_s=batching.turn_timeout_ms / 1000,
+        check_interval_s=limits.check_interval_ms / 1000,
+        report_interval_s=worker.monitoring.report_interval_ms / 1000,
+        pulse_s=PULSE_S,
+    )
+    send, receive = open_priority_channel(
+        queue, on_put=lambda: beats.batcher.wake(Awaited.WORK, trio.current_time())
+    )
     scheduler = Scheduler(
         slots=slots,
         prefill=PrefillBudget(
@@ -223,6 +234,7 @@ async def _serve(
         counters=counters,
         engine=engine,
         broker=broker,
+        heartbeats=beats,
     )
 
     logger.info(
@@ -241,6 +253,11 @@ async def _serve(
                 scheduler=scheduler,
                 door=door,
                 rules=_batch_rules(worker, slots),
+                budget=RestartBudget(
+                    max_restarts=worker.engine.max_restarts,
+                    window_s=worker.engine.restart_window_s,
+                ),
+                heartbeat=beats.batcher,
                 gauge=gauge,
                 arrivals=arrivals,
                 batches=batches,
@@ -256,12 +273,13 @@ async def _serve(
                 gauge=gauge,
                 scheduler=scheduler,
                 door=door,
+                heartbeat=beats.monitor,
                 check_interval_s=limits.check_interval_ms / 1000,
                 relief_timeout_s=limits.relief_timeout_ms / 1000,
             )
         )
-        services.start_soon(partial(run_readiness, engine=engine, door=door))
-        services.start_soon(run_pulse, counters.metrics, sampler)
+        services.start_soon(partial(run_readiness, engine=engine, door=door, batcher=beats.batcher))
+        services.start_soon(run_pulse, counters.metrics, beats.pulse, sampler)
         services.start_soon(_watch_broker, broker)
         services.start_soon(_show_drain, stop, door, on_progress)
         if serve_http is not None and worker.monitoring.port is not None:
@@ -279,6 +297,7 @@ async def _serve(
                 broker=broker,
                 worker_id=worker.id,
                 snapshot=overview.snapshot,
+                heartbeat=beats.reporter,
                 interval_s=worker.monitoring.report_interval_ms / 1000,
             )
         )
@@ -295,6 +314,7 @@ async def _serve(
                 broker=broker,
                 worker_id=worker.id,
                 intake=intake_buffer[0],
+                heartbeat=beats.intake,
             ),
             control,
         )
@@ -339,9 +359,9 @@ async def _serve(
                 aging_s=aging_s,
                 counters=counters,
                 rng=rng,
+                heartbeat=beats.intake,
             )
             await requests.start(_noting_the_end, intake, intake_ended)
-            overview.is_subscribed = True
             services.start_soon(standing.follow, door.state)
             stop.ready(requests.cancel_scope)
             logger.info("Worker {} serves {} on {}", worker.id, info.model, info.device)
@@ -360,6 +380,7 @@ def _say_ready(
     overview: Overview, standing: Standing, on_ready: Callable[[Observed], None] | None
 ) -> None:
     """Requests reach the worker: whoever waits for that is told."""
+    overview.is_subscribed = True
     standing.serving(overview)
     if on_ready is not None:
         on_ready(overview)

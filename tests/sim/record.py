@@ -7,6 +7,7 @@ moment) is noted as a violation on the spot; what can, `checkers.py` looks for i
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,10 +175,16 @@ class Record:
         self.scheduler = scheduler
         hook(scheduler, "enter", after=self._entered_batch)
         hook(scheduler, "preempt", after=self._preempted)
+        hook(scheduler, "abandon", after=self._batch_loop_failed)
 
     def watch_queue(self, queue: RequestQueue) -> None:
         self.queue = queue
         hook(queue, "add", after=self._queued)
+
+    def _batch_loop_failed(self) -> None:
+        """No fault that a plan has in store makes the loop fail, though it would survive it."""
+        fault = sys.exception()
+        self.violate(f"the batch loop failed: {type(fault).__name__}: {fault}")
 
     def _entered_door(self, sequence: Sequence) -> None:
         admitted = Admitted(
@@ -257,12 +264,12 @@ class Steps(trio.abc.Instrument):
 
 
 def hook(owner: object, name: str, *, after: Callable[..., None]) -> None:
-    """Call `after` with the arguments of each call of a method, once it has returned."""
+    """Call `after` with the first argument, if any, of each call of a method that has returned."""
     method = getattr(owner, name)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        after(args[0])
+        after(*args[:1])
         return result
 
     setattr(owner, name, hooked)

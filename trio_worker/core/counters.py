@@ -104,5 +104,3 @@ class BatchCounters:
         self.by_trigger: Counter[str] = Counter()
         self.engine_memory = EngineMemory(active=0, cache=0)
         """As of the last turn."""
-        self.turn_began_at: float | None = None
-        """Set while a turn is under way."""

@@ -166,6 +166,10 @@ class ReservationLedger:
         """Give back what the request holds, if anything."""
         self._promised.pop(request_id, None)
 
+    def release_all(self) -> None:
+        """Nobody runs any more."""
+        self._promised.clear()
+
     def reconcile(self, *, used: int, cached_tokens: int) -> None:
         """`used` bytes were read while the running sequences' caches held so many tokens."""
         self._beside = max(0, used - cached_tokens * self.bytes_per_token)

@@ -100,6 +100,7 @@ class Metrics:
         self.degradations = CounterMetric(DEGRADATIONS)
         self.resumed = CounterMetric(RESUMED)
         self.preemptions = CounterMetric(PREEMPTIONS)
+        self.batch_loop_restarts = CounterMetric(BATCH_LOOP_RESTARTS)
         self.queue_wait = HistogramMetric(QUEUE_WAIT)
         self.cancel_latency = HistogramMetric(CANCEL_LATENCY)
         self.time_to_first_token = HistogramMetric(TIME_TO_FIRST_TOKEN)
@@ -169,6 +170,12 @@ PREEMPTIONS = Description(
     meaning="Requests taken out of the batch for a more urgent one (`priority`) or `memory`.",
     labels=("reason",),
     starts=(("priority",), ("memory",)),
+)
+BATCH_LOOP_RESTARTS = Description(
+    name="batch_loop_restarts_total",
+    kind="counter",
+    meaning="Faults of this program's own batch loop: it was started again with a fresh engine.",
+    worry="It grows at all: the log has the traceback; please report it.",
 )
 QUEUE_WAIT = Description(
     name="queue_wait_seconds",

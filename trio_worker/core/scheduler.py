@@ -263,6 +263,16 @@ class Scheduler:
         self._call_next()
         return []
 
+    def abandon(self) -> None:
+        """Forget everybody: a fault may have left anything half done. The engine has to go too."""
+        self.running.clear()
+        self.removed = ()
+        self._resident.clear()
+        self._leaving.clear()
+        self._trial.clear()
+        self.ledger.release_all()
+        self._prefill.restarted()
+
     def _acquit(self, sequence: Sequence) -> None:
         """This sequence is no suspect any more, if it was one; its successor is tried next."""
         if sequence not in self._trial:

@@ -69,6 +69,8 @@ class Ending(StrEnum):
     BACKLOG = "backlog"
     """Too much of its answer could not be published."""
     DRAINING = "draining"
+    FAULT = "fault"
+    """A fault of the batch loop, with this request aboard."""
     TOO_LARGE = "too large"
     """Its cache would not fit even if it ran alone, as was learnt while it waited."""
 
@@ -108,6 +110,10 @@ class Sequence:
     max_tokens: int = 0
     produced: list[int] = field(default_factory=list)
     outputs: OutputSink | None = None
+    handed_out: int = 0
+    """How many of `produced` have been put into `outputs`."""
+    concluded: bool = False
+    """The last of its outputs, or its failure, has been put into `outputs`."""
     prefilled: int = 0
     """Prompt tokens computed so far in the present prefill."""
     cached: int = 0
@@ -128,6 +134,8 @@ class Sequence:
     """How often the engine was lost while this request was aboard."""
     crashes: int = 0
     """How many engine crashes in a row it was aboard of; it is a suspect from the second on."""
+    faults: int = 0
+    """How many faults of the batch loop it was aboard of."""
 
     @property
     def request_id(self) -> RequestId:
@@ -136,6 +144,17 @@ class Sequence:
     @property
     def level(self) -> int:
         return self.request.priority
+
+    @property
+    def is_batchable(self) -> bool:
+        """Whether it waits for the batch or is in it, and has not come to its end."""
+        is_there = self.stage is Stage.QUEUED or self.stage in RUNNING
+        return is_there and not self.concluded and self.ending is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its caller gets every token that it has: then it may go on from there."""
+        return self.handed_out == len(self.produced)
 
     def advance(self, event: Event) -> None:
         """Go to the next stage. An event that does not fit the stage is a programmer's error."""

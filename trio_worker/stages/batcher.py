@@ -14,20 +14,24 @@ from trio_util import wait_any
 
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation, Trigger
+from trio_worker.core.heartbeat import Awaited, Heartbeat
 from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ArrivalRate
 from trio_worker.core.request import RequestId
+from trio_worker.core.restart_budget import RestartBudget
 from trio_worker.core.scheduler import Delivery, Scheduler
-from trio_worker.core.sequence import Ending, Sequence
+from trio_worker.core.sequence import Ending, Event, Sequence, Stage
 from trio_worker.core.turn import Output, Report, SequenceFailure
 from trio_worker.door import Door
-from trio_worker.errors import EngineLost
+from trio_worker.errors import EngineLost, WorkerFault
 from trio_worker.ports import Engine
 from trio_worker.priority_channel import PriorityReceiveChannel
 
 TRIM_INTERVAL_S = 1.0
 """While caches are to be trimmed, they are trimmed so often: doing it each turn costs turns."""
+FAULTS_MAX = 2
+"""A request that was aboard of so many faults of the loop is given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,51 +52,59 @@ async def run_batcher(
     scheduler: Scheduler,
     door: Door,
     rules: BatchRules,
+    budget: RestartBudget,
     gauge: PressureGauge,
     arrivals: ArrivalRate,
     batches: BatchCounters,
     counters: RequestCounters,
+    heartbeat: Heartbeat,
 ) -> None:
     """Run until cancelled, or until the queue ends. Owns the queue's end and the running set.
 
     When the engine is lost, running sequences stay in the running set, and go back into the
     batch with the tokens they have once the engine is ready again.
+
+    After a fault of its own the loop starts again with a fresh engine, as `_Batcher.recover` says,
+    and raises `WorkerFault` when `budget` is spent.
     """
     batcher = _Batcher(
-        queue, scheduler, door, rules=rules, gauge=gauge, batches=batches, counters=counters
+        queue,
+        scheduler,
+        door,
+        engine=engine,
+        rules=rules,
+        gauge=gauge,
+        arrivals=arrivals,
+        batches=batches,
+        counters=counters,
+        heartbeat=heartbeat,
     )
     with queue:
-        logger.debug("Batcher started")
-        while True:
-            trigger = Trigger.RUNNING
-            if not scheduler.has_work:
+        logger.debug("Batcher loop started")
+        try:
+            while True:
                 try:
-                    trigger = await _wait_for_batch(queue, rules.formation, arrivals)
-                except trio.EndOfChannel:
+                    await batcher.take_turns()
+                except Exception as fault:  # noqa: BLE001 - the boundary of the loop
+                    batcher.recover(fault, budget)
+                    await batcher.wait_ready()
+                else:
                     return
-            # Taken before the look at the queue: no change in between is missed.
-            changes = (queue.changed, door.changed)
-            batcher.fill(trigger)
-            if not scheduler.has_work and not batcher.may_trim():
-                # What is queued is held back by memory: look again when something has changed.
-                await wait_any(*(change.wait for change in changes))
-                continue
-            try:
-                await batcher.turn(engine)
-            except EngineLost as lost:
-                logger.warning(
-                    "Engine lost ({}) with {} requests aboard", lost.reason, len(scheduler.running)
-                )
-                batcher.lost(engine, lost)
-                await engine.wait_ready()
+        finally:
+            logger.debug("Batcher loop stopped")
 
 
 async def _wait_for_batch(
-    queue: PriorityReceiveChannel, formation: Formation, arrivals: ArrivalRate
+    queue: PriorityReceiveChannel,
+    formation: Formation,
+    arrivals: ArrivalRate,
+    heartbeat: Heartbeat,
 ) -> Trigger:
     """Wait for the first request, and then as long for more as the rule says."""
     while True:
+        heartbeat.rest(Awaited.WORK)
         await queue.wait_depth(1)
+        heartbeat.beat(trio.current_time())
         first = queue.first()
         first_at = first.queued_at if first is not None else None
         while len(queue):
@@ -112,7 +124,7 @@ async def _wait_for_batch(
 
 
 class _Batcher:
-    """The synchronous parts around a turn."""
+    """The loop, and the synchronous parts around a turn."""
 
     def __init__(
         self,
@@ -120,16 +132,22 @@ class _Batcher:
         scheduler: Scheduler,
         door: Door,
         *,
+        engine: Engine,
         rules: BatchRules,
         gauge: PressureGauge,
+        arrivals: ArrivalRate,
         batches: BatchCounters,
         counters: RequestCounters,
+        heartbeat: Heartbeat,
     ) -> None:
         self._queue = queue
         self._scheduler = scheduler
         self._door = door
+        self._engine = engine
         self._rules = rules
         self._gauge = gauge
+        self._arrivals = arrivals
+        self._heartbeat = heartbeat
         self._batches = batches
         self._counters = counters
         self._metrics = counters.metrics
@@ -137,6 +155,36 @@ class _Batcher:
         self._trimmed_at = float("-inf")
         self._thinned_at_reading = -1
         self._tokens_of_engine = 0
+
+    async def take_turns(self) -> None:
+        """Turn after turn; returns when the queue has ended and nobody runs any more."""
+        while True:
+            self._heartbeat.beat(trio.current_time())
+            trigger = Trigger.RUNNING
+            if not self._scheduler.has_work:
+                try:
+                    trigger = await _wait_for_batch(
+                        self._queue, self._rules.formation, self._arrivals, self._heartbeat
+                    )
+                except trio.EndOfChannel:
+                    return
+            # Taken before the look at the queue: no change in between is missed.
+            changes = (self._queue.changed, self._door.changed)
+            self.fill(trigger)
+            if not self._scheduler.has_work and not self.may_trim():
+                # What is queued is held back by memory: look again when something has changed.
+                await wait_any(*(change.wait for change in changes))
+                continue
+            try:
+                await self.turn()
+            except EngineLost as lost:
+                self.lost(lost)
+                await self.wait_ready()
+
+    async def wait_ready(self) -> None:
+        """Return once the engine can take a turn."""
+        self._heartbeat.rest(Awaited.ENGINE)
+        await self._engine.wait_ready()
 
     # --- before the turn ------------------------------------------------------------------
 
@@ -237,18 +285,15 @@ class _Batcher:
 
     # --- the turn -------------------------------------------------------------------------
 
-    async def turn(self, engine: Engine) -> None:
+    async def turn(self) -> None:
         """One turn. Raises `EngineLost`; then `lost` has to follow."""
         trim = self._is_trim_due()
         work = self._scheduler.plan(trim_caches=trim)
-        batches, counters = self._batches, self._counters
-        batches.turn_began_at = began_at = trio.current_time()
+        counters = self._counters
+        began_at = trio.current_time()
         if trim:
             self._trimmed_at = began_at
-        try:
-            report = await engine.turn(work)
-        finally:
-            batches.turn_began_at = None
+        report = await self._engine.turn(work)
         now = trio.current_time()
         self._metrics.turn_seconds.observe(now - began_at)
         for sequence in self._scheduler.removed:
@@ -266,16 +311,57 @@ class _Batcher:
         )
         self._door.pressure_changed()
         self._count(report, now)
-        self._recycle_if_due(engine)
+        self._recycle_if_due()
 
-    def lost(self, engine: Engine, lost: EngineLost) -> None:
+    def lost(self, lost: EngineLost) -> None:
         """Book the loss; whoever is found guilty of it fails, and the budget is given back."""
+        logger.warning(
+            "Engine lost ({}) with {} requests aboard",
+            lost.reason,
+            len(self._scheduler.running),
+        )
         deliveries = self._scheduler.lost(blameless=lost.reason == "planned")
         self._scheduler.ledger.engine_restarted()
         self._tokens_of_engine = 0
         for delivery in deliveries:
-            engine.pardon(delivery.sequence.crashes)
+            self._engine.pardon(delivery.sequence.crashes)
         self._hand_out(deliveries)
+
+    def recover(self, fault: Exception, budget: RestartBudget) -> None:
+        """Put things right after a fault of this loop, whatever it left half done.
+
+        The scheduler's state is made anew and the engine replaced. Whoever was in the batch, or
+        on the way into it, goes back into the queue with the tokens it has, unless its caller
+        would miss some of them, or it was aboard of a fault before: these are answered
+        `INTERNAL`, and so a request that causes faults causes no more than two.
+
+        Raises `WorkerFault` when `budget` is spent.
+        """
+        logger.opt(exception=fault).error(
+            "Batcher loop error with {} requests aboard", len(self._scheduler.running)
+        )
+        self._metrics.batch_loop_restarts.add()
+        self._scheduler.abandon()
+        self._tokens_of_engine = 0
+        if not budget.spend(trio.current_time()):
+            raise WorkerFault(
+                f"the batch loop failed {budget.spent} times within {budget.window_s:g} s, "
+                f"at last: {type(fault).__name__}: {fault}"
+            ) from fault
+        self._engine.recycle()
+        for sequence in self._door.admission.in_flight.values():
+            if sequence.is_batchable and sequence not in self._queue:
+                self._take_back(sequence)
+
+    def _take_back(self, sequence: Sequence) -> None:
+        sequence.faults += 1
+        if sequence.faults >= FAULTS_MAX or not sequence.is_whole:
+            sequence.end(Ending.FAULT)
+            return
+        if sequence.stage is not Stage.QUEUED:
+            sequence.resumed += 1
+            sequence.advance(Event.PREEMPTED)
+        self._queue.put_back_nowait(sequence)
 
     def may_trim(self) -> bool:
         """Whether an idle engine may be asked to trim, since the head of the queue does not fit."""
@@ -309,9 +395,14 @@ class _Batcher:
 
     def _hand_out(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
-            assert delivery.sequence.outputs is not None
-            output: Output | SequenceFailure = delivery.output
-            delivery.sequence.outputs.send_nowait(output)
+            sequence, output = delivery.sequence, delivery.output
+            assert sequence.outputs is not None
+            sequence.outputs.send_nowait(output)
+            if isinstance(output, SequenceFailure):
+                sequence.concluded = True
+            else:
+                sequence.handed_out += 1
+                sequence.concluded = output.finish is not None
 
     def _count(self, report: Report, now: float) -> None:
         batches = self._batches
@@ -325,9 +416,9 @@ class _Batcher:
             self._counters.throughput.add(size, now=now)
             self._tokens_of_engine += size
 
-    def _recycle_if_due(self, engine: Engine) -> None:
+    def _recycle_if_due(self) -> None:
         """Metal's count of buffers runs out after some 300,000 tokens; nothing else does."""
-        info = engine.statistics().info
+        info = self._engine.statistics().info
         if (
             info is not None
             and info.accelerator == "metal"
@@ -335,4 +426,4 @@ class _Batcher:
         ):
             logger.info("Replacing the engine after {} tokens", self._tokens_of_engine)
             self._tokens_of_engine = 0
-            engine.recycle()
+            self._engine.recycle()

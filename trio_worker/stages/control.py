@@ -12,6 +12,7 @@ import trio
 from loguru import logger
 
 from trio_worker.core import subjects
+from trio_worker.core.heartbeat import Awaited, Heartbeat
 from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Ending
 from trio_worker.core.wire import native
@@ -62,17 +63,19 @@ async def run_control(
     broker: Broker,
     worker_id: str,
     intake: trio.MemorySendChannel[Message],
+    heartbeat: Heartbeat,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Listen until cancelled. Started when the subscriptions stand.
 
     Messages go into `intake`, whose owner closes it; from then on, and while it is full, they are
-    acted on here.
+    acted on here. `heartbeat` is intake's.
     """
 
     def take(message: Message) -> None:
         try:
             intake.send_nowait(message)
+            heartbeat.wake(Awaited.WORK, trio.current_time())
         except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
             control.act(message)
 

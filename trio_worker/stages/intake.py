@@ -20,6 +20,7 @@ from trio_util import move_on_when
 
 from trio_worker.core import subjects
 from trio_worker.core.counters import RequestCounters
+from trio_worker.core.heartbeat import Awaited, Heartbeat
 from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Sequence, queue_key
 from trio_worker.core.wire import native
@@ -60,6 +61,7 @@ async def run_intake(
     aging_s: float | None,
     counters: RequestCounters,
     rng: random.Random,
+    heartbeat: Heartbeat,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Take messages until the door closes; every admitted request becomes a task in `requests`.
@@ -83,6 +85,7 @@ async def run_intake(
     def offer(message: Message) -> None:
         try:
             send.send_nowait(message)
+            heartbeat.wake(Awaited.WORK, trio.current_time())
         except trio.WouldBlock:
             reception.refuse(message, QueueFull("more requests arrive than this worker can read"))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -96,13 +99,14 @@ async def run_intake(
             limits.model_name,
         )
         task_status.started()
+        heartbeat.rest(Awaited.WORK)
         async for message in receive:
+            heartbeat.beat(trio.current_time())
             if subjects.is_control(message.subject, worker_id):
                 act_on_control(message)
-                continue
-            admitted = reception.admit(message)
-            if admitted is not None:
+            elif (admitted := reception.admit(message)) is not None:
                 requests.start_soon(respond, *admitted)
+            heartbeat.rest(Awaited.WORK)
     logger.debug("Intake ended")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 from loguru import logger
 
+from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.door import Door
@@ -30,6 +31,7 @@ async def run_monitor(
     gauge: PressureGauge,
     scheduler: Scheduler,
     door: Door,
+    heartbeat: Heartbeat,
     check_interval_s: float,
     relief_timeout_s: float,
 ) -> None:
@@ -41,6 +43,7 @@ async def run_monitor(
     logger.debug("Resource monitoring started")
     critical_since: float | None = None
     while True:
+        heartbeat.beat(trio.current_time())
         before = gauge.level
         read_memory(probe, engine, gauge, scheduler)
         door.pressure_changed()

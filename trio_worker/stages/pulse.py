@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 from loguru import logger
 
+from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.metrics import Metrics
 from trio_worker.ports import StackSampler
 
@@ -13,7 +14,9 @@ BLOCKED_S = 1.0
 """So late a timer is not noise: some task held the loop for so long."""
 
 
-async def run_pulse(metrics: Metrics, sampler: StackSampler | None = None) -> None:
+async def run_pulse(
+    metrics: Metrics, heartbeat: Heartbeat, sampler: StackSampler | None = None
+) -> None:
     """Measure until cancelled; with a sampler, the log says where the loop was blocked.
 
     The sampler looks at the real clock: it has no use where the loop runs on another one.
@@ -21,6 +24,7 @@ async def run_pulse(metrics: Metrics, sampler: StackSampler | None = None) -> No
     try:
         while True:
             due = trio.current_time() + PULSE_S
+            heartbeat.beat(due - PULSE_S)
             if sampler is not None:
                 # Taken while the loop is still blocked; each pulse in time puts it off.
                 sampler.arm(PULSE_S + BLOCKED_S)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import trio
+
+from trio_worker.core.heartbeat import Awaited, Heartbeat
 from trio_worker.door import Door
 from trio_worker.ports import Engine
 
 
-async def run_readiness(*, engine: Engine, door: Door) -> None:
-    """Until cancelled: the door knows at once when the engine is lost and when it is back."""
+async def run_readiness(*, engine: Engine, door: Door, batcher: Heartbeat) -> None:
+    """Until cancelled: the door knows at once when the engine is lost and when it is back.
+
+    A batcher that waits for the engine owes a sign of life from when it is back.
+    """
     async for ready in engine.ready.eventual_values():
         door.set_engine_ready(ready=ready)
+        if ready:
+            batcher.wake(Awaited.ENGINE, trio.current_time())

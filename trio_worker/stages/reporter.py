@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
+import trio
 import trio_util
 from loguru import logger
 
 from trio_worker.core import subjects
+from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import MessageTooLarge
 from trio_worker.ports import Broker, Message
 
 
 async def run_reporter(
-    *, broker: Broker, worker_id: str, snapshot: Callable[[], Snapshot], interval_s: float
+    *,
+    broker: Broker,
+    worker_id: str,
+    snapshot: Callable[[], Snapshot],
+    heartbeat: Heartbeat,
+    interval_s: float,
 ) -> None:
     """Report every `interval_s` until cancelled; the log line only if something happened."""
     subject = subjects.stats(worker_id)
     reported: tuple[int, int] | None = None
     async for elapsed, _ in trio_util.periodic(interval_s):
+        heartbeat.beat(trio.current_time())
         if elapsed == 0:
             continue
         now = snapshot()

@@ -220,29 +220,37 @@ def _too_large(sequence: Sequence, ledger: ReservationLedger) -> ResourceLimitEx
 
 def _ended_early(sequence: Sequence, answer: _Answer, ledger: ReservationLedger) -> WorkerError:
     """What to tell the caller of a request whose scope was cancelled."""
+    error: WorkerError
     match sequence.ending:
         case Ending.CANCELLED:
-            return RequestCancelled("the request was cancelled")
+            error = RequestCancelled("the request was cancelled")
         case Ending.CALLER_GONE:
-            return RequestCancelled("nobody listens on the reply subject any more")
+            error = RequestCancelled("nobody listens on the reply subject any more")
         case Ending.BACKLOG:
             answer.reply.discard_unsent()
-            return RequestCancelled("NATS was unreachable for so long that the answer piled up")
+            error = RequestCancelled("NATS was unreachable for so long that the answer piled up")
         case Ending.DRAINING:
-            return WorkerDraining("this worker is shutting down; ask another one")
+            error = WorkerDraining("this worker is shutting down; ask another one")
+        case Ending.FAULT:
+            error = InternalError("the worker failed on this request; its log says why")
         case Ending.TOO_LARGE:
-            return _too_large(sequence, ledger)
+            error = _too_large(sequence, ledger)
         case None:
-            request = sequence.request
-            return RequestTimeout(
-                f"the deadline of {request.timeout_s:g} s passed at stage {sequence.stage}",
-                details={
-                    "stage": sequence.stage.value,
-                    "tokens": len(sequence.produced),
-                    "timeout_ms": round(1000 * request.timeout_s),
-                    **({} if request.stream else {"text": answer.text}),
-                },
-            )
+            error = _too_late(sequence, answer)
+    return error
+
+
+def _too_late(sequence: Sequence, answer: _Answer) -> RequestTimeout:
+    request = sequence.request
+    return RequestTimeout(
+        f"the deadline of {request.timeout_s:g} s passed at stage {sequence.stage}",
+        details={
+            "stage": sequence.stage.value,
+            "tokens": len(sequence.produced),
+            "timeout_ms": round(1000 * request.timeout_s),
+            **({} if request.stream else {"text": answer.text}),
+        },
+    )
 
 
 def _count(
