@@ -228,6 +228,49 @@ async def test_memory_that_stays_critical_gets_the_engine_replaced(
     assert replies[0].code == "ok"
 
 
+async def held_for(*overrides: str, levels: int, priority: object = None) -> float | None:
+    """How long a request waits that arrives while the lowest level is held back for memory.
+
+    None: until its deadline, a minute later.
+    """
+    async with running_worker(
+        *LIMITS, f"worker.request_queue.priority_levels={levels}", *overrides
+    ) as rig:
+        set_memory(rig, 0.3)
+        await trio.sleep(1)
+        assert rig.snapshot().resources.steps == ["trim_caches", "hold_low"]
+        reply = await rig.ask(
+            prompt="x", max_tokens=2, stream=True, timeout_ms=60_000, priority=priority
+        )
+        return None if reply.error else round(reply.worker["queue_ms"] / 1000, 1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "aging_ms", "priority", "expected_s"),
+    [
+        (3, "5000", 2, 10.0),
+        (3, "5000", 1, 0.0),
+        (8, "1000", 7, 7.0),
+        (3, "null", 2, 10.0),
+        (2, "5000", None, 0.0),
+        (2, "5000", 1, 0.0),
+        (1, "5000", None, 0.0),
+    ],
+)
+async def test_pressure_holds_the_lowest_of_three_levels_back_for_what_aging_is_worth(
+    autojump_clock: MockClock,
+    levels: int,
+    aging_ms: str,
+    priority: object,
+    expected_s: float,
+) -> None:
+    """A stream that names no priority is of the lower of two levels: that is no low one."""
+    waited_s = await held_for(
+        f"worker.request_queue.aging_ms={aging_ms}", levels=levels, priority=priority
+    )
+    assert waited_s == pytest.approx(expected_s, abs=0.3)
+
+
 async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_answered(
     autojump_clock: MockClock,
 ) -> None:

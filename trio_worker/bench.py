@@ -7,6 +7,7 @@ machines are noisy. No prompt comes twice, so nothing is answered from an earlie
 from __future__ import annotations
 
 import json
+import math
 import random
 import socket
 import statistics
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, TypeAlias
 
 import msgspec
@@ -24,6 +25,7 @@ import trio
 
 from trio_worker.client import Client
 from trio_worker.config import Config
+from trio_worker.core.metrics import BATCH_FORMATION, HistogramMetric
 from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import WorkerFault
 from trio_worker.launch import EngineKind, launch
@@ -370,6 +372,26 @@ class _Worker:
                         token += 1
                         note(token, now - last_at)
                         last_at = now
+
+    def formation_within_ms(self) -> Callable[[float], float]:
+        """Bounds of the time that such a share of all batches took to form, in milliseconds."""
+        (formation,) = (
+            each
+            for each in self._observed.metrics()
+            if isinstance(each, HistogramMetric) and each.description is BATCH_FORMATION
+        )
+        counts = [sum(column) for column in zip(*formation.counts.values(), strict=True)]
+        bounds = (*formation.description.buckets, math.inf)
+
+        def within(share: float) -> float:
+            reached = accumulate(counts)
+            return next(
+                1000 * bound
+                for bound, so_far in zip(bounds, reached, strict=True)
+                if so_far >= share * sum(counts)
+            )
+
+        return within
 
     def _snapshot(self) -> Snapshot:
         snapshot = self._observed.snapshot()

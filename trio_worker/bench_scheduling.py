@@ -25,6 +25,9 @@ from trio_worker.core.sequence import Event, Sequence, queue_key
 DEPTHS = (0, 100, 1_000, 10_000)
 SAMPLES = 2_000
 ROWS = 8
+FAST_TURN_MS = 2.0
+"""As a small model on a Mac's GPU."""
+FORMATION_WAVES = 40
 LOW_REQUESTS = 24
 HIGH_REQUESTS = 20
 SATURATED_S = 2.0
@@ -39,8 +42,11 @@ class _Scope:
         """Nobody is waiting in it."""
 
 
-async def bench_overhead(_bench: Bench) -> None:
-    """Print microseconds per request of admission, queue and check, at several depths."""
+async def bench_overhead(bench: Bench) -> None:
+    """Print microseconds per request of admission, queue and check, at several depths.
+
+    And how long batches take to form, in a whole worker with turns as short as a fast model's.
+    """
     _print("microseconds a request, median / p99, with so many requests queued:")
     for depth in DEPTHS:
         admission, queue = _filled(depth)
@@ -56,6 +62,29 @@ async def bench_overhead(_bench: Bench) -> None:
         f"  what a turn of {ROWS} rows writes into the metrics "
         f"{_time(partial(_write_a_turn, RequestCounters()))} "
         "(required: under 1 % of a turn, which is 200 at 20 ms)"
+    )
+    fast = replace(bench, engine="simulated").having(
+        "simulated", turn_ms=FAST_TURN_MS, prefill_ms_per_token=0
+    )
+    for wanted, window_ms in ((1, 0), (ROWS, 50)):
+        await _formation(
+            fast.having("continuous_batching", min_batch_size=wanted, adaptive_timeout=False),
+            window_ms,
+        )
+
+
+async def _formation(bench: Bench, window_ms: int) -> None:
+    """Callers who come and go; one in four is alone, and waits for company in vain."""
+    async with running(bench) as worker:
+        for number in range(FORMATION_WAVES):
+            async with trio.open_nursery() as nursery:
+                for _ in range(3 * ROWS if number % 4 else 1):
+                    nursery.start_soon(partial(_ask, worker.client, max_tokens=10, priority=1))
+        within_ms = worker.formation_within_ms()
+    _print(
+        f"batch formation in turns of {FAST_TURN_MS:g} ms, waiting for company at most "
+        f"{window_ms} ms: 99 % within {within_ms(0.99):g} ms, all within {within_ms(1):g} ms "
+        f"(required under {window_ms + 50})"
     )
 
 

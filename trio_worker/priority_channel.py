@@ -89,9 +89,12 @@ class PriorityReceiveChannel(_End):
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._state.queue
 
-    def first(self, *, hold_level: int | None = None) -> Sequence | None:
-        """The most urgent sequence, left where it is; those of `hold_level` are passed over."""
-        return self._state.queue.first(hold_level=hold_level)
+    def first(self, *, hold_level: int | None = None, held_after: float = 0.0) -> Sequence | None:
+        """The most urgent sequence, left where it is.
+
+        Those of `hold_level` that arrived after `held_after` are passed over.
+        """
+        return self._state.queue.first(hold_level=hold_level, held_after=held_after)
 
     def take_nowait(self, sequence: Sequence) -> None:
         """Take the sequence that `first` has just shown."""

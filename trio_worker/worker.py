@@ -33,7 +33,7 @@ from trio_worker.core.formation import Formation
 from trio_worker.core.heartbeat import Awaited, heartbeats
 from trio_worker.core.memory import MB, PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
-from trio_worker.core.priority import level_of
+from trio_worker.core.priority import held_most_s, level_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.restart_budget import RestartBudget
@@ -252,7 +252,7 @@ async def _serve(
                 engine=engine,
                 scheduler=scheduler,
                 door=door,
-                rules=_batch_rules(worker, slots),
+                rules=_batch_rules(worker, slots, aging_s),
                 budget=RestartBudget(
                     max_restarts=worker.engine.max_restarts,
                     window_s=worker.engine.restart_window_s,
@@ -429,7 +429,7 @@ async def _watch_broker(broker: Broker) -> None:
     raise WorkerFault(f"the connection to NATS has ended for good: {reason}")
 
 
-def _batch_rules(worker: WorkerConfig, slots: int) -> BatchRules:
+def _batch_rules(worker: WorkerConfig, slots: int, aging_s: float | None) -> BatchRules:
     batching = worker.continuous_batching
     return BatchRules(
         formation=Formation(
@@ -440,6 +440,7 @@ def _batch_rules(worker: WorkerConfig, slots: int) -> BatchRules:
         preempt=batching.preempt,
         degraded_max_tokens=worker.resource_limits.degraded_max_tokens,
         levels=worker.request_queue.priority_levels,
+        held_most_s=held_most_s(worker.request_queue.priority_levels, aging_s),
         recycle_after_tokens=worker.engine.recycle_after_tokens,
     )
 

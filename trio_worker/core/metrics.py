@@ -222,9 +222,12 @@ BATCH_SIZE = Description(
 BATCH_FORMATION = Description(
     name="batch_formation_seconds",
     kind="histogram",
-    meaning="From the first waiting request to the batch that takes it, by what triggered it.",
+    meaning="From the first request of a forming batch, or the free slot if that is later, to the "
+    "turn that takes it, by what triggered it.",
     labels=("trigger",),
     buckets=QUEUE_BUCKETS,
+    worry="`running` is above a turn, or another above `batch_timeout_ms` and 50 ms: the worker's "
+    "own loop is late.",
 )
 TURN_SECONDS = Description(
     name="turn_seconds",

@@ -36,11 +36,18 @@ class RequestQueue:
         self._by_key[sequence.key] = sequence
         self._by_level[sequence.level] += 1
 
-    def first(self, *, hold_level: int | None = None) -> Sequence | None:
-        """The first, passing over those of `hold_level`."""
+    def first(self, *, hold_level: int | None = None, held_after: float = 0.0) -> Sequence | None:
+        """The first, passing over those of `hold_level` that arrived after `held_after`."""
         if hold_level is None or not self._by_level[hold_level]:
             return self._by_key.peekitem(0)[1] if self._by_key else None
-        return next((each for each in self._by_key.values() if each.level != hold_level), None)
+        return next(
+            (
+                each
+                for each in self._by_key.values()
+                if each.level != hold_level or each.arrived_at <= held_after
+            ),
+            None,
+        )
 
     def take(self, sequence: Sequence | None = None) -> Sequence:
         """Remove the first, or this one, to be served. Raises `KeyError` when empty."""

@@ -42,6 +42,8 @@ class Scheduler:
         self.ledger = ledger or ReservationLedger(limit_bytes=0)
         self.shrunk = False
         """Under pressure: half the slots, half the prefill."""
+        self.freed_at = float("-inf")
+        """When the last request that was withdrawn gave its slot back, within a turn."""
         self.removed: tuple[Sequence, ...] = ()
         """Those whose removal is part of the turn planned last."""
         self.running: dict[RequestId, Sequence] = {}
@@ -120,6 +122,8 @@ class Scheduler:
         """Take a sequence out at any time; its slot is free from the next plan on."""
         if self.running.get(sequence.request_id) is sequence:
             self._leave(sequence)
+            if sequence.left_at is not None:
+                self.freed_at = sequence.left_at
 
     def _leave(self, sequence: Sequence) -> None:
         self._forget(sequence)

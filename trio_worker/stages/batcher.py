@@ -42,6 +42,8 @@ class BatchRules:
     preempt: bool
     degraded_max_tokens: int
     levels: int
+    held_most_s: float
+    """How long the least urgent level is held back under pressure."""
     recycle_after_tokens: int
 
 
@@ -123,6 +125,11 @@ async def _wait_for_batch(
                 return decision.trigger
 
 
+def _queued_at(sequence: Sequence) -> float:
+    assert sequence.queued_at is not None
+    return sequence.queued_at
+
+
 class _Batcher:
     """The loop, and the synchronous parts around a turn."""
 
@@ -155,6 +162,10 @@ class _Batcher:
         self._trimmed_at = float("-inf")
         self._thinned_at_reading = -1
         self._tokens_of_engine = 0
+        self._blocked_at: float | None = None
+        """When the last look let nobody in, or left somebody in the queue, if it did."""
+        self._ready_since = float("-inf")
+        """When the engine was last waited for, it became ready then."""
 
     async def take_turns(self) -> None:
         """Turn after turn; returns when the queue has ended and nobody runs any more."""
@@ -185,6 +196,7 @@ class _Batcher:
         """Return once the engine can take a turn."""
         self._heartbeat.rest(Awaited.ENGINE)
         await self._engine.wait_ready()
+        self._ready_since = trio.current_time()
 
     # --- before the turn ------------------------------------------------------------------
 
@@ -195,10 +207,11 @@ class _Batcher:
         instead the least urgent leaves, once for every reading that calls for it.
         """
         self._note_steps()
+        now = trio.current_time()
         if self._gauge.level is Pressure.CRITICAL:
             self._thin_out()
+            self._blocked_at = now
             return
-        now = trio.current_time()
         entered: list[Sequence] = []
         while (head := self._head()) is not None:
             max_tokens = self._allowed_tokens(head)
@@ -221,10 +234,10 @@ class _Batcher:
             self._door.batched(head)
             entered.append(head)
         if entered:
-            queued_at = min(each.queued_at or now for each in entered)
+            formation_s = now - max(self._room_since(now), min(map(_queued_at, entered)))
             self._batches.by_trigger[trigger] += 1
-            self._batches.last_formation_ms = 1000 * (now - queued_at)
-            self._metrics.batch_formation.observe(now - queued_at, (trigger.value,))
+            self._batches.last_formation_ms = 1000 * formation_s
+            self._metrics.batch_formation.observe(formation_s, (trigger.value,))
             logger.debug(
                 "{} requests entered the batch ({}): {} running, {} queued",
                 len(entered),
@@ -232,10 +245,28 @@ class _Batcher:
                 len(self._scheduler.running),
                 len(self._queue),
             )
+        self._blocked_at = now if len(self._queue) else None
+
+    def _room_since(self, now: float) -> float:
+        """Since when there has been room for the head of the queue, as far as is known.
+
+        If the last look found none, since a request was withdrawn after it, or else only since
+        now: a turn has just ended, or there is memory again.
+        """
+        if self._blocked_at is None:
+            return self._ready_since
+        freed_at = self._scheduler.freed_at
+        return max(self._ready_since, freed_at if freed_at > self._blocked_at else now)
 
     def _head(self) -> Sequence | None:
-        held = DegradationStep.HOLD_LOW in self._steps and self._rules.levels > 1
-        return self._queue.first(hold_level=self._rules.levels - 1 if held else None)
+        if DegradationStep.HOLD_LOW not in self._steps:
+            return self._queue.first()
+        # Under pressure memory is read several times a second, and each reading is a change that
+        # has the batcher look here again: so the bound is kept.
+        return self._queue.first(
+            hold_level=self._rules.levels - 1,
+            held_after=trio.current_time() - self._rules.held_most_s,
+        )
 
     def _make_room(self, head: Sequence, need: int) -> bool:
         """Preempt for an urgent head, if the rules allow and the head then has a slot and fits."""
