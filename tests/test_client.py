@@ -77,7 +77,8 @@ def make_call(
     *,
     timeout_ms: int | None = 10_000,
     attempts: int = 3,
-    worker_id: str | None = None,
+    grace_s: float = math.inf,
+    worker_id: str | None = "w1",
     **fields: Any,
 ) -> Call:
     return Call(
@@ -86,6 +87,7 @@ def make_call(
         worker_id=worker_id,
         timeout_ms=timeout_ms,
         attempts=attempts,
+        nobody_listens_grace_s=grace_s,
         rng=random.Random(0),
         now=100.0,
     )
@@ -124,6 +126,7 @@ def test_what_the_caller_says_goes_before_what_the_client_assumes() -> None:
         worker_id=None,
         timeout_ms=10_000,
         attempts=1,
+        nobody_listens_grace_s=5.0,
         rng=random.Random(0),
         now=0.0,
     )
@@ -139,6 +142,7 @@ def test_a_timeout_that_is_none_is_left_to_the_worker_to_refuse(wrong: object) -
         worker_id=None,
         timeout_ms=10_000,
         attempts=1,
+        nobody_listens_grace_s=5.0,
         rng=random.Random(0),
         now=0.0,
     )
@@ -148,10 +152,10 @@ def test_a_timeout_that_is_none_is_left_to_the_worker_to_refuse(wrong: object) -
 
 def test_a_request_goes_to_the_worker_the_model_or_anybody() -> None:
     assert make_call(worker_id="w1", model="m").subject == "inference.w1"
-    assert make_call(model="m-1.2").subject == "inference.model.m-1.2"
-    assert make_call().subject == "inference"
-    assert make_call(model="two words").subject == "inference"
-    assert make_call(model=["no", "name"]).subject == "inference"
+    assert make_call(worker_id=None, model="m-1.2").subject == "inference.model.m-1.2"
+    assert make_call(worker_id=None).subject == "inference"
+    assert make_call(worker_id=None, model="two words").subject == "inference"
+    assert make_call(worker_id=None, model=["no", "name"]).subject == "inference"
 
 
 @pytest.mark.parametrize("code", list(ErrorCode))
@@ -207,18 +211,96 @@ def test_an_opening_without_text_stands_in_no_retrys_way_and_numbering_begins_an
     assert call.ended
 
 
-def test_where_nobody_listens_it_is_asked_until_the_deadline_and_no_attempt_is_spent() -> None:
-    call, now, asked = make_call(attempts=1), 100.0, 0
-    with pytest.raises(NoWorker):
-        while True:
-            sent(call, now)
-            asked += 1
+def ask_until_nobody_is_there(call: Call, now: float) -> tuple[float, int]:
+    """When the call gave up, and how often it had been sent; nobody listens."""
+    asked = 0
+    while True:
+        sent(call, now)
+        asked += 1
+        try:
             assert nobody(call, now) is None
-            assert call.resend_at is not None
-            now = call.resend_at
-    assert 30 <= asked <= 60
-    assert 109.6 <= now < 110.0
+        except NoWorker:
+            return now, asked
+        assert call.resend_at is not None
+        assert 0.125 <= call.resend_at - now <= 0.375
+        now = call.resend_at
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "timeout_ms", "ends_at"),
+    [(5.0, 30_000, 105.0), (5.0, None, 105.0), (5.0, 2000, 102.0), (math.inf, 10_000, 110.0)],
+)
+def test_where_nobody_listens_it_is_asked_for_the_grace_and_no_attempt_is_spent(
+    grace_s: float, timeout_ms: int | None, ends_at: float
+) -> None:
+    call = make_call(attempts=1, grace_s=grace_s, timeout_ms=timeout_ms)
+    gave_up_at, asked = ask_until_nobody_is_there(call, 100.0)
+    assert ends_at - 0.375 <= gave_up_at < ends_at
+    assert 3 * (ends_at - 100) <= asked <= 6 * (ends_at - 100)
+    assert call.ended
     assert call.cancel_message() is None
+
+
+def test_without_a_grace_nobody_is_nobody_at_once() -> None:
+    call = make_call(grace_s=0.0)
+    sent(call)
+    with pytest.raises(NoWorker, match=r"nobody listens on inference.w1 \(asked for 0.0 s\)"):
+        nobody(call, 100.0)
+
+
+def test_the_grace_begins_anew_once_a_worker_has_spoken() -> None:
+    call = make_call(grace_s=5.0, timeout_ms=60_000)
+    sent(call)
+    nobody(call, 100.0)
+    sent(call, 104.0)
+    assert take(call, chunk(0), 104.0) is not None
+    assert take(call, refusal("WORKER_DRAINING", sequence=1), 104.0) is None
+    sent(call, 106.0)
+    assert 110.6 <= ask_until_nobody_is_there(call, 106.0)[0] < 111.0
+
+
+@pytest.mark.parametrize("code", ["QUEUE_FULL", "WORKER_DRAINING", "RESOURCE_LIMIT_EXCEEDED"])
+def test_where_one_of_a_group_has_no_room_another_is_asked_at_once_and_later_ones_not(
+    code: str,
+) -> None:
+    call = make_call(worker_id=None, attempts=4)
+    sent(call)
+    assert take(call, refusal(code)) is None
+    assert call.resend_at == 100.0
+    assert call.control_subject is None
+    sent(call)
+    assert take(call, refusal(code)) is None
+    assert call.resend_at is not None
+    assert 101.0 <= call.resend_at <= 101.5
+
+
+def test_the_try_elsewhere_is_one_of_the_attempts() -> None:
+    call = make_call(worker_id=None, attempts=2)
+    sent(call)
+    take(call, refusal("QUEUE_FULL"))
+    sent(call)
+    with pytest.raises(QueueFull):
+        take(call, refusal("QUEUE_FULL"))
+
+
+def test_a_retry_elsewhere_is_for_those_without_room_only() -> None:
+    for code in ("INTERNAL", "REQUEST_TIMEOUT"):
+        call = make_call(worker_id=None)
+        sent(call)
+        assert take(call, refusal(code)) is None
+        assert call.resend_at is not None
+        assert call.resend_at >= 101.0
+        sent(call, 102.0)
+        take(call, refusal("QUEUE_FULL"), 102.0)
+        assert call.resend_at == 102.0, "it has not been tried yet"
+
+
+def test_what_no_worker_can_hold_is_not_tried_elsewhere() -> None:
+    call = make_call(worker_id=None)
+    sent(call)
+    body, headers = refusal("RESOURCE_LIMIT_EXCEEDED", retry_after_ms=None)
+    with pytest.raises(BY_CODE["RESOURCE_LIMIT_EXCEEDED"]):
+        take(call, (body.replace(b'"retryable": true', b'"retryable": false'), headers))
 
 
 def test_a_gap_is_an_error_and_the_worker_is_still_at_work() -> None:
@@ -294,7 +376,7 @@ async def scripted(
 
 
 async def test_trio_retries_after_the_time_the_error_names(autojump_clock: MockClock) -> None:
-    busy = refusal("QUEUE_FULL", retry_after_ms=2000)
+    busy = refusal("INTERNAL", retry_after_ms=2000)
     async with scripted([busy], [busy], [chunk(0, "yes", terminal=True)]) as (worker, client):
         began_at = trio.current_time()
         whole = await client.complete({"prompt": "x"})
@@ -322,13 +404,40 @@ async def test_trio_gives_up_a_second_after_the_deadline_and_cancels(
     assert [cancel.body for cancel in worker.cancels] == [b"cancel"]
 
 
-async def test_trio_waits_for_a_worker_until_the_deadline(autojump_clock: MockClock) -> None:
+async def test_trio_asks_another_of_the_group_at_once_when_one_is_full(
+    autojump_clock: MockClock,
+) -> None:
+    """Who takes the second message stands for another member of the group."""
+    server = MemoryServer(random=random.Random(0))
+    async with (
+        open_memory_broker(server, name="workers") as far,
+        open_memory_broker(server, name="caller") as near,
+    ):
+        full = [refusal("QUEUE_FULL", retry_after_ms=60_000)]
+        worker = ScriptedWorker(far, [full, [chunk(0, "yes", terminal=True)]])
+        await worker.listen()
+        began_at = trio.current_time()
+        whole = await Client(near).complete({"prompt": "x"})
+        assert trio.current_time() == began_at
+    assert whole.text == "yes"
+
+
+async def test_trio_waits_for_a_worker_for_the_grace_or_until_the_deadline(
+    autojump_clock: MockClock,
+) -> None:
     done = [chunk(0, "late", terminal=True)]
     async with scripted(done, listening=False) as (worker, client):
         began_at = trio.current_time()
         with pytest.raises(NoWorker, match="inference"):
             await client.complete({"prompt": "x", "timeout_ms": 2000})
         assert 1.5 < trio.current_time() - began_at <= 2
+        began_at = trio.current_time()
+        with pytest.raises(NoWorker, match="inference"):
+            await client.complete({"prompt": "x", "timeout_ms": 60_000})
+        assert 4.5 < trio.current_time() - began_at <= 5
+        impatient = Client(client._broker, timeout_ms=None, nobody_listens_grace_s=0)
+        with pytest.raises(NoWorker, match=r"asked for 0\.0 s"):
+            await impatient.complete({"prompt": "x"})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_listen_later, worker)
             assert (await client.complete({"prompt": "x"})).text == "late"
@@ -344,7 +453,7 @@ async def test_trio_loses_nothing_by_a_cancelled_wait_not_even_a_retry(
     autojump_clock: MockClock,
 ) -> None:
     async with scripted(
-        [refusal("QUEUE_FULL", retry_after_ms=4000)], [chunk(0, "yes", terminal=True)]
+        [refusal("INTERNAL", retry_after_ms=4000)], [chunk(0, "yes", terminal=True)]
     ) as (worker, client):
         async with client.ask({"prompt": "x"}) as answer:
             for _attempt in range(3):
@@ -541,6 +650,11 @@ async def test_asyncio_waits_for_a_worker(nats_url: str) -> None:
             await asyncio.wait({asking}, timeout=0.05)
             await peer.listen()
             assert (await asking).text == "late"
+        async with client_asyncio.open_client(
+            nats_url, timeout_ms=None, nobody_listens_grace_s=0
+        ) as impatient:
+            with pytest.raises(NoWorker, match=r"asked for 0\.0 s"):
+                await impatient.complete({"prompt": "x"}, worker_id="nobody")
 
     await in_asyncio(work)
 

@@ -118,10 +118,12 @@ async def test_ask_without_a_worker_says_so(tmp_path: Path) -> None:
         )
     assert nobody.returncode == 69
     assert b"No worker answered" in nobody.stderr
+    assert b"nobody listens on inference.nobody" in nobody.stderr
     no_server = await command(
         "ask", "hi", "--url", f"nats://127.0.0.1:{free_port()}", "--timeout", "0.5"
     )
     assert no_server.returncode == 69
+    assert b"NATS could not be reached" in no_server.stderr
 
 
 async def test_a_second_worker_with_the_same_id_is_refused(tmp_path: Path) -> None:

@@ -274,10 +274,16 @@ def _ask(args: argparse.Namespace) -> int:
         if not trio.run(_ask_until_interrupted, args, config, url):
             sys.stderr.write("\nCancelled.\n")
             return INTERRUPTED
-    except (NoWorker, trio.TooSlowError):
+    except NoWorker as error:
+        sys.stderr.write(
+            f"No worker answered on {url}: {error.message}. `just run` starts one; it answers "
+            "once its model is loaded.\n"
+        )
+        return ExitStatus.UNAVAILABLE
+    except trio.TooSlowError:
         sys.stderr.write(
             f"No worker answered on {url} within {args.timeout:g} s: "
-            "is one running? `just run` starts one.\n"
+            "NATS could not be reached. `just run` starts it, and a worker.\n"
         )
         return ExitStatus.UNAVAILABLE
     except WorkerError as error:

@@ -9,8 +9,8 @@
         print(whole.text, whole.usage)
 
 An error reply is raised as the class of `trio_worker.errors` that belongs to its code. One that
-may be retried is retried first: after the time it names, within the request's deadline, and only
-while no text has been handed out.
+may be retried is retried first: at once where another worker may have room, then after the time
+it names, within the request's deadline, and only while no text has been handed out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import trio
 from loguru import logger
 
 from trio_worker.adapters.nats_broker import Login, open_nats_broker
-from trio_worker.core.call import AnswerOf, Call, Chunk, join
+from trio_worker.core.call import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge
 from trio_worker.ports import Broker, Message
 
@@ -65,10 +65,10 @@ class Answer(AnswerOf):
         Sends the request again where that is allowed. Then the opening chunk of a stream, which
         has no text, may come again, and `Sequence` begins anew.
 
-        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened until the
-        deadline, `RequestTimeout` a second after the deadline if not even an error has come, and
-        `MessageLost` for a gap in the numbering, which core NATS allows. Cancelled: nothing is
-        lost; the next call goes on.
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
+        grace or until the deadline, `RequestTimeout` a second after the deadline if not even an
+        error has come, and `MessageLost` for a gap in the numbering, which core NATS allows.
+        Cancelled: nothing is lost; the next call goes on.
         """
         call = self._call
         if call.ended:
@@ -115,14 +115,22 @@ class Client:
             cancel scope of your own.
         attempts: how often a request is sent in all while the answer is an error that may be
             retried; 1 is never again.
+        nobody_listens_grace_s: for how long it is sent again where no worker listens, as while
+            one restarts, within the deadline; 0 is never again.
     """
 
     def __init__(
-        self, broker: Broker, *, timeout_ms: int | None = 30_000, attempts: int = 3
+        self,
+        broker: Broker,
+        *,
+        timeout_ms: int | None = 30_000,
+        attempts: int = 3,
+        nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
     ) -> None:
         self._broker = broker
         self._timeout_ms = timeout_ms
         self._attempts = attempts
+        self._grace_s = nobody_listens_grace_s
         self._rng = Random()  # noqa: S311 - spreads retries; no secret
 
     @asynccontextmanager
@@ -145,6 +153,7 @@ class Client:
             worker_id=worker_id,
             timeout_ms=self._timeout_ms,
             attempts=self._attempts,
+            nobody_listens_grace_s=self._grace_s,
             rng=self._rng,
             now=trio.current_time(),
         )
@@ -190,14 +199,20 @@ async def open_client(
     inbox_prefix: str = "_INBOX",
     timeout_ms: int | None = 30_000,
     attempts: int = 3,
+    nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
 ) -> AsyncIterator[Client]:
     """A client on a connection of its own. Raises as `open_nats_broker` does.
 
-    `timeout_ms` and `attempts` are as `Client` says. Answers come to subjects that begin with
-    `inbox_prefix` and a dot: where every caller has a prefix of its own, it goes with
-    `nats.reply_prefixes` of the workers and with the server's permissions.
+    `timeout_ms`, `attempts` and `nobody_listens_grace_s` are as `Client` says. Answers come to
+    subjects that begin with `inbox_prefix` and a dot: where every caller has a prefix of its own,
+    it goes with `nats.reply_prefixes` of the workers and with the server's permissions.
     """
     async with open_nats_broker(
         url, name=name, login=login or Login(), inbox_prefix=inbox_prefix
     ) as broker:
-        yield Client(broker, timeout_ms=timeout_ms, attempts=attempts)
+        yield Client(
+            broker,
+            timeout_ms=timeout_ms,
+            attempts=attempts,
+            nobody_listens_grace_s=nobody_listens_grace_s,
+        )

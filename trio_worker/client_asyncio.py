@@ -9,8 +9,9 @@
         print(whole.text, whole.usage)
 
 An error reply is raised as the class of `trio_worker.errors` that belongs to its code. One that
-may be retried is retried first: after the time it names, within the request's deadline, and only
-while no text has been handed out. What the connection meets is raised as nats-py raises it.
+may be retried is retried first: at once where another worker may have room, then after the time
+it names, within the request's deadline, and only while no text has been handed out. What the
+connection meets is raised as nats-py raises it.
 
 This module imports no Trio, and nothing that changes asyncio.
 """
@@ -30,7 +31,7 @@ from nats import errors as nats_errors
 from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
 
-from trio_worker.core.call import AnswerOf, Call, Chunk, join
+from trio_worker.core.call import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
 from trio_worker.errors import PayloadTooLarge
 
 __all__ = ["Answer", "Chunk", "Client", "open_client"]
@@ -61,10 +62,10 @@ class Answer(AnswerOf):
         Sends the request again where that is allowed. Then the opening chunk of a stream, which
         has no text, may come again, and `Sequence` begins anew.
 
-        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened until the
-        deadline, `RequestTimeout` a second after the deadline if not even an error has come, and
-        `MessageLost` for a gap in the numbering, which core NATS allows. Cancelled: nothing is
-        lost; the next call goes on.
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
+        grace or until the deadline, `RequestTimeout` a second after the deadline if not even an
+        error has come, and `MessageLost` for a gap in the numbering, which core NATS allows.
+        Cancelled: nothing is lost; the next call goes on.
         """
         call = self._call
         if call.ended:
@@ -116,14 +117,22 @@ class Client:
             timeout of your own.
         attempts: how often a request is sent in all while the answer is an error that may be
             retried; 1 is never again.
+        nobody_listens_grace_s: for how long it is sent again where no worker listens, as while
+            one restarts, within the deadline; 0 is never again.
     """
 
     def __init__(
-        self, connection: Connection, *, timeout_ms: int | None = 30_000, attempts: int = 3
+        self,
+        connection: Connection,
+        *,
+        timeout_ms: int | None = 30_000,
+        attempts: int = 3,
+        nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
     ) -> None:
         self._connection = connection
         self._timeout_ms = timeout_ms
         self._attempts = attempts
+        self._grace_s = nobody_listens_grace_s
         self._rng = Random()  # noqa: S311 - spreads retries; no secret
 
     @asynccontextmanager
@@ -146,6 +155,7 @@ class Client:
             worker_id=worker_id,
             timeout_ms=self._timeout_ms,
             attempts=self._attempts,
+            nobody_listens_grace_s=self._grace_s,
             rng=self._rng,
             now=asyncio.get_running_loop().time(),
         )
@@ -180,16 +190,27 @@ class Client:
 
 @asynccontextmanager
 async def open_client(
-    url: str, *, timeout_ms: int | None = 30_000, attempts: int = 3, **options: Any
+    url: str,
+    *,
+    timeout_ms: int | None = 30_000,
+    attempts: int = 3,
+    nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+    **options: Any,
 ) -> AsyncIterator[Client]:
     """A client on a connection of its own. Raises as `nats.connect` does.
 
-    `timeout_ms` and `attempts` are as `Client` says; `options` go to `nats.connect`: `user`,
-    `password`, `token`, `user_credentials`, `tls`, `inbox_prefix` and so on.
+    `timeout_ms`, `attempts` and `nobody_listens_grace_s` are as `Client` says; `options` go to
+    `nats.connect`: `user`, `password`, `token`, `user_credentials`, `tls`, `inbox_prefix` and so
+    on.
     """
     connection = await nats.connect(url, **{"name": "trio-worker client", **options})
     try:
-        yield Client(connection, timeout_ms=timeout_ms, attempts=attempts)
+        yield Client(
+            connection,
+            timeout_ms=timeout_ms,
+            attempts=attempts,
+            nobody_listens_grace_s=nobody_listens_grace_s,
+        )
     finally:
         with suppress(TimeoutError, nats_errors.Error):
             async with asyncio.timeout(LEAVE_S):

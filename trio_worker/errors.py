@@ -166,7 +166,7 @@ BY_CODE: dict[str, type[WorkerError]] = {
 
 
 class NoWorker(RequestTimeout):
-    """Nobody listened on the request's subject until its deadline. Only a client raises this."""
+    """Nobody listened on the request's subject for too long. Only a client raises this."""
 
 
 class MessageLost(InternalError):

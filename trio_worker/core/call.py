@@ -6,6 +6,10 @@ the sending and the waiting.
 Rule 1: one deadline holds for all attempts; each tells the worker what is left of it.
 Rule 2: once content has been handed out, the request is not sent again.
 Rule 3: every attempt carries the same request id, so that no worker runs it twice at a time.
+Rule 4: a worker that has no room says nothing of the others: where any may answer, the first retry
+goes out at once, since the queue group picks its member anew. Later ones wait as they are told.
+Rule 5: where nobody listens a worker may be starting again, so it is asked for again and again, but
+not for longer than a grace.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from trio_worker.core import subjects
 from trio_worker.core.wire import native
 from trio_worker.errors import (
     BY_CODE,
+    ErrorCode,
     InternalError,
     MessageLost,
     NoWorker,
@@ -31,9 +36,15 @@ from trio_worker.errors import (
 
 NOBODY_LISTENS_RETRY_S = 0.25
 """On average: the wait before asking again where no worker listens."""
+NOBODY_LISTENS_GRACE_S = 5.0
+"""How long no worker may listen before the caller is told: a restart with a small model's load."""
 LAST_WORD_S = 1.0
 """How long after the deadline the worker's own word about it may take to arrive."""
 CANCEL_BODY = b"cancel"
+NO_ROOM_HERE = frozenset(
+    {ErrorCode.QUEUE_FULL, ErrorCode.WORKER_DRAINING, ErrorCode.RESOURCE_LIMIT_EXCEEDED}
+)
+"""What one worker says of itself, and another need not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,8 @@ class Call:
         timeout_ms: None leaves it to the worker; then nothing but the caller bounds the wait.
         attempts: how often the request is sent while workers answer that it may be; asking again
             where nobody listens does not count.
+        nobody_listens_grace_s: how long it is asked again where nobody listens; 0 is never, and
+            infinite until the deadline.
     """
 
     def __init__(
@@ -75,12 +88,17 @@ class Call:
         worker_id: str | None,
         timeout_ms: int | None,
         attempts: int,
+        nobody_listens_grace_s: float,
         rng: Random,
         now: float,
     ) -> None:
         self._request = dict(request)
         self._rng = rng
         self._attempts_left = attempts
+        self._another_may_have_room = worker_id is None
+        self._grace_s = nobody_listens_grace_s
+        self._nobody_since: float | None = None
+        """When the server first said that nobody listens, with no worker's word after it."""
         self._timeout_s = self._settle_timeout(timeout_ms)
         self._deadline = now + self._timeout_s
         self._next_sequence = 0
@@ -116,18 +134,14 @@ class Call:
     ) -> Chunk | None:
         """What a message says; None if the request is to be sent again at `resend_at`.
 
-        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened until the
-        deadline, and `MessageLost` if one is missing.
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
+        grace or until the deadline, and `MessageLost` if one is missing.
         """
         if headers.get("Status") == "503":
             self._at_work = False
-            delay_s = NOBODY_LISTENS_RETRY_S * self._rng.uniform(0.5, 1.5)
-            if now + delay_s >= self._deadline:
-                raise self._end(
-                    NoWorker(f"nobody has listened on {self.subject} for {self._timeout_s:g} s")
-                )
-            self.resend_at = now + delay_s
+            self._ask_again_or_end(now)
             return None
+        self._nobody_since = None
         self.control_subject = reply or self.control_subject
         terminal = headers.get(native.HEADER_TERMINAL)
         if terminal is not None:
@@ -176,12 +190,29 @@ class Call:
             return self.control_subject, CANCEL_BODY
         return subjects.CANCEL, msgspec.json.encode({"request_id": self.request_id})
 
+    def _ask_again_or_end(self, now: float) -> None:
+        """Plan to send what nobody has taken, or raise `NoWorker`."""
+        if self._nobody_since is None:
+            self._nobody_since = now
+        delay_s = NOBODY_LISTENS_RETRY_S * self._rng.uniform(0.5, 1.5)
+        if now + delay_s >= min(self._nobody_since + self._grace_s, self._deadline):
+            raise self._end(
+                NoWorker(
+                    f"nobody listens on {self.subject} (asked for "
+                    f"{now - self._nobody_since:.1f} s): no worker runs there, or none is ready yet"
+                )
+            )
+        self.resend_at = now + delay_s
+
     def _fail(self, error: WorkerError, now: float) -> None:
         """Plan another attempt, or raise the error if there is none."""
         self._attempts_left -= 1
         if error.retryable and self._attempts_left > 0 and not self._content_was_handed_out:
             # Not before the worker's estimate, and not all callers at the same moment.
             delay_s = (error.retry_after_ms or 1000) / 1000 * self._rng.uniform(1.0, 1.5)
+            if self._another_may_have_room and error.code in NO_ROOM_HERE:
+                self._another_may_have_room = False
+                delay_s = 0.0
             if now + delay_s < self._deadline:
                 self.resend_at = now + delay_s
                 self.control_subject = None
