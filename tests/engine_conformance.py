@@ -15,8 +15,8 @@ from typing import TypeAlias
 import pytest
 import trio
 
-from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
-from trio_worker.errors import EngineLost, WorkerFault
+from trio_worker.core.request import ChatMessage, FinishReason, Request, RequestId, Sampling
+from trio_worker.errors import EngineLost, InvalidRequest, WorkerFault
 from trio_worker.ports import Admit, Engine, Output, Report, Work
 
 PATIENCE_S = 10.0
@@ -110,9 +110,32 @@ async def check_ready_tells_what_the_engine_is(engine: Engine) -> None:
     assert info.model
     assert info.context_length > 0
     assert info.cache_bytes_per_token > 0
+    assert info.vocabulary_size > 0
     assert engine.ready.value
     assert engine.statistics().state == "ready"
     assert engine.statistics().info == info
+
+
+async def check_every_token_is_of_the_vocabulary_and_every_one_may_be_biased(
+    engine: Engine,
+) -> None:
+    size = (await engine.wait_ready()).vocabulary_size
+    bias = ((0, -1.0), (size - 1, -1.0))
+    sequences = await admits(engine, sampling=replace(SEEDED, logit_bias=bias))
+    for run in (await run_all(engine, sequences)).values():
+        assert all(0 <= token < size for token in run.tokens)
+    for sequence in sequences:
+        assert all(0 <= token < size for token in sequence.prompt)
+
+
+async def check_what_is_no_text_is_refused_by_its_field(engine: Engine) -> None:
+    await engine.wait_ready()
+    half = "half of a pair: \ud83d"
+    chat = (ChatMessage(role="user", content=half),)
+    for asked in (request(half), replace(request(half), prompt=None, messages=chat)):
+        with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+            await engine.tokenise(asked)
+        assert caught.value.details == {"field": "messages" if asked.is_chat else "prompt"}
 
 
 async def check_residents_are_those_who_came_and_have_not_left(engine: Engine) -> None:
@@ -340,6 +363,8 @@ ENDS: tuple[Callable[[Open, Harm], Awaitable[None]], ...] = (
 
 CHECKS: tuple[Callable[[Engine], Awaitable[None]], ...] = (
     check_ready_tells_what_the_engine_is,
+    check_every_token_is_of_the_vocabulary_and_every_one_may_be_biased,
+    check_what_is_no_text_is_refused_by_its_field,
     check_residents_are_those_who_came_and_have_not_left,
     check_an_answer_has_max_tokens_tokens_or_stopped,
     check_prefill_stays_within_its_bound,

@@ -61,7 +61,12 @@ def test_bytes_that_are_no_frame_raise_a_frame_error_and_nothing_else(body: Any)
 
 def test_a_frame_of_the_other_direction_is_refused() -> None:
     frame = Loaded(
-        model="m", context_length=1, cache_bytes_per_token=1, device="cpu", accelerator="cpu"
+        model="m",
+        context_length=1,
+        cache_bytes_per_token=1,
+        vocabulary_size=2,
+        device="cpu",
+        accelerator="cpu",
     )
     body = encode(frame)[4:]
     assert decode_from_engine(body) == frame

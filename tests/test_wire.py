@@ -122,26 +122,190 @@ def test_every_field_arrives() -> None:
     assert request.timeout_s == 0.005
 
 
+def fault_of(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        read(msgspec.json.encode(fields))
+    return caught.value
+
+
+MANY_TOKENS = {str(token): 1 for token in range(1025)}
+LONG = "x" * 300
+PRIORITIES = "is none of high, medium, low, 0…2"
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "message", "details"),
     [
-        ({"temperature": 3}, "temperature: Expected `float` <= 2"),
-        ({"top_p": 0}, "top_p"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stream": "yes"}, "stream: Expected `bool`"),
-        ({"tools": []}, "tools is not a field"),
-        ({"max_token": 1}, "did you mean max_tokens?"),
-        ({"request_id": "a b"}, "request_id"),
-        ({"request_id": "a\n"}, "request_id"),
-        ({"logit_bias": {"-1": 1}}, "not the number of a token"),
-        ({"priority": True}, "priority"),
-        ({"priority": -1}, "priority"),
+        # What each field may be.
+        ({"request_id": 5}, "request_id: Expected `str | null`, got `int`", {}),
+        ({"request_id": "a b"}, "request_id: Expected `str` matching regex", {}),
+        ({"request_id": "a\n"}, "request_id: Expected `str` matching regex", {}),
+        ({"request_id": "a" * 129}, "request_id: Expected `str` matching regex", {}),
+        ({"model": 5}, "model: Expected `str | null`, got `int`", {}),
+        ({"messages": []}, "messages: Expected `array` of length >= 1", {}),
+        ({"messages": [{}]}, "messages[0]: Object missing required field `role`", {}),
+        (
+            {"messages": [{"role": "king", "content": "x"}]},
+            "messages[0].role: Invalid enum value 'king'",
+            {},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "name": "y"}]},
+            "messages[0]: Object contains unknown field `name`",
+            {},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
+            "messages[0].content[0].type: Invalid enum value 'image'",
+            {},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "id": 1}]}]},
+            "messages[0].content[0]: Object contains unknown field `id`",
+            {},
+        ),
+        ({"prompt": ""}, "prompt: Expected `str` of length >= 1", {}),
+        ({"max_tokens": 0}, "max_tokens: Expected `int` >= 1", {}),
+        ({"max_tokens": 1.5}, "max_tokens: Expected `int | null`, got `float`", {}),
+        ({"temperature": 2.01}, "temperature: Expected `float` <= 2.0", {}),
+        ({"temperature": -0.01}, "temperature: Expected `float` >= 0.0", {}),
+        ({"top_p": 0}, "top_p: Expected `float` > 0.0", {}),
+        ({"top_p": 1.01}, "top_p: Expected `float` <= 1.0", {}),
+        ({"top_k": -1}, "top_k: Expected `int` >= 0", {}),
+        ({"top_k": 2**31}, "top_k: Expected `int` <= 2147483647", {}),
+        ({"min_p": -0.01}, "min_p: Expected `float` >= 0.0", {}),
+        ({"min_p": 1.01}, "min_p: Expected `float` <= 1.0", {}),
+        ({"repetition_penalty": 0}, "repetition_penalty: Expected `float` > 0.0", {}),
+        ({"repetition_penalty": 10.01}, "repetition_penalty: Expected `float` <= 10.0", {}),
+        ({"presence_penalty": -2.01}, "presence_penalty: Expected `float` >= -2.0", {}),
+        ({"presence_penalty": 2.01}, "presence_penalty: Expected `float` <= 2.0", {}),
+        ({"frequency_penalty": -2.01}, "frequency_penalty: Expected `float` >= -2.0", {}),
+        ({"frequency_penalty": 2.01}, "frequency_penalty: Expected `float` <= 2.0", {}),
+        ({"logit_bias": [1]}, "logit_bias: Expected `object | null`, got `array`", {}),
+        ({"logit_bias": {"1": "x"}}, "logit_bias[...]: Expected `float`, got `str`", {}),
+        ({"logit_bias": {"1": 100.1}}, "logit_bias[...]: Expected `float` <= 100.0", {}),
+        ({"logit_bias": {"1": -100.1}}, "logit_bias[...]: Expected `float` >= -100.0", {}),
+        ({"seed": -1}, "seed: Expected `int` >= 0", {}),
+        ({"seed": 2**53}, "seed: Expected `int` <= 9007199254740991", {}),
+        ({"stop": [""]}, "stop[0]: Expected `str` of length >= 1", {}),
+        ({"stop": ["x", "y" * 257]}, "stop[1]: Expected `str` of length <= 256", {}),
+        ({"stop": ["x"] * 17}, "stop: Expected `array` of length <= 16", {}),
+        ({"stream": "yes"}, "stream: Expected `bool`, got `str`", {}),
+        ({"stream": 1}, "stream: Expected `bool`, got `int`", {}),
+        ({"logprobs": 1}, "logprobs: Expected `bool`, got `int`", {}),
+        ({"top_logprobs": -1}, "top_logprobs: Expected `int` >= 0", {}),
+        ({"top_logprobs": 21}, "top_logprobs: Expected `int` <= 20", {}),
+        ({"priority": True}, "priority: Expected `int | str | null`, got `bool`", {}),
+        ({"timeout_ms": 0}, "timeout_ms: Expected `int` >= 1", {}),
+        # What this worker allows, and what goes together.
+        (
+            {"max_tokens": 101},
+            "max_tokens: 101 is over this worker's limit of 100",
+            {"limit": 100},
+        ),
+        (
+            {"timeout_ms": 60_001},
+            "timeout_ms: 60001 is over this worker's limit of 60000",
+            {"limit": 60_000},
+        ),
+        (
+            {"logit_bias": MANY_TOKENS},
+            "logit_bias: 1025 entries; at most 1024 are taken",
+            {"limit": 1024},
+        ),
+        ({"logit_bias": {"-1": 1}}, "logit_bias: '-1' is not the number of a token", {}),
+        ({"logit_bias": {"\u0661": 1}}, "logit_bias: '\u0661' is not the number of a token", {}),
+        (
+            {"logit_bias": {"1" * 11: 1}},
+            "logit_bias: '11111111111' is not the number of a token",
+            {},
+        ),
+        ({"logit_bias": {LONG: 1}}, f"logit_bias: '{LONG[:64]}' is not the number of a token", {}),
+        ({"top_logprobs": 1}, "top_logprobs: needs logprobs: true beside it", {}),
+        ({"priority": 3}, f"priority: '3' {PRIORITIES}", {"levels": 3}),
+        ({"priority": -1}, f"priority: '-1' {PRIORITIES}", {"levels": 3}),
+        ({"priority": "urgent"}, f"priority: 'urgent' {PRIORITIES}", {"levels": 3}),
+        ({"priority": LONG}, f"priority: '{LONG[:64]}' {PRIORITIES}", {"levels": 3}),
+        # What is no field.
+        ({"tools": []}, "tools is not a field of a request", {}),
+        ({"max_token": 1}, "max_token is not a field of a request; did you mean max_tokens?", {}),
+        ({"modelid": 1}, "modelid is not a field of a request; did you mean modelId?", {}),
+        ({"frobnicate": 1}, "frobnicate is not a field of a request", {}),
     ],
 )
-def test_what_is_wrong_is_named(fields: dict[str, object], message: str) -> None:
+def test_what_is_wrong_is_said_and_its_field_is_named(
+    fields: dict[str, object], message: str, details: dict[str, object]
+) -> None:
+    prompt = {} if "messages" in fields else {"prompt": "x"}
+    error = fault_of(**{**prompt, **fields})
+    if message.endswith("regex"):
+        assert error.message.startswith(message)
+    else:
+        assert error.message == message
+    assert error.details == {"field": next(iter(fields)), **details}
+
+
+def test_the_one_of_two_fields_that_is_missing_or_too_many_is_messages() -> None:
+    both = fault_of(prompt="x", messages=[{"role": "user", "content": "x"}])
+    assert both.message == "send exactly one of messages and prompt; both are there"
+    neither = fault_of()
+    assert neither.message == "send exactly one of messages and prompt; neither is there"
+    assert both.details == neither.details == {"field": "messages"}
+
+
+def test_two_spellings_of_a_field_are_named_by_the_one_of_the_documentation() -> None:
+    error = fault_of(prompt="x", maxTokens=1, max_completion_tokens=None)
+    assert error.message == (
+        "maxTokens and max_completion_tokens are spellings of one field; send one of them"
+    )
+    assert error.details == {"field": "max_tokens"}
+
+
+def test_a_fault_that_quotes_the_caller_is_named_by_where_it_is_and_kept_short() -> None:
+    hostile = " - at `$.seed`" + "x" * 5000
+    error = fault_of(messages=[{"role": hostile, "content": "x"}])
+    assert error.details == {"field": "messages"}
+    assert error.message.startswith("messages[0].role: Invalid enum value ' - at `$.seed`xxx")
+    assert len(error.message) == len("messages[0].role: ") + 256
+    unknown = fault_of(prompt="x", **{"x" * 100: 1})
+    assert unknown.message == f"{'x' * 64} is not a field of a request"
+    assert unknown.details == {"field": "x" * 64}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the request is not JSON: Input data was truncated"),
+        (b"\xff", "the request is not JSON"),
+        (b'{"prompt": "\xff"}', "the request is not JSON"),
+        (b'{"prompt": "x"} {}', "the request is not JSON: JSON is malformed: trailing characters"),
+        (b'{"prompt": "x",}', "the request is not JSON"),
+        (b'{"seed": NaN}', "the request is not JSON"),
+        (b'{"prompt": "\\ud800"}', "(half of a surrogate pair, \\ud800 to \\udfff by itself"),
+        (b"[" * 9000, "the request is not usable: its brackets are nested too deep"),
+        (b"[1]", "the request is an array; expected a JSON object"),
+        (b'"x"', "the request is a string; expected a JSON object"),
+        (b"true", "the request is a boolean; expected a JSON object"),
+        (b"null", "the request is null; expected a JSON object"),
+        (b"1.5", "the request is a number; expected a JSON object"),
+    ],
+)
+def test_what_is_no_json_object_is_said_without_a_field(body: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_fields(**fields)
+        read(body)
     assert message in caught.value.message
+    assert ("half of" in caught.value.message) == (b"ud800" in body)
+    assert caught.value.details == {}
+
+
+def test_a_bias_must_be_of_the_models_vocabulary() -> None:
+    request = read_fields(logit_bias={"9": 1, "10": 2})
+    request.check_vocabulary(11)
+    with pytest.raises(InvalidRequest) as caught:
+        request.check_vocabulary(10)
+    assert caught.value.message == "logit_bias: 10 is no token of this model, which has 0 to 9"
+    assert caught.value.details == {"field": "logit_bias", "vocabulary_size": 10}
+    read_fields().check_vocabulary(1)
 
 
 def test_another_model_is_named_beside_ours() -> None:

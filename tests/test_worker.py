@@ -166,6 +166,32 @@ async def test_what_is_no_request_gets_one_invalid_request_that_says_why(
         assert (await rig.ask(prompt="still here", max_tokens=1)).code == "ok"
 
 
+async def test_a_bias_beyond_the_vocabulary_is_the_callers_fault_and_nobody_is_alarmed(
+    autojump_clock: MockClock,
+) -> None:
+    """The engine says how large the vocabulary is, so a request waits until it is loaded."""
+    async with running_worker("worker.simulated.vocabulary=500", load_s=2.0) as rig:
+        last = await rig.ask(prompt="x", max_tokens=1, logit_bias={"499": 5})
+        beyond = await rig.ask(prompt="x", max_tokens=1, logit_bias={"3": 1, "500": 5})
+        assert rig.snapshot().requests.by_outcome == {"ok": 1, "INVALID_REQUEST": 1}
+        assert rig.snapshot().tokens.prompt == 1, "the second never came to the engine"
+    assert last.code == "ok"
+    assert beyond.error is not None
+    assert beyond.error.message == "logit_bias: 500 is no token of this model, which has 0 to 499"
+    assert beyond.error.details == {"field": "logit_bias", "vocabulary_size": 500}
+
+
+async def test_what_the_template_refuses_is_named_by_its_field(autojump_clock: MockClock) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    async with running_worker(faults=Faults(refuse_tokenise=1.0)) as rig:
+        replies = await ask_all(rig, [{"prompt": "x"}, {"messages": messages, "stream": True}])
+    assert [reply.code for reply in replies] == ["INVALID_REQUEST"] * 2
+    assert [reply.error and reply.error.details for reply in replies] == [
+        {"field": "prompt"},
+        {"field": "messages"},
+    ]
+
+
 async def test_nulls_count_as_absent_and_other_spellings_are_understood(
     autojump_clock: MockClock,
 ) -> None:

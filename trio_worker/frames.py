@@ -94,6 +94,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     model: str
     context_length: int
     cache_bytes_per_token: int
+    vocabulary_size: int
     device: str
     accelerator: str
     """`metal`, `cuda` or `cpu`."""

@@ -159,8 +159,9 @@ class Engine(Protocol):
     async def tokenise(self, request: Request) -> tuple[int, ...]:
         """The prompt's tokens, through the chat template if there are messages.
 
-        Waits while the engine is down. Raises `InvalidRequest` if the template refuses the
-        messages, `EngineFailed` if tokenising this request brings the engine down.
+        Waits while the engine is down. Raises `InvalidRequest`, with `details.field`, if the
+        template refuses the messages or what they hold is no text, `EngineFailed` if tokenising
+        this request brings the engine down.
         Cancelled: the result is thrown away.
         """
 

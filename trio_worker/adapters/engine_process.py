@@ -164,7 +164,10 @@ class EngineProcess:
         try:
             frame = encode(question)
         except UnicodeEncodeError as exc:
-            raise InvalidRequest("the prompt has a lone surrogate, which is no text") from exc
+            raise InvalidRequest(
+                "the prompt has a lone surrogate, which is no text",
+                details={"field": request.text_field},
+            ) from exc
         tries = 0
         while tries < TOKENISE_TRIES:
             child = await self._wait_child()
@@ -176,7 +179,10 @@ class EngineProcess:
                 tries += 1
                 continue
             if isinstance(answer, TokeniseFailed):
-                raise InvalidRequest(f"the prompt cannot be tokenised: {answer.message}")
+                raise InvalidRequest(
+                    f"the prompt cannot be tokenised: {answer.message}",
+                    details={"field": request.text_field},
+                )
             assert isinstance(answer, Tokenised)
             return answer.tokens
         raise EngineFailed("tokenising this request brought the engine down twice")
@@ -331,6 +337,7 @@ class EngineProcess:
                         model=frame.model,
                         context_length=frame.context_length,
                         cache_bytes_per_token=frame.cache_bytes_per_token,
+                        vocabulary_size=frame.vocabulary_size,
                         device=frame.device,
                         accelerator=frame.accelerator,
                     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+from trio_worker.errors import InvalidRequest
+
 RequestId = NewType("RequestId", str)
 
 
@@ -67,3 +69,17 @@ class Request:
     @property
     def is_chat(self) -> bool:
         return self.prompt is None
+
+    @property
+    def text_field(self) -> str:
+        """The one of `prompt` and `messages` that is set, as an error's `details.field`."""
+        return "messages" if self.is_chat else "prompt"
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `InvalidRequest` if a token that is named is none of the model's `size`."""
+        for token, _ in self.sampling.logit_bias:
+            if token >= size:
+                raise InvalidRequest(
+                    f"logit_bias: {token} is no token of this model, which has 0 to {size - 1}",
+                    details={"field": "logit_bias", "vocabulary_size": size},
+                )

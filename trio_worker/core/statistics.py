@@ -15,6 +15,8 @@ class EngineInfo:
     context_length: int
     """Tokens of prompt and answer together."""
     cache_bytes_per_token: int
+    vocabulary_size: int
+    """Tokens are the numbers below it."""
     device: str
     """For people: the chip, the number type, and the BLAS where that matters."""
     accelerator: str = "cpu"

@@ -90,6 +90,7 @@ def _serve(control: Line, tokenising: Line) -> NoReturn:
             model=model.name,
             context_length=model.context_length,
             cache_bytes_per_token=model.cache_bytes_per_token,
+            vocabulary_size=model.vocabulary_size,
             device=model.device,
             accelerator=model.accelerator,
         )

@@ -145,6 +145,7 @@ async def _serve(
     answer.open()
     await answer.alive_while(door.wait_place, sequence)
     info = await answer.alive_while(engine.wait_ready)
+    sequence.request.check_vocabulary(info.vocabulary_size)
     prompt = await answer.alive_while(engine.tokenise, sequence.request)
     sequence.prompt = prompt
     sequence.max_tokens = _fit(

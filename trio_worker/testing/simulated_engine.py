@@ -235,6 +235,7 @@ class SimulatedEngine:
             model=model_name,
             context_length=context_length,
             cache_bytes_per_token=cache_bytes_per_token,
+            vocabulary_size=config.vocabulary,
             device="simulated",
         )
         self._residents: dict[RequestId, _Resident] = {}
@@ -316,11 +317,20 @@ class SimulatedEngine:
             self.crash()
             raise EngineFailed("tokenising this request brought the engine down")
         if self._chance(self._faults.refuse_tokenise):
-            raise InvalidRequest("the template refuses these messages")
+            raise InvalidRequest(
+                "the template refuses these messages", details={"field": request.text_field}
+            )
         if request.prompt is not None:
             text = request.prompt
         else:
             text = " ".join(message.content for message in request.messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequest(
+                "the prompt has a lone surrogate, which is no text",
+                details={"field": request.text_field},
+            ) from exc
         tokens = tuple(self._token(each) for each in text.split())
         return tokens or (0,)
 
@@ -469,7 +479,7 @@ class SimulatedEngine:
         return EngineMemory(active=active, cache=0)
 
     def _token(self, text: str) -> int:
-        return zlib.crc32(text.encode("utf-8", "surrogatepass")) % self._config.vocabulary
+        return zlib.crc32(text.encode()) % self._config.vocabulary
 
     def _hit_by(self, words: frozenset[str]) -> list[RequestId]:
         tokens = {self._token(each) for each in words}

@@ -37,6 +37,8 @@ _OTHER_SPELLINGS = {
     "topP": "top_p",
 }
 _LOGIT_BIAS_MAX = 1024
+_QUOTED_MAX = 256
+"""Characters of a fault's description, which may quote what the caller sent."""
 
 # --- reading ------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ def request_id_of(fields: Fields) -> RequestId | None:
 def to_request(
     fields: Fields, limits: RequestLimits, *, request_id: RequestId, draw_seed: Callable[[], int]
 ) -> Request:
-    """The checked request. Raises `InvalidRequest`, naming the field, or `ModelNotFound`.
+    """The checked request. Raises `InvalidRequest`, with `details.field`, or `ModelNotFound`.
 
     `request_id` is used where the caller sent none, and `draw_seed` where there is no seed.
     """
@@ -158,11 +160,7 @@ def to_request(
     try:
         asked = msgspec.convert(fields, _Fields)
     except msgspec.ValidationError as exc:
-        raise InvalidRequest(*_explain(exc)) from exc
-    except RecursionError:
-        raise InvalidRequest(
-            "the request is not usable: its brackets are nested too deep"
-        ) from None
+        raise _invalid_field(exc) from exc
     if asked.model is not None and asked.model != limits.model_name:
         raise ModelNotFound(
             f"this worker serves the model {limits.model_name}, not {asked.model[:128]}",
@@ -170,7 +168,9 @@ def to_request(
         )
     if (asked.prompt is None) == (asked.messages is None):
         how = "neither is" if asked.prompt is None else "both are"
-        raise InvalidRequest(f"send exactly one of messages and prompt; {how} there")
+        raise InvalidRequest(
+            f"send exactly one of messages and prompt; {how} there", details={"field": "messages"}
+        )
     return Request(
         request_id=request_id,
         prompt=asked.prompt,
@@ -212,11 +212,14 @@ def _unknown_field(name: str) -> InvalidRequest:
     )
 
 
-def _explain(exc: msgspec.ValidationError) -> tuple[str]:
+def _invalid_field(exc: msgspec.ValidationError) -> InvalidRequest:
     """`Expected … - at $.a[0].b`, with the path first and without the dollar sign."""
-    what, _, path = str(exc).partition(" - at `$.")
+    # The last such words: those before it may be the caller's own.
+    what, _, path = str(exc).rpartition(" - at `$.")
     where = path.removesuffix("`")
-    return (f"{where}: {what}" if where else what,)
+    return InvalidRequest(
+        f"{where}: {what[:_QUOTED_MAX]}", details={"field": re.split(r"[.\[]", where)[0]}
+    )
 
 
 def _json_name(value: object) -> str:
@@ -240,17 +243,23 @@ def _at_most(name: str, value: int | None, limit: int) -> int | None:
 def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     if len(bias) > _LOGIT_BIAS_MAX:
         raise InvalidRequest(
-            f"logit_bias: {len(bias)} entries; at most {_LOGIT_BIAS_MAX} are taken"
+            f"logit_bias: {len(bias)} entries; at most {_LOGIT_BIAS_MAX} are taken",
+            details={"field": "logit_bias", "limit": _LOGIT_BIAS_MAX},
         )
     for token in bias:
         if not (token.isascii() and token.isdigit() and len(token) <= 10):
-            raise InvalidRequest(f"logit_bias: {token[:64]!r} is not the number of a token")
+            raise InvalidRequest(
+                f"logit_bias: {token[:64]!r} is not the number of a token",
+                details={"field": "logit_bias"},
+            )
     return tuple(sorted((int(token), value) for token, value in bias.items()))
 
 
 def _top_logprobs(asked: _Fields) -> int:
     if asked.top_logprobs and not asked.logprobs:
-        raise InvalidRequest("top_logprobs: needs logprobs: true beside it")
+        raise InvalidRequest(
+            "top_logprobs: needs logprobs: true beside it", details={"field": "top_logprobs"}
+        )
     return asked.top_logprobs
 
 
