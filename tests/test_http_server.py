@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 import trio_asyncio
 
 from trio_worker.adapters import http_server
@@ -309,6 +310,40 @@ async def test_a_stream_ends_by_itself_and_with_the_server(monkeypatch: pytest.M
         while await stream.receive_some(65536):
             pass
     await stream.aclose()
+
+
+async def test_a_stream_lives_as_long_as_it_means_to_though_its_client_says_nothing(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    # Sockets are none of the clock's business: give what is under way a moment to arrive.
+    mock_clock.autojump_threshold = 0.02
+    async with serving(FakeWorker()) as port, await trio.open_tcp_stream("127.0.0.1", port) as s:
+        began = trio.current_time()
+        await s.send_all(_request("GET", "/events", "*/*"))
+        answer = b"".join([chunk async for chunk in s])
+        lived_s = trio.current_time() - began
+    assert lived_s == pytest.approx(http_server.STREAM_S, abs=1)
+    assert answer.endswith(b"0\r\n\r\n"), "it was cut, and did not end"
+    assert answer.count(b"event: state") >= http_server.STREAM_S / http_server.SAMPLE_S - 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(b"POST /livez HTTP/1.1\r\nHost: w\r\nContent-Length: 9\r\n\r\n", id="body"),
+        pytest.param(b"GET /livez HTT", id="head"),
+    ],
+)
+async def test_a_client_that_falls_silent_in_the_middle_of_a_request_is_cut(
+    mock_clock: trio.testing.MockClock, part: bytes
+) -> None:
+    mock_clock.autojump_threshold = 0.02
+    async with serving(FakeWorker()) as port, await trio.open_tcp_stream("127.0.0.1", port) as s:
+        began = trio.current_time()
+        await s.send_all(part)
+        async for _ in s:
+            pass
+        assert trio.current_time() - began < http_server.IDLE_S + 1
 
 
 async def test_a_stream_that_is_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ SEND_S = 5.0
 """The longest that a client may leave an answer unread."""
 CLOSING_S = 0.5
 """What a client that has closed its side still gets; hypercorn alone keeps it as if it idled."""
-READ_S = 10
-"""The longest that a client may be silent in the middle of a request."""
+IDLE_S = 5.0
+"""The longest that a client may take over the head of its request."""
 
 FRESH_S = 0.1
 """What was computed for one client so short a time ago is good enough for the next."""
@@ -172,7 +172,9 @@ def _hypercorn_config() -> HypercornConfig:
     config = HypercornConfig()
     config.accesslog = None
     config.errorlog = None
-    config.read_timeout = READ_S
+    config.keep_alive_timeout = IDLE_S
+    # It would count the silence of a client that listens to an event stream.
+    config.read_timeout = None
     config.include_server_header = False
     return config
 
