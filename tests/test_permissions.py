@@ -209,3 +209,54 @@ async def test_nobody_does_what_is_not_theirs(server: NatsServer, tmp_path: Path
         ("Publish", "app-b", "inference.w1"),
         ("Publish", "app-b", "_INBOX.app-a.x"),
     ]
+
+
+async def test_subjects_that_are_patterns_reach_nobodys_requests(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    """By an account that may publish below `inference.`, and may cancel what it knows the id of."""
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with (
+            client_of(server, "app-b") as owner,
+            peer_of(server, "app-a") as stranger,
+            owner.ask({**LONG, "max_tokens": 50}) as answer,
+        ):
+            await anext(answer)
+            for subject in (
+                "inference.*",
+                "inference.>",
+                "inference.w1.ctl.*",
+                "inference.*.ctl.>",
+            ):
+                await stranger.say(subject, b"cancel")
+            for named in ("*", ">", answer.request_id[:-1], answer.request_id + "0", ""):
+                await stranger.say("inference.cancel", json.dumps({"request_id": named}).encode())
+            for reply in ("_INBOX.>", "_INBOX.app-b.*", "_INBOX.*.x", "inference.w1.ctl.x"):
+                await stranger.say("inference", b'{"prompt": "x"}', reply=reply)
+            assert len((await answer.text()).split()) == 50
+        assert await outcomes(worker) == {"ok": 1}
+
+
+async def test_whoever_has_used_an_id_may_cancel_the_next_request_with_it(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    """What the documentation warns of: an id that others know beforehand protects nothing."""
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with client_of(server, "app-a") as owner, peer_of(server, "app-b") as stranger:
+            inbox = stranger.broker.new_inbox()
+            received = await stranger.listen(inbox)
+            known = {"prompt": "x", "max_tokens": 1, "request_id": "nightly"}
+            await stranger.say("inference", json.dumps(known).encode(), reply=inbox)
+
+            async def answered() -> bool:
+                return bool(received)
+
+            await until(answered, within_s=5)
+            async with owner.ask({**LONG, "request_id": "nightly"}) as answer:
+                await anext(answer)
+                await stranger.say("inference.w1.ctl.nightly", b"cancel")
+                with pytest.raises(RequestCancelled):
+                    await answer.text()
+    assert violations(server) == []

@@ -142,6 +142,7 @@ async def running_worker(
     engine_options: Mapping[str, Any] | None = None,
     on_progress: ProgressSink | None = None,
     service_manager: ServiceManager | None = None,
+    rng: random.Random | None = None,
 ) -> AsyncIterator[Rig]:
     """A worker that serves; at the end it is stopped, and must have left nothing behind."""
     config = make_config(*overrides)
@@ -184,7 +185,7 @@ async def running_worker(
                 open_broker=open_broker,
                 open_engine=open_engine,
                 probe=probe,
-                rng=random.Random(1),
+                rng=rng or random.Random(1),
                 wall_clock=lambda: 1_700_000_000.0,
                 on_ready=on_ready,
                 on_progress=on_progress,

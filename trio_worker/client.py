@@ -149,7 +149,7 @@ class Client:
         """
         call = Call(
             request,
-            request_id=secrets.token_hex(12),
+            request_id=secrets.token_hex(16),
             worker_id=worker_id,
             timeout_ms=self._timeout_ms,
             attempts=self._attempts,

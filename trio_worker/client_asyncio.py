@@ -151,7 +151,7 @@ class Client:
         """
         call = Call(
             request,
-            request_id=secrets.token_hex(12),
+            request_id=secrets.token_hex(16),
             worker_id=worker_id,
             timeout_ms=self._timeout_ms,
             attempts=self._attempts,
@@ -160,7 +160,8 @@ class Client:
             now=asyncio.get_running_loop().time(),
         )
         messages: asyncio.Queue[Msg] = asyncio.Queue(INBOX_MESSAGES)
-        inbox = self._connection.new_inbox()
+        # nats-py counts its inboxes up: who has seen two of them would know the others.
+        inbox = f"{self._connection.new_inbox()}{secrets.token_hex(16)}"
 
         async def take(message: Msg) -> None:
             # What does not fit shows as a gap in the numbering.

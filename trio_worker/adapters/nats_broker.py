@@ -20,6 +20,7 @@ import asyncio
 import base64
 import json
 import re
+import secrets
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -185,7 +186,8 @@ class NatsBroker:
         return int(self._client.max_payload)
 
     def new_inbox(self) -> str:
-        return str(self._client.new_inbox())
+        # nats-py counts its inboxes up: who has seen two of them would know the others.
+        return f"{self._client.new_inbox()}{secrets.token_hex(16)}"
 
     def publish(self, message: Message) -> None:
         """As the port says. Raises `ValueError` for what is no subject or no header name."""

@@ -273,4 +273,4 @@ class _Reception:
         ).fail(error, retry_after_ms=self._door.admission.retry_after_ms())
 
     def _draw_id(self) -> RequestId:
-        return RequestId(f"{self._rng.getrandbits(96):024x}")
+        return RequestId(f"{self._rng.getrandbits(128):032x}")
