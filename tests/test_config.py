@@ -620,6 +620,13 @@ def test_a_secret_that_everybody_can_read_is_warned_about(tmp_path: Path, load: 
         ("cluster: " + "[" * 100_000, "nested deeper than 16 levels"),
         ("cluster: " + "{a: " * 30_000, "nested deeper than 16 levels"),
         ("a" * 300_000, "is larger than"),
+        # 4 s, 8 s with 1.5 GB, and 2 s, if they were read.
+        ("cluster: 1" + ":1" * 130_000, "a number of too many digits"),
+        (
+            f"? {'k' * 130_000}\n: {{{', '.join(f'a{i}: 1' for i in range(9_000))}}}",
+            "a key of more",
+        ),
+        ("cluster: [" + "1," * 130_000 + "]", "more than 10000 values"),
         (b"\xff\xfe\x00", "not YAML"),
         (b"cluster: \x80", "not YAML"),
         ("cluster: \0", "not YAML"),

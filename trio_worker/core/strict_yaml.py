@@ -1,8 +1,8 @@
 """The part of YAML that a configuration needs, read from text that may be hostile.
 
 Plain values, lists and mappings with text as keys; no tags, no aliases, no dates, a bounded
-depth. What is left cannot grow beyond the text it was read from. The reader remembers the line
-of every key, so that a message can say where a value stands.
+depth and number. What is left cannot grow beyond the text it was read from, nor take long. The
+reader remembers the line of every key, so that a message can say where a value stands.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import yaml
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
 DEPTH_MAX = 16
+VALUES_MAX = 10_000
+KEY_MAX = 255
+"""Characters: a key stands in the path of everything below it."""
+NUMBER_MAX = 4300
+"""Characters: YAML counts in sixties, too, which takes the square of their length."""
 
 
 class NotYaml(Exception):
@@ -76,6 +81,7 @@ class _Reader:
     loader: Any
     lines: dict[str, int] = field(default_factory=dict)
     repeated: list[tuple[str, int, int]] = field(default_factory=list)
+    values: int = 0
 
     def read(self, path: str, depth: int) -> Plain:
         """The value that begins at the next event."""
@@ -86,8 +92,13 @@ class _Reader:
             raise NotYaml(f"{_place(event.start_mark)}an anchor or a tag; put text in quotes")
         if depth > DEPTH_MAX:
             raise NotYaml(f"{_place(event.start_mark)}nested deeper than {DEPTH_MAX} levels")
+        self.values += 1
+        if self.values > VALUES_MAX:
+            raise NotYaml(f"{_place(event.start_mark)}more than {VALUES_MAX} values")
         if isinstance(event, yaml.ScalarEvent):
             tag = self.loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+            if tag != "tag:yaml.org,2002:str" and len(event.value) > NUMBER_MAX:
+                raise NotYaml(f"{_place(event.start_mark)}a number of too many digits")
             node = yaml.ScalarNode(tag, event.value)
             scalar: Plain = self.loader.construct_object(node)
             return scalar
@@ -109,6 +120,8 @@ class _Reader:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarEvent):
                 raise NotYaml(f"{_place(key.start_mark)}a key that is not text")
+            if len(key.value) > KEY_MAX:
+                raise NotYaml(f"{_place(key.start_mark)}a key of more than {KEY_MAX} characters")
             inner = f"{path}.{key.value}" if path else key.value
             value = self.read(inner, depth + 1)
             if key.value in mapping:
