@@ -9,6 +9,7 @@ import pytest
 
 from trio_worker.engine.models import load
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.templates import Renderer
 from trio_worker.frames import AdmitFrame, Tokenise, Tokenised, Turn
 
 pytestmark = pytest.mark.mlx
@@ -30,8 +31,12 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def admits(model: Any) -> Any:
     frames = []
-    for index, question in enumerate(QUESTIONS):
-        tokenised = tokenise(model.tokenizer, Tokenise(prompt=None, messages=(("user", question),)))
+    with Renderer() as renderer:
+        answers = [
+            tokenise(model.tokenizer, Tokenise(prompt=None, messages=(("user", each),)), renderer)
+            for each in QUESTIONS
+        ]
+    for index, tokenised in enumerate(answers):
         assert isinstance(tokenised, Tokenised)
         frames.append(
             AdmitFrame(

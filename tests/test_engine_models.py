@@ -36,6 +36,7 @@ from trio_worker.engine.check import check
 from trio_worker.engine.models import CannotLoad, load, resolve
 from trio_worker.engine.prepared import DEMO_NAME, CannotPrepare, cache_folder, prepare_demo
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.templates import Renderer
 from trio_worker.engine.text import byte_alphabet
 from trio_worker.frames import AdmitFrame, Tokenise, Tokenised, Turn
 
@@ -97,7 +98,8 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
     assert model.context_length == 8192
     assert model.name == DEMO_NAME
     asked = Tokenise(prompt=None, messages=(("user", "What is the capital of France?"),))
-    answer = tokenise(model.tokenizer, asked)
+    with Renderer() as renderer:
+        answer = tokenise(model.tokenizer, asked, renderer)
     assert isinstance(answer, Tokenised)
     batch = open_batch(model, 0)
     admit = AdmitFrame(

@@ -53,6 +53,20 @@ def test_the_engine_process_is_counted_until_it_has_vanished() -> None:
         assert abs(probe.read(child.pid).used - probe.read(None).used) < 30 * MIB
 
 
+def test_what_the_engine_has_started_is_counted_with_it() -> None:
+    probe = PsutilProbe()
+    program = "b = bytearray(b'x') * (64 << 20); print(flush=True); input()"
+    engine = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert probe.read(child.pid).used - probe.read(None).used > 60 * MIB
+        child.stdin.close()
+
+
 def test_a_process_that_was_not_reaped_yet_counts_nothing() -> None:
     probe = PsutilProbe()
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:

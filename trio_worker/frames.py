@@ -53,6 +53,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """Metal's wired limit; None leaves it as the system has it."""
     allocator_cache_bytes: int | None = None
     """How much freed memory the allocator may keep; None leaves MLX's own limit."""
+    answer_within_s: float = 60.0
+    """An answer on either line that takes longer is not waited for."""
 
 
 class AdmitFrame(msgspec.Struct, frozen=True, array_like=True):
@@ -153,6 +155,8 @@ class TokeniseFailed(msgspec.Struct, frozen=True, tag=True):
     """The chat template or the tokenizer refused this input; `message` says why."""
 
     message: str
+    is_models_fault: bool = False
+    """The template takes more time or memory than it may: nobody's input is to blame."""
 
 
 ToEngine: TypeAlias = Hello | Turn | Tokenise

@@ -160,8 +160,9 @@ class Engine(Protocol):
         """The prompt's tokens, through the chat template if there are messages.
 
         Waits while the engine is down. Raises `InvalidRequest`, with `details.field`, if the
-        template refuses the messages or what they hold is no text, `EngineFailed` if tokenising
-        this request brings the engine down.
+        template refuses the messages or what they hold is no text, and `EngineFailed` if the
+        template does not come to an end with them, or if tokenising this request brings the engine
+        down.
         Cancelled: the result is thrown away.
         """
 

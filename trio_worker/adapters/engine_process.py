@@ -178,6 +178,8 @@ class EngineProcess:
             except EngineLost:
                 tries += 1
                 continue
+            if isinstance(answer, TokeniseFailed) and answer.is_models_fault:
+                raise EngineFailed(f"the model's chat template fails: {answer.message}")
             if isinstance(answer, TokeniseFailed):
                 raise InvalidRequest(
                     f"the prompt cannot be tokenised: {answer.message}",
@@ -450,6 +452,7 @@ async def open_engine(
                 prefix_cache_bytes=prefix_cache_bytes,
                 wired_limit_bytes=wired_limit_bytes,
                 allocator_cache_bytes=allocator_cache_bytes,
+                answer_within_s=turn_timeout_s,
             ),
             turn_timeout_s=turn_timeout_s,
             max_restarts=max_restarts,

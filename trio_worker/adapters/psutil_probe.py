@@ -1,4 +1,4 @@
-"""Memory in use by the worker and its engine process, as the operating system counts it.
+"""Memory in use by the worker, its engine process and that one's children, as the system counts it.
 
 What counts as a process's memory:
  * Linux: its proportional set size, so that pages both processes map are not counted twice. The
@@ -38,7 +38,8 @@ class PsutilProbe:
         used = self._used_by(self._worker)
         if engine_pid is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                used += self._used_by(psutil.Process(engine_pid))
+                engine = psutil.Process(engine_pid)
+                used += sum(map(self._used_by, (engine, *engine.children())))
         return MemoryReading(used=used, available=machine.available, total=machine.total)
 
     def _used_by(self, process: psutil.Process) -> int:

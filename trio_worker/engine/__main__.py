@@ -9,6 +9,7 @@ import sys
 
 from trio_worker.engine.blas import preload_blas
 from trio_worker.engine.lines import Line
+from trio_worker.engine.templates import Renderer
 from trio_worker.errors import ExitStatus
 
 
@@ -35,9 +36,11 @@ def main() -> int:
     if asked.command == "serve":
         control, tokenising = Line(asked.control_fd), Line(asked.tokenise_fd)
         control.leave_when_hung_up()
+        renderer = Renderer()
+        renderer.start()
         from trio_worker.engine.serve import serve  # noqa: PLC0415
 
-        serve(control, tokenising)
+        serve(control, tokenising, renderer)
     from trio_worker.engine.models import CannotLoad  # noqa: PLC0415
 
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.models import LoadedModel
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.templates import Renderer
 from trio_worker.frames import AdmitFrame, Tokenise, Tokenised, Turn
 
 MAX_TOKENS = 24
@@ -24,7 +25,8 @@ PROMPTS = (
 
 def check(model: LoadedModel) -> list[str]:
     """One line for each prompt whose answer differs; none if this model batches correctly."""
-    prompts = [_tokens(model, prompt) for prompt in PROMPTS]
+    with Renderer() as renderer:
+        prompts = [_tokens(model, prompt, renderer) for prompt in PROMPTS]
     batch = open_batch(model, 0)
     alone = [_answers(batch, [prompt])[0] for prompt in prompts]
     together = _answers(batch, prompts)
@@ -35,12 +37,12 @@ def check(model: LoadedModel) -> list[str]:
     ]
 
 
-def _tokens(model: LoadedModel, prompt: str) -> tuple[int, ...]:
+def _tokens(model: LoadedModel, prompt: str, renderer: Renderer) -> tuple[int, ...]:
     if model.tokenizer.has_chat_template:
         asked = Tokenise(prompt=None, messages=(("user", prompt),))
     else:
         asked = Tokenise(prompt=prompt, messages=None)
-    answer = tokenise(model.tokenizer, asked)
+    answer = tokenise(model.tokenizer, asked, renderer)
     assert isinstance(answer, Tokenised), answer
     return answer.tokens
 

@@ -3,12 +3,14 @@
 1. Every MLX call happens on the main thread: MLX's streams belong to a thread.
 2. The tokenise line is served by a thread of its own, from the moment the model is loaded.
 3. When the worker is gone, so is this process, whatever it is doing (`lines.py`).
+4. The model's chat template is rendered in yet another process (`templates.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from itertools import cycle, islice
 from typing import Any, NoReturn
 
@@ -17,6 +19,13 @@ import mlx.core as mx
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.lines import Line, leave
 from trio_worker.engine.models import CannotLoad, LoadedModel, blas_warning, load
+from trio_worker.engine.templates import (
+    Renderer,
+    TemplateFailed,
+    TemplateRefused,
+    has_template,
+    tokens_of,
+)
 from trio_worker.engine.text import Vocabulary
 from trio_worker.errors import ExitStatus
 from trio_worker.frames import (
@@ -55,17 +64,17 @@ GREEDY = SamplingFrame(
 )
 
 
-def serve(control: Line, tokenising: Line) -> NoReturn:
+def serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     """Load what the worker's `Hello` names, then do as it says until it hangs up."""
     try:
-        _serve(control, tokenising)
+        _serve(control, tokenising, renderer)
     except BaseException:
         # What MLX holds after an error is not worth the risk of an orderly end.
         log.exception("the engine failed")
         leave(ExitStatus.SOFTWARE)
 
 
-def _serve(control: Line, tokenising: Line) -> NoReturn:
+def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     hello = control.receive()
     assert isinstance(hello, Hello)
 
@@ -81,10 +90,18 @@ def _serve(control: Line, tokenising: Line) -> NoReturn:
     if (warning := blas_warning()) is not None:
         log.warning("%s", warning)
     batch = open_batch(model, hello.prefix_cache_bytes)
+    if has_template(model.tokenizer):
+        with suppress(TemplateFailed):
+            renderer.wait_ready()
+    else:
+        renderer.stop()
+    renderer.limit(hello.answer_within_s)
     if hello.prewarm:
         progress(PREWARMING, 0, 0, "")
         prewarm(batch, model, hello.prewarm_prompt, hello.prewarm_max_tokens)
-    threading.Thread(target=_tokenise, args=(tokenising, model.tokenizer), daemon=True).start()
+    threading.Thread(
+        target=_tokenise, args=(tokenising, model.tokenizer, renderer), daemon=True
+    ).start()
     control.send(
         Loaded(
             model=model.name,
@@ -153,7 +170,7 @@ def prewarm(batch: Batch, model: LoadedModel, prompt: str, max_tokens: int) -> N
         done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=PREWARM_PREFILL_TOKENS))
 
 
-def tokenise(tokenizer: Any, asked: Tokenise) -> Tokenised | TokeniseFailed:
+def tokenise(tokenizer: Any, asked: Tokenise, renderer: Renderer) -> Tokenised | TokeniseFailed:
     """The tokens of a prompt, or of messages as the model's chat template writes them."""
     try:
         if asked.prompt is not None:
@@ -164,20 +181,25 @@ def tokenise(tokenizer: Any, asked: Tokenise) -> Tokenised | TokeniseFailed:
             )
         else:
             messages = [{"role": r, "content": c} for r, c in asked.messages or ()]
-            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            tokens = tokens_of(tokenizer, messages, renderer)
         if not tokens:
             return TokeniseFailed(message="the prompt has no tokens")
         return Tokenised(tokens=tuple(int(token) for token in tokens))
-    except Exception as exc:  # noqa: BLE001 - a template is the model's own program
+    except TemplateRefused as exc:
+        return TokeniseFailed(message=str(exc))
+    except TemplateFailed as exc:
+        log.warning("the model's chat template fails: %s", exc)
+        return TokeniseFailed(message=str(exc), is_models_fault=True)
+    except Exception as exc:  # noqa: BLE001 - whatever the tokenizer has against this input
         return TokeniseFailed(message=f"{type(exc).__name__}: {exc}")
 
 
-def _tokenise(line: Line, tokenizer: Any) -> None:
+def _tokenise(line: Line, tokenizer: Any, renderer: Renderer) -> None:
     try:
         while True:
             asked = line.receive()
             assert isinstance(asked, Tokenise)
-            line.send(tokenise(tokenizer, asked))
+            line.send(tokenise(tokenizer, asked, renderer))
     except BaseException:
         # A thread that dies alone would leave the worker waiting.
         log.exception("the tokenise line failed")
