@@ -23,7 +23,17 @@ from loguru import logger
 
 from trio_worker import __version__
 from trio_worker.client import Client, open_client
-from trio_worker.config import VARIABLE_PREFIX, Config, json_schema, load_config, warnings
+from trio_worker.config import (
+    VARIABLE_PREFIX,
+    Config,
+    Loaded,
+    effective_yaml,
+    json_schema,
+    load_config,
+    load_with_sources,
+    quoted,
+    warnings,
+)
 from trio_worker.core.groups import sole_exceptions
 from trio_worker.deploy import unit as units
 from trio_worker.errors import ConfigError, ExitStatus, NoWorker, StopWorker, WorkerError
@@ -110,7 +120,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     ask.set_defaults(command=_ask)
 
-    check = commands.add_parser("check-config", help="check the configuration and show it whole")
+    check = commands.add_parser(
+        "check-config",
+        help="check the configuration and print it whole, with where each value comes from",
+    )
     _add_config(check)
     check.set_defaults(command=_check_config)
 
@@ -194,7 +207,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Config:
-    return load_config(
+    return _load_with_sources(args).config
+
+
+def _load_with_sources(args: argparse.Namespace) -> Loaded:
+    return load_with_sources(
         args.config,
         environ=os.environ,
         overrides=args.overrides,
@@ -344,13 +361,15 @@ def _level(text: str | None) -> str | int | None:
 
 
 def _check_config(args: argparse.Namespace) -> int:
-    config = _load(args)
-    for warning in warnings(config, total_memory_bytes=psutil.virtual_memory().total):
+    loaded = _load_with_sources(args)
+    worker = loaded.config.worker
+    for warning in warnings(loaded.config, total_memory_bytes=psutil.virtual_memory().total):
         sys.stderr.write(f"warning: {warning}\n")
-    source = str(args.config) if args.config else "the defaults"
+    source = quoted(str(args.config)) if args.config else "the defaults"
+    # A comment, so that the whole can be kept as a file.
     sys.stdout.write(
-        f"{source}: valid. Worker {config.worker.id} would serve {config.worker.model} "
-        f"as {config.worker.model_name}.\n"
+        f"# {source}: valid. Worker {worker.id} would serve {quoted(worker.model)} "
+        f"as {worker.model_name}.\n{effective_yaml(loaded)}"
     )
     return ExitStatus.OK
 

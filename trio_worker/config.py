@@ -17,6 +17,7 @@ import ipaddress
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -80,6 +81,7 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(
             description="where NATS listens: `nats://` or `tls://`, a host and a port",
             examples=["nats://127.0.0.1:4222"],
+            extra={"login": True},
         ),
     ] = "nats://127.0.0.1:4222"
     embedded: Annotated[
@@ -434,6 +436,31 @@ def load_config(
     Raises:
         ConfigError: with every problem found, one sentence each.
     """
+    loaded = load_with_sources(
+        path, environ=environ, overrides=overrides, hostname=hostname, read_secrets=read_secrets
+    )
+    return loaded.config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration, and who said what of it."""
+
+    config: Config
+    sources: Mapping[str, str]
+    """Of each key that was given a value, by its path: `FILE:LINE`, the name of a variable, or
+    `--set PATH`. All others have their default."""
+
+
+def load_with_sources(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    hostname: str,
+    read_secrets: bool = True,
+) -> Loaded:
+    """As `load_config`, with where each value came from."""
     values = _Values()
     if path is not None:
         _read_file(path, values)
@@ -452,7 +479,29 @@ def load_config(
         config = _with_secrets(config, values, bad | unclear)
     if values.problems:
         raise ConfigError(*dict.fromkeys(values.problems))
-    return config
+    return Loaded(config=config, sources=_sources(values))
+
+
+def effective_yaml(loaded: Loaded) -> str:
+    """A cluster.yaml with every key, its value in effect, and behind it where that comes from.
+
+    Where no secret is set, it is loaded to the same configuration. In the place of a secret stands
+    `***`, or null if it was read from a file, which is named in its own key.
+    """
+    config = loaded.config
+    from_files = [name for name in ("password", "token") if _is_in_file(config.nats, name)]
+    nats = msgspec.structs.replace(config.nats, **dict.fromkeys(from_files))
+
+    def remark(path: str) -> str:
+        if path in [f"nats.{name}" for name in from_files]:
+            return f"hidden, from {path}_file"
+        source = loaded.sources.get(path)
+        if source is not None:
+            return quoted(source)
+        derived = _KEYS[path].derived if path in _KEYS else None
+        return f"default, {derived}" if derived else "default"
+
+    return keys.filled(_ROOT, msgspec.structs.replace(config, nats=nats), remark)
 
 
 def warnings(config: Config, *, total_memory_bytes: int) -> list[str]:
@@ -485,6 +534,7 @@ def warnings(config: Config, *, total_memory_bytes: int) -> list[str]:
         for path, name in files_with_secrets(config.nats).items()
         if _is_readable_by_all(name)
     ]
+    found += _without_effect(config.nats.jetstream)
     monitoring = config.worker.monitoring
     if monitoring.port is not None and not _is_loopback(monitoring.host):
         found.append(
@@ -492,6 +542,20 @@ def warnings(config: Config, *, total_memory_bytes: int) -> list[str]:
             "machines, and the monitoring pages ask for no password"
         )
     return found
+
+
+def _without_effect(jetstream: JetStreamConfig) -> Iterator[str]:
+    """What is said of JetStream while it is off."""
+    if jetstream.enabled:
+        return
+    default = JetStreamConfig()
+    for name in jetstream.__struct_fields__:
+        value = getattr(jetstream, name)
+        if value != getattr(default, name):
+            yield (
+                f"cluster.nats.jetstream.{name}: {shown(value)} has no effect while "
+                "cluster.nats.jetstream.enabled is false"
+            )
 
 
 def files_with_secrets(nats: NatsConfig) -> dict[str, str]:
@@ -553,7 +617,7 @@ class _Values:
         """Note a problem at `path`; of values that do not go together, `beside` are the others."""
         given = [self.origins[each] for each in (path, *beside) if each in self.origins]
         origin = given[0] if given else self.origin(path)
-        self.problems.append(f"{_quoted(path)}: {sentence}{f' ({origin})' if origin else ''}")
+        self.problems.append(f"{quoted(path)}: {sentence}{f' ({origin})' if origin else ''}")
 
     def origin(self, path: str) -> str:
         """Where the value at `path`, or the nearest part around it, came from."""
@@ -575,6 +639,23 @@ class _Values:
                 return
         level[leaf] = value
         self.origins[path] = origin
+
+    def at(self, path: str) -> object:
+        """The value at `path`, or None."""
+        value: object = self.tree
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+def _sources(values: _Values) -> dict[str, str]:
+    """Where the values in effect came from. Null is not one where something is derived from it."""
+    derived = {f"cluster.{key.path}" for key in _KEYS.values() if key.derived}
+    return {
+        path.removeprefix("cluster."): origin
+        for path, origin in values.origins.items()
+        if path not in derived or values.at(path) is not None
+    }
 
 
 def _section(
@@ -764,6 +845,10 @@ def _with_secrets(config: Config, values: _Values, bad: set[str]) -> Config:
     return msgspec.structs.replace(config, nats=nats)
 
 
+def _is_in_file(nats: NatsConfig, name: str) -> bool:
+    return getattr(nats, f"{name}_file") is not None
+
+
 def _secret_in(file: str) -> str:
     """What the file holds, without the newline at its end."""
     try:
@@ -810,7 +895,7 @@ def _read_file(path: Path, values: _Values) -> None:
         tree = _tree_of(path, values)
     except _Unreadable as error:
         values.is_partial = True
-        values.problems.append(f"{_quoted(str(path))}: {error}")
+        values.problems.append(f"{quoted(str(path))}: {error}")
         return
     for name in tree:
         if name != "cluster":
@@ -838,7 +923,7 @@ def _tree_of(path: Path, values: _Values) -> dict[str, Any]:
     values.origins.update({key: f"{path}:{line}" for key, line in document.lines.items()})
     for key, first, second in document.repeated:
         values.problems.append(
-            f"{_quoted(key)}: written twice, in the lines {first} and {second} ({path}:{second})"
+            f"{quoted(key)}: written twice, in the lines {first} and {second} ({path}:{second})"
         )
     return tree
 
@@ -858,7 +943,7 @@ def _read_variables(environ: Mapping[str, str], values: _Values) -> None:
         path = name.removeprefix(VARIABLE_PREFIX).lower().replace("__", ".")
         near = keys.nearest(path, _KEYS)
         meant = f"; did you mean {variable_of(near)}?" if near else ""
-        values.problems.append(f"{_quoted(name)}: names no key of cluster.yaml{meant}")
+        values.problems.append(f"{quoted(name)}: names no key of cluster.yaml{meant}")
 
 
 def _read_overrides(overrides: Sequence[str], values: _Values) -> None:
@@ -875,7 +960,7 @@ def _read_overrides(overrides: Sequence[str], values: _Values) -> None:
         else:
             near = keys.nearest(path.removeprefix("cluster."), _KEYS)
             fault = f"names no key{f'; did you mean {near}?' if near else ''}"
-        values.problems.append(f"--set {_quoted(path)}: {fault}")
+        values.problems.append(f"--set {quoted(path)}: {fault}")
 
 
 def _override(key: Key, text: str, origin: str, values: _Values) -> None:
@@ -902,6 +987,6 @@ def _meant(path: str) -> str:
     return f"; did you mean cluster.{near}?" if near else ""
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """A name that somebody wrote, fit for one line of a message."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)

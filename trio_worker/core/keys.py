@@ -4,8 +4,9 @@ A struct's annotations hold type, range, default and meaning of each key. From t
 check of one value and its message, the nearest key to a misspelt one, a JSON Schema, and the
 tables of the reference.
 
-In `Meta(extra=…)` stands what a type cannot say: `secret`, whose value is never shown, and
-`derived`, from what the value is taken when the key is null (the struct's field is never null).
+In `Meta(extra=…)` stands what a type cannot say: `secret`, whose value is never shown; `login`,
+whose value may hold a user and a password, which are not shown either; and `derived`, from what
+the value is taken when the key is null (the struct's field is never null).
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 from msgspec import Struct
 from msgspec import inspect as shape
+
+from trio_worker.core import strict_yaml
 
 SUBJECT_TOKEN = r"\A[A-Za-z0-9_-]{1,64}\Z"  # noqa: S105 - a token of a subject
 SUBJECT = r"\A[^\s.*>]+(\.([^\s.*>]+|\*))*(\.>)?\Z"
@@ -50,6 +53,7 @@ class Key:
     description: str
     examples: tuple[str, ...] = ()
     secret: bool = False
+    login: bool = False
     derived: str | None = None
 
     @property
@@ -110,6 +114,7 @@ def describe(
             description=meaning,
             examples=tuple(said.get("examples", ())),
             secret=bool(marks.get("secret")),
+            login=bool(marks.get("login")),
             derived=derived,
         )
     return Section(path=path, nullable=nullable, description=description, children=children)
@@ -347,6 +352,35 @@ def _schema_of_type(kind: shape.Type) -> dict[str, Any]:
         "pattern": kind.pattern and kind.pattern.replace(r"\A", "^").replace(r"\Z", "$"),
     }
     return {"type": "string"} | {name: each for name, each in limits.items() if each is not None}
+
+
+def filled(root: Section, values: Struct, remark: Callable[[str], str]) -> str:
+    """cluster.yaml with every key, its value in `values`, and the remark on its path."""
+    return "\n".join(["cluster:", *_filled(root, values, remark, "  "), ""])
+
+
+def _filled(
+    section: Section, values: Struct, remark: Callable[[str], str], indent: str
+) -> Iterator[str]:
+    for name, child in section.children.items():
+        value = getattr(values, name)
+        if isinstance(child, Section) and value is not None:
+            yield f"{indent}{name}:"
+            yield from _filled(child, value, remark, f"{indent}  ")
+            continue
+        visible = _visible(child, value) if isinstance(child, Key) else value
+        hidden = "" if visible == value else ", hidden"
+        written = f"{indent}{name}: {strict_yaml.written(visible)}"
+        yield f"{written:<{_REMARK_COLUMN}}  # {remark(child.path)}{hidden}"
+
+
+def _visible(key: Key, value: Any) -> Any:
+    if key.secret and value is not None:
+        return "***"
+    return without_login(value) if key.login else value
+
+
+_REMARK_COLUMN = 44
 
 
 def markdown(root: Section) -> str:

@@ -7,6 +7,7 @@ reader remembers the line of every key, so that a message can say where a value 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -34,6 +35,19 @@ class Document:
     """Of every key, by its path with dots."""
     repeated: list[tuple[str, int, int]]
     """The keys written twice: path and both lines. The first one counts."""
+
+
+def written(value: object) -> str:
+    """A plain value, or a tuple of them, on one line, as `parse` reads it again."""
+    text: str = yaml.safe_dump(
+        list(value) if isinstance(value, tuple) else value,
+        allow_unicode=True,
+        default_flow_style=True,
+        # Other text with line breaks would be written over several lines.
+        default_style='"' if isinstance(value, str) and not value.isprintable() else None,
+        width=math.inf,
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def parse(text: bytes) -> Document:
