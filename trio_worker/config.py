@@ -127,7 +127,13 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[Literal["native", "mlx-serving"], ...],
         Meta(min_length=1, max_length=2, description="the request formats that are understood"),
     ] = ("native",)
-    jetstream: JetStreamConfig = JetStreamConfig()
+    jetstream: Annotated[
+        JetStreamConfig,
+        Meta(
+            description="not built yet: `enabled: true` is refused, and the other keys have no "
+            "effect"
+        ),
+    ] = JetStreamConfig()
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         hidden = {
@@ -171,7 +177,8 @@ class BatchingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=16,
             le=65_536,
-            description="the most prompt tokens computed in one turn, all requests together",
+            description="the most prompt tokens computed in one turn, all requests together; "
+            "what turns take may make it less, but not less than 8",
         ),
     ] = 512
     turn_timeout_ms: Annotated[
@@ -179,7 +186,8 @@ class BatchingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=100,
             le=3_600_000,
-            description="the longest one turn may take before the engine is restarted",
+            description="the longest one turn may take before the engine, also the simulated one, "
+            "is restarted",
         ),
     ] = 60_000
 
@@ -263,12 +271,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=1,
             le=1_000_000_000_000,
-            description="the number of tokens after which the engine is replaced by a fresh one",
+            description="on Metal only: the number of generated tokens after which the engine is "
+            "replaced by a fresh one",
         ),
     ] = 250_000
     token_gap_target_ms: Annotated[
         _Duration,
-        Meta(description="the pause between tokens that prefill is kept from exceeding"),
+        Meta(
+            description="the pause between the tokens of running answers that prefill is measured "
+            "out for; where more than half as many requests wait for their prefill as decode, it "
+            "grows in that proportion, up to four times"
+        ),
     ] = 200
     wired_limit_mb: (
         Annotated[
@@ -394,13 +407,18 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     continuous_batching: BatchingConfig = BatchingConfig()
     request_queue: QueueConfig = QueueConfig()
     resource_limits: ResourceConfig = ResourceConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: Annotated[
+        EngineConfig,
+        Meta(description="of these, only `token_gap_target_ms` matters to `--engine simulated`"),
+    ] = EngineConfig()
     requests: RequestsConfig = RequestsConfig()
     drain_timeout_ms: Annotated[
         int,
         Meta(ge=0, le=3_600_000, description="how long running requests may go on at a stop"),
     ] = 30_000
-    prewarm: PrewarmConfig = PrewarmConfig()
+    prewarm: Annotated[
+        PrewarmConfig, Meta(description="without effect with `--engine simulated`")
+    ] = PrewarmConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     simulated: Annotated[SimulatedConfig, Meta(description="only with `--engine simulated`")] = (
         SimulatedConfig()
