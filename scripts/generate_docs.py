@@ -1,8 +1,9 @@
 # ruff: noqa: INP001 - a script, not a package
-"""Rewrite the parts of docs/*.md that are generated from the code.
+"""Rewrite the parts of docs/*.md that are generated from the code, and check what pages quote.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is one of `BLOCKS`.
-With `--check` nothing is written, and the exit status is 1 if something would be.
+With `--check` nothing is written, and the exit status is 1 if something would be. It is 1 as well
+if a page, an alert or a panel names what does not exist: see quotes.py.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import quotes
+
 from trio_worker import config, errors
 from trio_worker.__main__ import make_parser
 from trio_worker.core.metrics import all_descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
+QUERIES = (ROOT / "docs/alerts.yaml", ROOT / "docs/grafana-dashboard.json")
 MARKED = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -91,6 +95,16 @@ def pages() -> list[Path]:
     return sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 
 
+def unknown_names() -> list[str]:
+    """What the pages quote and the alerts and panels ask for that does not exist."""
+    found = []
+    for path in [*pages(), *QUERIES]:
+        text = path.read_text(encoding="utf-8")
+        faults = [*quotes.unknown_quotes(text), *quotes.unknown_series(text)]
+        found += [f"{path.relative_to(ROOT).as_posix()}:{each}" for each in faults]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
@@ -105,7 +119,10 @@ def main() -> int:
                 page.write_text(current, encoding="utf-8")
     for name in stale:
         sys.stdout.write(f"{name}: {'is not current: run `just docs`' if check else 'written'}\n")
-    return 1 if check and stale else 0
+    unknown = unknown_names()
+    for line in unknown:
+        sys.stdout.write(f"{line}\n")
+    return 1 if unknown or (check and stale) else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,12 @@ def _load_script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
+def quotes() -> ModuleType:
+    return _load_script("quotes")
+
+
+@pytest.fixture(scope="module")
+def generator(quotes: ModuleType) -> ModuleType:
     return _load_script("generate_docs")
 
 
@@ -53,6 +58,110 @@ def test_generating_twice_changes_nothing(generator: ModuleType) -> None:
 def test_every_error_code_has_a_row(generator: ModuleType) -> None:
     table = generator.error_codes()
     assert [row.split("`")[1] for row in table.splitlines()[2:]] == list(errors.ErrorCode)
+
+
+# --- quotes ---------------------------------------------------------------------------------
+
+UNKNOWN = """\
+# A page
+
+See `test_nothing_holds_this`, `tests/test_nothing.py`, `tests/sim/nothing.py` and `nothing.py`.
+Set `nats.passwort_file`, `worker.engine.max_restart`, `max_dept`, `cluster.worker.modell: x` or
+`TRIO_WORKER__WORKER__MODELL=x`, and look at `queue_waiting_seconds`, `trio_worker_nothing`,
+`memory_bytes{kind="lost"}`, `requests_total{result="ok"}` and `requests_total{outcome="LATE"}`.
+`QUEUE_OVERFULL` comes after `just nothing`, `just lint nothing`, `just bench nothing`,
+`just test tests/test_nothing.py`, `just test -m nothing`, `just sim seedlings=3`,
+`just docs --nothing`, `trio-worker serve`, `trio-worker ask --nothing`, `--verbosity 3`,
+`trio-worker run --log-level loud`, `--set worker.modell=x` and `uv run just nothing-else`.
+
+```sh
+trio-worker schema | x && trio-worker unit upstart > trio-worker run
+NO_SUCH=1 trio-worker run \\
+  --port 3  # trio-worker walk
+```
+
+```yaml
+cluster:
+  worker:
+    modell: x
+```
+"""
+
+
+def test_what_does_not_exist_is_found_on_a_page(quotes: ModuleType) -> None:
+    first = "trio-worker schema | x && trio-worker unit upstart > trio-worker run"
+    second = "NO_SUCH=1 trio-worker run   --port 3  # trio-worker walk"
+    assert quotes.unknown_quotes(UNKNOWN) == [
+        "3: `test_nothing_holds_this`: there is no such test",
+        "3: `tests/test_nothing.py`: there is no such file",
+        "3: `tests/sim/nothing.py`: there is no such file",
+        "3: `nothing.py`: there is no such file",
+        "4: `nats.passwort_file`: there is no such key",
+        "4: `worker.engine.max_restart`: there is no such key",
+        "4: `max_dept`: this name is nowhere in the source",
+        "4: `cluster.worker.modell: x`: there is no such key",
+        "5: `TRIO_WORKER__WORKER__MODELL=x`: TRIO_WORKER__WORKER__MODELL names no key",
+        "5: `queue_waiting_seconds`: there is no such metric",
+        "5: `trio_worker_nothing`: there is no such metric",
+        '6: `memory_bytes{kind="lost"}`: kind is never lost',
+        '6: `requests_total{result="ok"}`: it has no label result',
+        '6: `requests_total{outcome="LATE"}`: outcome is never LATE',
+        "7: `QUEUE_OVERFULL`: this name is nowhere in the source",
+        "7: `just nothing`: there is no recipe nothing",
+        "7: `just lint nothing`: there is no recipe nothing",
+        "7: `just bench nothing`: what is never nothing",
+        "8: `just test tests/test_nothing.py`: there is no such file",
+        "8: `just test -m nothing`: there is no marker nothing",
+        "8: `just sim seedlings=3`: sim takes no seedlings=3",
+        "9: `just docs --nothing`: docs has no option --nothing",
+        "9: `trio-worker serve`: trio-worker has no command serve",
+        "9: `trio-worker ask --nothing`: trio-worker ask has no option --nothing",
+        "9: `--verbosity 3`: no command has the option --verbosity",
+        "10: `trio-worker run --log-level loud`: log_level is never loud",
+        "10: `--set worker.modell=x`: there is no key worker.modell",
+        "10: `uv run just nothing-else`: there is no recipe nothing-else",
+        f"13: `{first}`: trio-worker unit has no command upstart",
+        f"14: `{second}`: this name is nowhere in the source",
+        f"14: `{second}`: trio-worker run has no option --port",
+        "19: `cluster:\n  worker:\n    modell: x`: there is no key cluster.worker.modell",
+    ]
+
+
+def test_what_exists_or_is_none_of_ours_is_no_fault(quotes: ModuleType) -> None:
+    page = """\
+`test_a_broken_link_is_found`, `tests/test_engine_*.py`, `core/`, `stages/batcher.py`, `launch.py`
+`nats.url`, `request_queue.max_depth`, `reject_when_full: false`, `worker.queue_ms`, `cluster.yaml`
+`engine_restarts_total{reason="load"}`, `trio_worker_turn_seconds_count`, `DUPLICATE_REQUEST`
+`just lint types`, `just bench scheduling --rounds 1`, `just chaos seconds=120 seed=7`, `tokens/s`
+`just test -m "not mlx and not nats"`, `trio-worker ask "Why?" --no-stream`, `--set PATH=VALUE`
+`uv run --no-group backend --extra cuda trio-worker run`, `systemctl status trio-worker`, `crash`
+`trio-worker unit systemd --user`, `python -m trio_worker`, `models/mine`, `inference.cancel`
+
+```python
+max_dept = test_nothing_holds_this
+```
+
+```sh
+sudo TRIO_WORKER_CACHE=x /opt/worker/bin/trio-worker unit launchd --name=two | tee trio-worker
+```
+"""
+    assert quotes.unknown_quotes(page) == []
+
+
+def test_a_query_for_what_no_worker_has_is_found(quotes: ModuleType) -> None:
+    asked = 'sum(trio_worker_ready{instance=~"a"}) + trio_worker_turn_seconds_total'
+    escaped = '"expr": "trio_worker_requests_total{outcome=~\\"ok|ENGINE_BROKE\\"}"'
+    assert quotes.unknown_series(asked) == [
+        "trio_worker_turn_seconds_total: there is no such metric"
+    ]
+    assert quotes.unknown_series(escaped) == [
+        'trio_worker_requests_total{outcome=~"ok|ENGINE_BROKE"}: outcome is never ENGINE_BROKE'
+    ]
+
+
+def test_every_name_on_a_page_exists(generator: ModuleType) -> None:
+    """Tests, files, commands, keys, metrics and codes; in the alerts and the panels, too."""
+    assert generator.unknown_names() == []
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
