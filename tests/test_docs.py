@@ -159,6 +159,23 @@ def test_a_query_for_what_no_worker_has_is_found(quotes: ModuleType) -> None:
     ]
 
 
+def test_the_check_fails_for_a_page_that_quotes_what_does_not_exist(
+    generator: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    monkeypatch.setattr(generator, "QUERIES", ())
+    monkeypatch.setattr(sys, "argv", ["generate_docs.py", "--check"])
+    page.write_text("`just docs`")
+    assert generator.main() == 0
+    page.write_text("`just nothing`")
+    assert generator.main() == 1
+    assert capsys.readouterr().out == "README.md:1: `just nothing`: there is no recipe nothing\n"
+
+
 def test_every_name_on_a_page_exists(generator: ModuleType) -> None:
     """Tests, files, commands, keys, metrics and codes; in the alerts and the panels, too."""
     assert generator.unknown_names() == []
