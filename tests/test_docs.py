@@ -212,6 +212,18 @@ def test_every_key_is_documented() -> None:
         assert key.description
 
 
+def test_the_table_of_layers_has_every_part_of_the_package() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## Layers")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+(?:\.py)?)`", table))
+    parts = {
+        f"{each.name}/" if each.is_dir() else each.name
+        for each in (ROOT / "trio_worker").iterdir()
+        if each.suffix == ".py" or (each / "__init__.py").is_file()
+    }
+    assert parts - {"__init__.py"} <= named
+
+
 def test_the_licence_is_complete() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in text
