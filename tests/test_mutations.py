@@ -153,6 +153,11 @@ def _refusing_all_but(ignored: type[WorkerError]) -> Patch:
     return mock.patch.object(Admission, "refusal", lax)
 
 
+def full_a_place_too_early() -> Patch:
+    early = property(lambda self: self.depth >= self.max_depth - 1)
+    return mock.patch.object(Admission, "is_full", early)
+
+
 def stranger_s_503_accepted() -> Patch:
     def lax(self: control.Control, request_id: Any, _subject: str | None) -> None:
         sequence = self._door.admission.in_flight.get(request_id)
@@ -275,6 +280,17 @@ CANCELLED = scene(
 )
 """One of two running requests is cancelled."""
 
+FILLED = scene(
+    ONE_SLOT,
+    "worker.request_queue.max_depth=2",
+    calls=(
+        call(0.01, "running", max_tokens=30),
+        call(0.10, "first"),
+        call(0.10, "second"),
+    ),
+)
+"""As many requests wait as there are places."""
+
 SILENT = scene(
     ONE_SLOT,
     calls=(
@@ -350,6 +366,7 @@ FOUND = (
     Found(aging_off_by_one_level, AGED, "the bound is 1 s"),
     Found(duplicate_id_accepted, CROWDED, "not what was admitted"),
     Found(admission_while_critical, CRITICAL, "was admitted at 10300 MB"),
+    Found(full_a_place_too_early, FILLED, "QUEUE_FULL"),
     Found(stranger_s_503_accepted, CROWDED, "CANCELLED"),
     Found(residents_kept_on_finish, CANCELLED, "the engine holds"),
     Found(keep_alive_numbers_reused, SILENT, "was sent the numbers"),

@@ -6,6 +6,7 @@ To add one: a generator over (plan, record), listed in `CHECKS`.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from trio_worker.testing.simulated_engine import answer_tokens, word
 
 from .plan import Call, Plan
 from .record import Admitted, Published, Record
+from .world import make_config
 
 Check: TypeAlias = Callable[[Plan, Record], Iterator[str]]
 
@@ -239,10 +241,27 @@ def errors_have_a_cause(plan: Plan, record: Record) -> Iterator[str]:
                 "PAYLOAD_TOO_LARGE": call.fields is None or len(call.body) > 2000,
                 "CONTEXT_LENGTH_EXCEEDED": plan.context_length < 200 or call.fields is None,
                 "DUPLICATE_REQUEST": call.copies > 1 or request_id.startswith("same"),
-                "QUEUE_FULL": True,
+                "QUEUE_FULL": _queue_was_full(plan, record, at),
             }.get(code, False)
             if not cause:
                 yield f"{each.inbox} got {code} at {at:.4f} for no reason: {error['message']}"
+
+
+def _queue_was_full(plan: Plan, record: Record, at: float) -> bool:
+    """As the configuration says and the ledger knows; what ended in that moment is still there."""
+    worker = make_config(plan.overrides).worker
+    batching, queueing = worker.continuous_batching, worker.request_queue
+    slots = batching.max_batch_size if batching.enabled else 1
+    there = [each for each in record.admitted if each.at <= at <= _ended_at(each)]
+    if not queueing.enabled:
+        return len(there) >= slots
+    places = queueing.max_depth * (1 if queueing.reject_when_full else 2)
+    unserved = [each for each in there if each.entered_at is None or each.entered_at >= at]
+    return len(unserved) >= places or len(there) >= places + slots
+
+
+def _ended_at(admitted: Admitted) -> float:
+    return math.inf if admitted.ended_at is None else admitted.ended_at
 
 
 def _engine_may_fail(plan: Plan, call: Call) -> bool:
