@@ -844,23 +844,35 @@ async def test_a_stop_while_the_model_loads_ends_the_worker_at_once(
 
 
 async def test_a_request_that_arrives_in_the_drain_is_told_so(autojump_clock: MockClock) -> None:
+    """What is on its way when the stop comes, and what comes after the subscriptions have ended."""
     async with running_worker() as rig:
+        got: dict[str, list[Message]] = {"in time": [], "late": []}
+        inboxes = {name: rig.caller.new_inbox() for name in got}
+        for name, messages in got.items():
+            await rig.caller.subscribe(inboxes[name], messages.append)
+
+        def send(name: str) -> None:
+            body = b'{"prompt": "x"}'
+            rig.caller.publish(Message(subject="inference.w1", body=body, reply=inboxes[name]))
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=100))
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=200))
             await trio.sleep(0.5)
-            inbox = rig.caller.new_inbox()
-            got: list[Message] = []
-            await rig.caller.subscribe(inbox, got.append)
+            rig.server.delay_s = 0.1
+            send("in time")
+            await trio.sleep(0.05)
             rig.stop()
-            rig.caller.publish(
-                Message(subject="inference.w1", body=b'{"prompt": "x"}', reply=inbox)
-            )
+            await trio.sleep(2)
+            assert not rig.finished.is_set(), "one request is still running"
+            rig.server.delay_s = 0
+            send("late")
             await rig.finished.wait()
-    assert len(got) == 1
-    assert (
-        got[0].headers.get("Status") == "503"
-        or decode(got[0])["error"]["code"] == "WORKER_DRAINING"
-    )
+    (told,) = got["in time"]
+    error = decode(told)["error"]
+    assert (error["code"], error["retryable"]) == ("WORKER_DRAINING", True)
+    assert told.reply is None, "there is no request that a control subject could be about"
+    (status,) = got["late"]
+    assert status.headers == {"Status": "503", "Nats-Subject": "inference.w1"}
 
 
 # --- the simulated engine's promise -------------------------------------------------------
