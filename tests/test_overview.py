@@ -15,6 +15,7 @@ from worker_rig import MB, make_config
 from trio_worker import __version__
 from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
+from trio_worker.core.heartbeat import heartbeats
 from trio_worker.core.memory import MemoryReading, PressureGauge, ReservationLedger
 from trio_worker.core.metrics import GaugeReading
 from trio_worker.core.prefill import PrefillBudget
@@ -28,7 +29,11 @@ from trio_worker.errors import InvalidRequest, QueueFull
 from trio_worker.overview import Overview
 
 INFO = EngineInfo(
-    model="tiny", context_length=4096, cache_bytes_per_token=65_600, device="a chip, bfloat16"
+    model="tiny",
+    context_length=4096,
+    vocabulary_size=32_000,
+    cache_bytes_per_token=65_600,
+    device="a chip, bfloat16",
 )
 LOADING = EngineStatistics(state="loading", pid=None, restarts=0, info=None)
 SERVING = EngineStatistics(
@@ -117,6 +122,13 @@ class Parts:
             counters=self.counters,
             engine=Says(lambda: self.told.engine),  # type: ignore[arg-type]
             broker=Says(lambda: self.told.broker),  # type: ignore[arg-type]
+            heartbeats=heartbeats(
+                trio.current_time(),
+                turn_timeout_s=60,
+                check_interval_s=5,
+                report_interval_s=10,
+                pulse_s=0.5,
+            ),
         )
 
     def ready(self) -> None:

@@ -80,6 +80,13 @@ class QueueMachine(RuleBasedStateMachine):
         expected = next((each for each in self.model if each.level != level), None)
         assert self.queue.first(hold_level=level) is expected
 
+    @rule(level=levels, after=times)
+    def look_past_the_latest_of_a_level(self, level: int, after: float) -> None:
+        expected = next(
+            (each for each in self.model if each.level != level or each.arrived_at <= after), None
+        )
+        assert self.queue.first(hold_level=level, held_after=after) is expected
+
     @rule(level=levels, at=times)
     def count_who_is_ahead(self, level: int, at: float) -> None:
         newcomer = make_sequence("newcomer", level=level, at=at)

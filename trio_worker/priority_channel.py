@@ -8,6 +8,7 @@ taken out wherever it stands.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
@@ -89,7 +90,9 @@ class PriorityReceiveChannel(_End):
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._state.queue
 
-    def first(self, *, hold_level: int | None = None, held_after: float = 0.0) -> Sequence | None:
+    def first(
+        self, *, hold_level: int | None = None, held_after: float = -math.inf
+    ) -> Sequence | None:
         """The most urgent sequence, left where it is.
 
         Those of `hold_level` that arrived after `held_after` are passed over.

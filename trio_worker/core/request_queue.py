@@ -6,6 +6,7 @@ number of sequences per level.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from sortedcontainers import SortedDict
@@ -36,7 +37,9 @@ class RequestQueue:
         self._by_key[sequence.key] = sequence
         self._by_level[sequence.level] += 1
 
-    def first(self, *, hold_level: int | None = None, held_after: float = 0.0) -> Sequence | None:
+    def first(
+        self, *, hold_level: int | None = None, held_after: float = -math.inf
+    ) -> Sequence | None:
         """The first, passing over those of `hold_level` that arrived after `held_after`."""
         if hold_level is None or not self._by_level[hold_level]:
             return self._by_key.peekitem(0)[1] if self._by_key else None
