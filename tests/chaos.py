@@ -156,10 +156,8 @@ class WorkerLog:
             self.errors.append(message)
         if message.startswith("Request admitted"):
             self.admitted[request_id] += 1
-        elif message.startswith("Request ended"):
+        elif message.startswith(("Request ended", "Request refused: ")):
             self._end(request_id, str(line["outcome"]))
-        elif message.startswith("Request refused: "):
-            self._end(request_id, message.removeprefix("Request refused: "))
 
     def _end(self, request_id: str, outcome: str) -> None:
         self.outcomes[request_id].append(outcome)

@@ -6,6 +6,7 @@ the look at the queue to the plan of the turn everything is one synchronous sect
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import trio
@@ -125,6 +126,10 @@ async def _wait_for_batch(
                 return decision.trigger
 
 
+def _ids(sequences: Iterable[Sequence]) -> str:
+    return ", ".join(each.request_id for each in sequences)
+
+
 def _queued_at(sequence: Sequence) -> float:
     assert sequence.queued_at is not None
     return sequence.queued_at
@@ -239,8 +244,8 @@ class _Batcher:
             self._batches.last_formation_ms = 1000 * formation_s
             self._metrics.batch_formation.observe(formation_s, (trigger.value,))
             logger.debug(
-                "{} requests entered the batch ({}): {} running, {} queued",
-                len(entered),
+                "Batch takes {} ({}): {} running, {} queued",
+                _ids(entered),
                 trigger,
                 len(self._scheduler.running),
                 len(self._queue),
@@ -320,6 +325,11 @@ class _Batcher:
         """One turn. Raises `EngineLost`; then `lost` has to follow."""
         trim = self._is_trim_due()
         work = self._scheduler.plan(trim_caches=trim)
+        for admit in work.admit:
+            if admit.produced or self._scheduler.running[admit.request_id].resumed:
+                logger.bind(request_id=admit.request_id).debug(
+                    "Resumes after {} tokens", len(admit.produced)
+                )
         counters = self._counters
         began_at = trio.current_time()
         if trim:
@@ -335,7 +345,9 @@ class _Batcher:
         for output in report.outputs:
             self._sample(output, now, again=output.request_id in sampled)
             sampled.add(output.request_id)
-        self._hand_out(self._scheduler.book(report, now=now))
+        deliveries = self._scheduler.book(report, now=now)
+        self._hand_out(deliveries)
+        self._log_turn(deliveries)
         self._gauge.read_engine(report.memory.active + report.memory.cache)
         self._scheduler.ledger.reconcile(
             used=self._gauge.used, cached_tokens=self._scheduler.cached_tokens
@@ -346,11 +358,8 @@ class _Batcher:
 
     def lost(self, lost: EngineLost) -> None:
         """Book the loss; whoever is found guilty of it fails, and the budget is given back."""
-        logger.warning(
-            "Engine lost ({}) with {} requests aboard",
-            lost.reason,
-            len(self._scheduler.running),
-        )
+        aboard = _ids(self._scheduler.running.values()) or "nobody"
+        logger.warning("Engine lost ({}: {}) with {} aboard", lost.reason, lost, aboard)
         deliveries = self._scheduler.lost(blameless=lost.reason == "planned")
         self._scheduler.ledger.engine_restarted()
         self._tokens_of_engine = 0
@@ -414,12 +423,22 @@ class _Batcher:
         last_at = now if again else sequence.last_token_at
         if last_at is None:
             first_s = now - sequence.arrived_at
+            logger.bind(request_id=sequence.request_id).debug(
+                "First token after {} ms", round(1000 * first_s)
+            )
             self._counters.time_to_first_token_ms.add(1000 * first_s)
             self._metrics.time_to_first_token.observe(first_s, self._label(sequence))
         else:
             gap_s = now - last_at
             self._counters.inter_token_ms.add(1000 * gap_s)
             self._metrics.inter_token.observe(gap_s)
+
+    def _log_turn(self, deliveries: list[Delivery]) -> None:
+        """Who has come to an end in this turn, and whether the batch has."""
+        ended = [each.sequence for each in deliveries if each.sequence.concluded]
+        if ended:
+            left = len(self._scheduler.running)
+            logger.debug("Batch completed {}: {} running", _ids(ended), left)
 
     def _label(self, sequence: Sequence) -> tuple[str]:
         return (name_of(sequence.level, self._rules.levels),)

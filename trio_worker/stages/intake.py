@@ -232,7 +232,8 @@ class _Reception:
             self._answer(message, reply_subject, request_id or self._draw_id(), error)
             return None
         logger.bind(request_id=request.request_id).debug(
-            "Request admitted: priority {}, depth {}",
+            "Request admitted: model {}, priority {}, depth {}",
+            self._limits.model_name,
             request.priority,
             self._door.admission.depth,
         )
@@ -263,7 +264,9 @@ class _Reception:
     ) -> None:
         self._counters.answer(message.subject, error)
         self._counters.metrics.rejections.add(labels=(error.code.value,))
-        logger.bind(request_id=request_id).debug("Request refused: {}", error.code)
+        logger.bind(request_id=request_id, outcome=error.code.value).debug(
+            "Request refused: {}: {}", error.code, error.message
+        )
         ReplyStream(
             self._broker.open_outlet(),
             subject=subject,

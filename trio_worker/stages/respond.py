@@ -111,6 +111,7 @@ async def respond(
                 reply.fail(error, retry_after_ms=door.admission.retry_after_ms())
             _count(sequence, error, counters, rate, stage=stage, priority=answer.priority)
             _log_end(sequence, error, stage)
+            answer.trace_text()
 
 
 def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> None:
@@ -124,11 +125,12 @@ def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> Non
     outcome = error.code.value if error else "ok"
     logger.bind(outcome=outcome, stage=stage.value, duration_ms=duration_ms).log(
         level,
-        "Request ended: {} at stage {} after {} ms with {} tokens",
+        "Request ended: {} at stage {} after {} ms with {} tokens{}",
         outcome,
         stage,
         duration_ms,
         len(sequence.produced),
+        f": {error.message}" if error else "",
     )
 
 
@@ -143,6 +145,7 @@ async def _serve(
     default_max_tokens: int,
 ) -> None:
     answer.open()
+    answer.trace_prompt()
     await answer.alive_while(door.wait_place, sequence)
     info = await answer.alive_while(engine.wait_ready)
     sequence.request.check_vocabulary(info.vocabulary_size)
@@ -303,6 +306,8 @@ class _Answer:
         self._stream = sequence.request.stream
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._traced: list[str] | None = None
+        """What has been said, while level `trace` is on."""
 
     @property
     def text(self) -> str:
@@ -318,7 +323,24 @@ class _Answer:
             self._send(self._writer.keep_alive())
         self.last_sent_at = trio.current_time()
 
+    def trace_prompt(self) -> None:
+        """Write the prompt at level `trace`, if that is on; then the answer follows at its end."""
+
+        def shown() -> object:
+            self._traced = []
+            request = self._sequence.request
+            return request.messages if request.prompt is None else request.prompt
+
+        logger.opt(lazy=True).trace("Prompt: {!r}", shown)
+
+    def trace_text(self) -> None:
+        """Write the text so far at level `trace`, if the prompt was."""
+        if self._traced is not None:
+            logger.trace("Answer: {!r}", "".join(self._traced))
+
     def add(self, output: Output) -> None:
+        if self._traced is not None:
+            self._traced.append(output.text)
         logprobs = (output.logprob,) if output.logprob is not None else None
         if not self._stream:
             self._texts.append(output.text)
