@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -54,12 +55,12 @@ SNAPSHOT = Snapshot(
         preemptions=0,
     ),
     resources=ResourcesReading(
-        memory_mb=100,
+        memory_mb=9100.4,
         reserved_mb=1,
         can_accept_request=True,
-        under_pressure=False,
-        pressure="normal",
-        steps=[],
+        under_pressure=True,
+        pressure="soft",
+        steps=["trim_caches", "hold_low"],
         degradations={},
         available_mb=1000,
         limits={"max_memory_mb": 8192, "critical_memory_mb": 10240},
@@ -102,6 +103,12 @@ SNAPSHOT = Snapshot(
 )
 
 
+MEMORY_LINE = (
+    "memory pressure soft: 9100 MB in use, limits 8192 and 10240 MB; "
+    "steps in force: trim_caches, hold_low"
+)
+
+
 class FakeWorker:
     def __init__(self) -> None:
         self.live = Health(ok=True, reason="every loop makes progress")
@@ -114,6 +121,9 @@ class FakeWorker:
 
     def readiness(self) -> Health:
         return self.ready
+
+    def resources(self) -> ResourcesReading:
+        return SNAPSHOT.resources
 
     def snapshot(self) -> Any:
         self.snapshots += 1
@@ -185,15 +195,16 @@ async def test_probes_answer_with_their_reason() -> None:
     worker = FakeWorker()
     async with serving(worker) as port:
         assert await get(port, "/livez") == (200, "every loop makes progress\n")
-        assert await get(port, "/readyz") == (200, "accepting requests\n")
+        assert await get(port, "/readyz") == (200, f"accepting requests\n{MEMORY_LINE}\n")
         worker.ready = Health(ok=False, reason="the model is loading")
-        assert await get(port, "/readyz") == (503, "the model is loading\n")
+        assert await get(port, "/readyz") == (503, f"the model is loading\n{MEMORY_LINE}\n")
         assert (await get(port, "/livez"))[0] == 200
         status, body = await get(port, "/healthz")
         assert status == 503
         assert json.loads(body) == {
             "live": {"ok": True, "reason": "every loop makes progress"},
             "ready": {"ok": False, "reason": "the model is loading"},
+            "resources": json.loads(msgspec.json.encode(SNAPSHOT.resources)),
         }
 
 

@@ -497,3 +497,19 @@ async def test_the_workers_state_is_its_engines_until_it_drains(
     parts.door.close()
     assert parts.overview.snapshot().worker.state == "draining"
     assert parts.overview.snapshot().engine.state == engine_state
+
+
+async def test_the_resource_status_is_what_the_snapshot_has_and_one_line() -> None:
+    parts = Parts()
+    parts.ready()
+    assert parts.overview.resources() == parts.overview.snapshot().resources
+    assert parts.overview.resources().line == (
+        "memory pressure normal: 0 MB in use, limits 1000 and 2000 MB"
+    )
+    parts.gauge.read(MemoryReading(used=1300 * MB, available=9000 * MB, total=16_000 * MB))
+    assert parts.overview.readiness().ok
+    assert parts.overview.resources() == parts.overview.snapshot().resources
+    assert parts.overview.resources().line == (
+        "memory pressure soft: 1300 MB in use, limits 1000 and 2000 MB; "
+        "steps in force: trim_caches, hold_low"
+    )

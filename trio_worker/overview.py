@@ -95,13 +95,31 @@ class Overview:
             return Health(ok=False, reason="restarting: the engine was lost and starts again")
         return Health(ok=False, reason=self._admission.why_not_accepting())
 
+    def resources(self) -> ResourcesReading:
+        """Memory against its limits, and what is done about it."""
+        gauge, limits = self._admission.gauge, self._config.resource_limits
+        degradations = self._counters.metrics.degradations.values
+        return ResourcesReading(
+            memory_mb=round(gauge.used / MB, 1),
+            reserved_mb=round(self._scheduler.ledger.reserved_bytes / MB, 1),
+            can_accept_request=gauge.level is not Pressure.CRITICAL,
+            under_pressure=gauge.level is not Pressure.NORMAL,
+            pressure=gauge.level,
+            steps=[step for step in DegradationStep if step in gauge.steps],
+            degradations={step: count for (step,), count in degradations.items() if count},
+            available_mb=round(gauge.available / MB, 1),
+            limits={
+                "max_memory_mb": limits.max_memory_mb,
+                "critical_memory_mb": limits.critical_memory_mb,
+            },
+        )
+
     def snapshot(self) -> Snapshot:
         now = trio.current_time()
         admission, batches, counters = self._admission, self._batches, self._counters
-        engine, gauge = self._engine.statistics(), self._admission.gauge
+        engine = self._engine.statistics()
         written = counters.metrics
         running = list(self._scheduler.running.values())
-        limits = self._config.resource_limits
         by_level = self._queue.by_level()
         levels = self._config.request_queue.priority_levels
         per_token = engine.info.cache_bytes_per_token if engine.info else 0
@@ -132,22 +150,7 @@ class Overview:
                 by_trigger=dict(batches.by_trigger),
                 preemptions=written.preemptions.total(),
             ),
-            resources=ResourcesReading(
-                memory_mb=round(gauge.used / MB, 1),
-                reserved_mb=round(self._scheduler.ledger.reserved_bytes / MB, 1),
-                can_accept_request=gauge.level is not Pressure.CRITICAL,
-                under_pressure=gauge.level is not Pressure.NORMAL,
-                pressure=gauge.level,
-                steps=[step for step in DegradationStep if step in gauge.steps],
-                degradations={
-                    step: count for (step,), count in written.degradations.values.items() if count
-                },
-                available_mb=round(gauge.available / MB, 1),
-                limits={
-                    "max_memory_mb": limits.max_memory_mb,
-                    "critical_memory_mb": limits.critical_memory_mb,
-                },
-            ),
+            resources=self.resources(),
             engine=EngineReading(
                 pid=engine.pid,
                 state=engine.state,

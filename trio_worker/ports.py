@@ -20,6 +20,7 @@ from trio_worker.core.statistics import (
     EngineInfo,
     EngineStatistics,
     InFlightReading,
+    ResourcesReading,
     Snapshot,
 )
 from trio_worker.core.turn import (
@@ -54,6 +55,7 @@ __all__ = [
     "Report",
     "Request",
     "RequestId",
+    "ResourcesReading",
     "Sampling",
     "SequenceFailure",
     "ServiceManager",
@@ -212,6 +214,9 @@ class Observed(Protocol):
     def liveness(self) -> Health: ...
 
     def readiness(self) -> Health: ...
+
+    def resources(self) -> ResourcesReading:
+        """Memory against its limits, and what is done about it."""
 
     def snapshot(self) -> Snapshot:
         """The statistics snapshot: frozen dataclasses of plain values, ready for JSON."""

@@ -232,11 +232,12 @@ def _application(observed: Observed, exposition: Exposition, feed: _Feed) -> Sta
         return _probe(observed.liveness())
 
     async def readyz(_: Request) -> Response:
-        return _probe(observed.readiness())
+        return _probe(observed.readiness(), observed.resources().line)
 
     async def healthz(_: Request) -> Response:
         live, ready = observed.liveness(), observed.readiness()
-        body = msgspec.json.encode({"live": live, "ready": ready})
+        resources = observed.resources()
+        body = msgspec.json.encode({"live": live, "ready": ready, "resources": resources})
         return _json(body, ok=live.ok and ready.ok)
 
     async def stats(_: Request) -> Response:
@@ -284,9 +285,11 @@ def _page() -> Mapping[str, Callable[[Request], Awaitable[Response]]]:
     return {"/": index, "/page/{name}": part}
 
 
-def _probe(health: Health) -> Response:
+def _probe(health: Health, *more: str) -> Response:
     return PlainTextResponse(
-        f"{health.reason}\n", status_code=200 if health.ok else 503, headers=_FRESH
+        "".join(f"{line}\n" for line in (health.reason, *more)),
+        status_code=200 if health.ok else 503,
+        headers=_FRESH,
     )
 
 

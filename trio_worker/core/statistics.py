@@ -104,6 +104,16 @@ class ResourcesReading:
     available_mb: float
     limits: dict[str, int]
 
+    @property
+    def line(self) -> str:
+        """For people: how much of the limits is used, and what is done about it."""
+        soft_mb, hard_mb = self.limits["max_memory_mb"], self.limits["critical_memory_mb"]
+        steps = f"; steps in force: {', '.join(self.steps)}" if self.steps else ""
+        return (
+            f"memory pressure {self.pressure}: {self.memory_mb:.0f} MB in use, "
+            f"limits {soft_mb} and {hard_mb} MB{steps}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReading:
