@@ -274,7 +274,59 @@ async def test_an_engine_that_hangs_while_it_loads_again_is_noticed(
         await until(lambda: engine.statistics().pid not in {first, None})
         kill(engine, signal.SIGSTOP)
         await engine.wait_ready()
-        assert engine.statistics().restarts_by_reason["hang"] >= 1
+        assert engine.statistics().restarts_by_reason == {"crash": 1, "load": 1}
+
+
+async def test_an_engine_that_hangs_in_its_first_load_is_noticed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its silence, however long a load may take: each step and each megabyte breaks it."""
+    monkeypatch.setattr(load_patience, "FIRST_SILENCE_S", 0.0)
+    async with opened(tiny) as engine:
+        await until(lambda: engine.statistics().restarts_by_reason == {"load": 1})
+        monkeypatch.setattr(load_patience, "FIRST_SILENCE_S", LOADED_S)
+        await engine.wait_ready()
+
+
+async def test_a_model_that_never_loads_ends_the_worker_however_long_each_try_takes(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tries that last longer than the window of the budget would never spend it."""
+    monkeypatch.setattr(load_patience, "FIRST_SILENCE_S", 0.0)
+    with pytest.RaisesGroup(WorkerFault) as raised:
+        async with opened(tiny, max_restarts=2, restart_window_s=0.0):
+            await trio.sleep_forever()
+    (fault,) = raised.value.exceptions
+    assert "the engine failed to load 3 times in a row" in str(fault)
+    assert "it did not load within 0 s" in str(fault)
+
+
+async def test_a_model_that_was_good_before_may_come_back(tmp_path: Path) -> None:
+    """Wherever it had gone: the worker ends with 78 for what never was a model only."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    async with opened(str(folder), max_restarts=1000) as engine:
+        await engine.wait_ready()
+        folder.rename(tmp_path / "away")
+        kill(engine)
+        await until(lambda: engine.statistics().restarts_by_reason.get("load", 0) == 1)
+        (tmp_path / "away").rename(folder)
+        await engine.wait_ready()
+        assert engine.statistics().restarts_by_reason["crash"] == 1
+
+
+async def test_a_model_that_was_good_before_and_does_not_come_back_is_no_configuration_error(
+    tmp_path: Path,
+) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    with pytest.RaisesGroup(WorkerFault) as raised:
+        async with opened(str(folder), max_restarts=1) as engine:
+            await engine.wait_ready()
+            folder.rename(tmp_path / "away")
+            kill(engine)
+            await trio.sleep_forever()
+    (fault,) = raised.value.exceptions
+    assert "the engine ended 2 times within 60 s" in str(fault)
+    assert f"the model cannot be loaded again: there is no folder '{folder}'" in str(fault)
 
 
 async def test_a_crash_while_loading_counts(tiny: Any) -> None:

@@ -84,7 +84,7 @@ class Tokenise(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """A step of loading; `done` and `total` in `unit`, or both 0 where there is no measure."""
+    """A step of loading; `done` of `total` in `unit`; 0 for what nobody knows."""
 
     step: str
     done: int

@@ -113,9 +113,13 @@ def _open_engine(
     config: Config, kind: EngineKind, on_progress: ProgressSink | None
 ) -> AbstractAsyncContextManager[Engine, bool | None]:
     worker = config.worker
-    if kind == "simulated":
-        return open_simulated_engine(worker.simulated, model_name=worker.model_name)
     batching = worker.continuous_batching
+    if kind == "simulated":
+        return open_simulated_engine(
+            worker.simulated,
+            model_name=worker.model_name,
+            turn_timeout_s=batching.turn_timeout_ms / 1000,
+        )
     return open_engine(
         model=worker.model,
         model_name=worker.model_name,

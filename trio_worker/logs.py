@@ -50,8 +50,10 @@ class Terminal:
             self.dropped += 1
 
     def progress(self, step: str, done: int, total: int, unit: str) -> None:
-        """Something long has come so far; 0 of 0 where there is no measure."""
+        """Something long has come so far; of 0 where nobody knows how far that is."""
         measure = f" {100 * done // total:3d} % of {total} {unit}" if total else " …"
+        if done and not total:
+            measure = f" {done} {unit} …"
         if self._live:
             self._line = f"{step}{measure}"
             self.write("")

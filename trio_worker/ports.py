@@ -229,7 +229,7 @@ class Observed(Protocol):
 
 
 class ProgressSink(Protocol):
-    """Told how far something long has come: 0 of 0 where there is no measure."""
+    """Told how far something long has come: of 0 where nobody knows how far that is."""
 
     def __call__(self, step: str, done: int, total: int, unit: str, /) -> None: ...
 

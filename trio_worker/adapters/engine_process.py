@@ -17,7 +17,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from loguru import logger
@@ -105,6 +105,8 @@ class _End:
 
     reason: str
     message: str
+    by_itself: bool = False
+    """Rather than killed for it: then its exit status tells something."""
 
 
 class _Child:
@@ -113,6 +115,7 @@ class _Child:
     def __init__(self, scope: trio.CancelScope) -> None:
         self.scope = scope
         self.end: _End | None = None
+        self.has_loaded = False
         self.load_failed: str | None = None
         # Without a buffer: a question that nobody has taken yet can be taken back.
         self.control, self.control_calls = trio.open_memory_channel[_Call](0)
@@ -131,9 +134,11 @@ class EngineProcess:
         self._state = "loading"
         self._pid: int | None = None
         self._restarts: Counter[str] = Counter()
+        """By the reason of the end before each."""
         self._last_end = "load"
         """Why there is no child, while there is none: a planned end is nobody's fault."""
-        """By the reason of the end before it."""
+        self._failed_loads = 0
+        """In a row; these may be too far apart to spend the budget."""
         self._info: EngineInfo | None = None
         self._patience = LoadPatience(turn_timeout_s=settings.turn_timeout_s)
         self._child: _Child | None = None
@@ -244,13 +249,18 @@ class EngineProcess:
             self._state = "stopped"
 
     def _spend_restart(self, end: _End) -> None:
+        self._failed_loads += end.reason == "load"
         if not self._budget.spend(trio.current_time()):
-            said = "\n  ".join(self._lines)
-            raise WorkerFault(
-                f"the engine ended {self._budget.spent} times within "
-                f"{self._budget.window_s:g} s, at last: {end.message}"
-                + (f"; its last lines:\n  {said}" if said else "")
-            )
+            how_often = f"ended {self._budget.spent} times within {self._budget.window_s:g} s"
+        elif self._failed_loads > self._budget.max_restarts:
+            how_often = f"failed to load {self._failed_loads} times in a row"
+        else:
+            return
+        said = "\n  ".join(self._lines)
+        raise WorkerFault(
+            f"the engine {how_often}, at last: {end.message}"
+            + (f"; its last lines:\n  {said}" if said else "")
+        )
 
     def _backoff_s(self) -> float:
         """0.0 before the first restart of a window, then doubling."""
@@ -277,10 +287,14 @@ class EngineProcess:
                     self._pid = None
                 logs.cancel_scope.deadline = trio.current_time() + LOG_GRACE_S
         if child.load_failed is not None:
-            raise ConfigError(child.load_failed)
+            if self._info is None:
+                raise ConfigError(child.load_failed)
+            # It was good before: whatever has become of it may be mended, or come back.
+            return _End("load", f"the model cannot be loaded again: {child.load_failed}")
         assert child.end is not None
-        if child.end.reason == "crash":
-            return _End("crash", f"{child.end.message} ({_status(process.returncode)})")
+        if child.end.by_itself:
+            message = f"{child.end.message} ({_status(process.returncode)})"
+            return replace(child.end, message=message)
         return child.end
 
     async def _run_child(
@@ -304,6 +318,7 @@ class EngineProcess:
                             self._serve_line, child, _Line(tokenise), child.tokenise_calls
                         )
                         self._state = "ready"
+                        self._failed_loads = 0
                         self._child = child
                         self._is_ready.value = True
             finally:
@@ -311,11 +326,13 @@ class EngineProcess:
                 child.close()
         return child
 
-    def _finish(self, child: _Child, reason: str, message: str) -> None:
-        """Begin the end of this child; the first reason counts."""
+    def _finish(self, child: _Child, reason: str, message: str, *, by_itself: bool = False) -> None:
+        """Begin the end of this child; the first reason counts, and `load` until it has loaded."""
         if child.end is None:
+            if not child.has_loaded:
+                reason = "load"
             self._last_end = reason
-            child.end = _End(reason, message)
+            child.end = _End(reason, message, by_itself)
             self._forget(child)
             child.scope.cancel(reason=message)
 
@@ -330,11 +347,13 @@ class EngineProcess:
             await line.send(encode(self._settings.hello))
             # A download may take its time; computing may not.
             self._patience.begun(trio.current_time())
+            step = ""
             while True:
                 with trio.fail_after(self._patience.patience_s):
                     frame = await line.receive()
                 if isinstance(frame, Loaded):
                     self._patience.loaded(trio.current_time())
+                    child.has_loaded = True
                     self._info = EngineInfo(
                         model=frame.model,
                         context_length=frame.context_length,
@@ -351,17 +370,21 @@ class EngineProcess:
                 assert isinstance(frame, Progress)
                 if frame.step == PREWARMING:
                     self._patience.prewarming()
-                else:
+                elif frame.step != step:
                     self._patience.stepped(trio.current_time())
+                step = frame.step
                 if self._settings.on_progress is not None:
                     self._settings.on_progress(frame.step, frame.done, frame.total, frame.unit)
         except _HungUpError:
-            self._finish(child, "crash", "it ended while loading")
+            self._finish(child, "load", "it ended while loading", by_itself=True)
         except trio.TooSlowError:
             late = self._patience
-            self._finish(child, "hang", f"it did not {late.step} within {late.patience_s:g} s")
+            where = f", at {step}" if step else ""
+            self._finish(
+                child, "load", f"it did not {late.step} within {late.patience_s:g} s{where}"
+            )
         except FrameError as exc:
-            self._finish(child, "crash", str(exc))
+            self._finish(child, "load", str(exc))
         return False
 
     async def _serve_line(
@@ -379,14 +402,15 @@ class EngineProcess:
                         self._finish(child, "hang", f"it gave no answer within {timeout_s:g} s")
                         return
                     except (_HungUpError, FrameError) as exc:
-                        self._finish(child, "crash", str(exc))
+                        hung_up = isinstance(exc, _HungUpError)
+                        self._finish(child, "crash", str(exc), by_itself=hung_up)
                         return
                     with suppress(trio.BrokenResourceError):
                         call.answer.send_nowait(answer)
 
     async def _watch(self, child: _Child, process: trio.Process) -> None:
         await process.wait()
-        self._finish(child, "crash", "its process ended")
+        self._finish(child, "crash", "its process ended", by_itself=True)
 
     async def _read_log(self, process: trio.Process) -> None:
         assert process.stdout is not None

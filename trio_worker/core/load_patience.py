@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
+FIRST_SILENCE_S = 600.0
+"""The first load may be a download, and takes what it takes; but it says each step, and each
+megabyte that has come or been read, and is hung if it says nothing for so long."""
 RELOAD_TIMES = 5
 RELOAD_LEAST_S = 20.0
-"""A model that has been loaded is here: to load it again may take so many times as long, or at
-least so long, and no longer. The first load may be a download, and takes what it takes."""
+"""A model that has been loaded is here: loading it again may be silent for so many times as long
+as the whole load took, or at least for so long."""
 PREWARM_TURNS = 10
 """Prewarming may take as long as so many turns: it compiles what later turns only run."""
 
@@ -26,8 +27,8 @@ class LoadPatience:
         self._first_step_at: float | None = None
         self._preparation_s = 0.0
         self.step = "load"
-        self.patience_s = math.inf
-        """From now to the next that is heard of it."""
+        self.patience_s = FIRST_SILENCE_S
+        """From now to the next that is heard of it, and from there to the next."""
         if self._longest_s:
             self.patience_s = max(RELOAD_LEAST_S, RELOAD_TIMES * self._longest_s)
 

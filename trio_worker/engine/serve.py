@@ -19,6 +19,7 @@ import mlx.core as mx
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.lines import Line, leave
 from trio_worker.engine.models import CannotLoad, LoadedModel, blas_warning, load
+from trio_worker.engine.progress import LoadProgress, measure_of
 from trio_worker.engine.templates import (
     Renderer,
     TemplateFailed,
@@ -78,12 +79,13 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     hello = control.receive()
     assert isinstance(hello, Hello)
 
-    def progress(step: str, done: int, total: int, unit: str) -> None:
+    def say(step: str, done: int, total: int, unit: str) -> None:
         control.send(Progress(step=step, done=done, total=total, unit=unit))
 
     try:
         set_limits(hello)
-        model = load(hello.model, hello.model_name, progress)
+        with LoadProgress(say, measure_of(hello.model)) as progress:
+            model = load(hello.model, hello.model_name, progress)
     except CannotLoad as exc:
         control.send(LoadFailed(message=str(exc)))
         leave(ExitStatus.CONFIG)
@@ -97,7 +99,7 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
         renderer.stop()
     renderer.limit(hello.answer_within_s)
     if hello.prewarm:
-        progress(PREWARMING, 0, 0, "")
+        say(PREWARMING, 0, 0, "")
         prewarm(batch, model, hello.prewarm_prompt, hello.prewarm_max_tokens)
     threading.Thread(
         target=_tokenise, args=(tokenising, model.tokenizer, renderer), daemon=True

@@ -22,9 +22,9 @@ from trio_worker.ports import Observed, ServiceManager
 EXTENSION_S = 60.0
 """How much longer a start or a stop may last after each notice."""
 EXTENSION_BEAT_S = 15.0
-QUIET_LOAD_S = 3600.0
-"""More time is asked for as long as the load has said something within this time. A download of
-a whole model says nothing in between."""
+QUIET_LOAD_S = 900.0
+"""More time is asked for as long as the load has said something within this time: longer than
+the engine's supervisor lets one be silent."""
 CLOSING_S = 30.0
 """What a stop may take beside the drain: the last publications, the ends of child processes."""
 STATUS_GAP_S = 1.0
@@ -51,8 +51,10 @@ class Standing:
         self._stops_until = 0.0
 
     def progress(self, step: str, done: int, total: int, unit: str) -> None:
-        """The load has come so far; 0 of 0 where there is no measure."""
-        measure = f" {100 * done // total} % of {total} {unit}" if total else ""
+        """The load has come so far; of 0 where nobody knows how far that is."""
+        measure = f" {100 * done // total} % of {total} {unit}" if total else f" {done} {unit}"
+        if not (done or total):
+            measure = ""
         if (step, measure) == (self._step, self._measure):
             return
         is_news = step != self._step
