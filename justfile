@@ -39,6 +39,10 @@ uv := env("UV", "uv")
 @chaos *options="seconds=120":
     cd tests && "{{ uv }}" run python -m chaos "$@"
 
+# one-line bugs planted one at a time, and which of them no test finds: just mutate trio_worker/core
+@mutate *paths:
+    cd tests && "{{ uv }}" run python -m mutate "$@"
+
 # look at the dashboard in a real Chromium: needs Debian's chromium and chromium-driver
 @test-page *args:
     exec "{{ uv }}" run pytest -m browser "$@"
