@@ -414,7 +414,7 @@ def _unit(manager: str, args: argparse.Namespace) -> int:
 
 def _model(action: str, args: argparse.Namespace) -> int:
     """In the engine's own process: this one never imports mlx."""
-    command = [sys.executable, "-m", "trio_worker.engine", action, args.name]
+    command = [sys.executable, "-P", "-m", "trio_worker.engine", action, args.name]
     return subprocess.run(command, check=False).returncode
 
 

@@ -477,7 +477,7 @@ class _Loop:
 
 @asynccontextmanager
 async def _running_loop(bench: Bench) -> AsyncIterator[_Loop]:
-    command = [sys.executable, "-m", "trio_worker.engine", "bare", bench.config.worker.model]
+    command = [sys.executable, "-P", "-m", "trio_worker.engine", "bare", bench.config.worker.model]
     async with trio.open_nursery() as nursery:
         process = await nursery.start(
             partial(

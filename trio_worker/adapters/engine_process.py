@@ -551,7 +551,8 @@ async def _start(control_fd: int, tokenise_fd: int) -> trio.Process:
     return await trio.lowlevel.open_process(
         [
             sys.executable,
-            *("-m", "trio_worker.engine", "serve"),
+            # -P: no module comes from where we were started, which may be a model's folder.
+            *("-P", "-m", "trio_worker.engine", "serve"),
             *("--control-fd", str(control_fd)),
             *("--tokenise-fd", str(tokenise_fd)),
         ],

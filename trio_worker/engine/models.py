@@ -1,6 +1,7 @@
 """Finds the model that a name means, and loads it the way that is fastest on this machine.
 
-No model's own code is ever run: `trust_remote_code` stays off, for the tokenizer too.
+No model's own code is ever run: `trust_remote_code` stays off, for the tokenizer too, and the
+folder is looked over before anything reads it (`folder.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from trio_worker.engine import rotary, vectorised
 from trio_worker.engine.blas import MISSING, preload_blas
+from trio_worker.engine.folder import Unfit, check_folder
 from trio_worker.engine.prepared import (
     DEMO_NAME,
     CannotPrepare,
@@ -134,6 +136,10 @@ def _checked(folder: Path, model: str) -> Path:
                 f"the model {model!r} is broken: {folder} has no {pattern}; "
                 "an mlx-lm folder has config.json, model*.safetensors and a tokenizer"
             )
+    try:
+        check_folder(folder)
+    except (Unfit, OSError) as exc:
+        raise CannotLoad(f"the model {model!r} cannot be loaded: {exc}") from exc
     return folder
 
 

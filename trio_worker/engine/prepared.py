@@ -141,7 +141,7 @@ def _fetch_wheel(folder: Path) -> None:
         ways.append(([uv, "pip", *arguments, *python], own_cache))
     # The environments of `uv tool` and pipx have no pip; the wheel is for every Python.
     if importlib.util.find_spec("pip"):
-        ways.append(([sys.executable, "-m", "pip", *arguments], environment))
+        ways.append(([sys.executable, "-P", "-m", "pip", *arguments], environment))
     elif pip := shutil.which("pip") or shutil.which("pip3"):
         ways.append(([pip, *arguments], environment))
     said = "neither uv nor pip is on PATH to download it with"

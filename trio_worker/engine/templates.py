@@ -84,7 +84,7 @@ class Renderer:
         with theirs:
             # In the engine's process group: who kills that group kills this process, too.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "trio_worker.engine.render"],
+                [sys.executable, "-P", "-m", "trio_worker.engine.render"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
