@@ -6,7 +6,11 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+from trio_worker.core.admission import Admission
+from trio_worker.core.memory import PressureGauge
+from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
+from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Event, Sequence, Stage, queue_key
 from trio_worker.core.turn import EngineMemory, Output, Prefill, Report, SequenceFailure
 
@@ -60,6 +64,22 @@ def make_sequence(
     if stage is Stage.QUEUED:
         sequence.advance(Event.TOKENISED)
     return sequence
+
+
+def make_admission(**changes: Any) -> Admission:
+    """Two slots and seven places, nothing else against anybody."""
+    values: dict[str, Any] = {
+        "queue_enabled": True,
+        "max_depth": 7,
+        "reject_when_full": True,
+        "slots": 2,
+        "refuse_unmeetable": True,
+        "gauge": PressureGauge(soft_bytes=1000, critical_bytes=2000),
+        "queue": RequestQueue(max_size=9),
+        "rate": ServiceRate(),
+        "arrivals": ArrivalRate(),
+    }
+    return Admission(**{**values, **changes})
 
 
 def make_report(

@@ -8,18 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from factories import make_report, make_sequence
+from factories import make_admission, make_report, make_sequence
 from trio.testing import MockClock
 from worker_rig import MB, make_config
 
 from trio_worker import __version__
-from trio_worker.core.admission import Admission
 from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.heartbeat import heartbeats
 from trio_worker.core.memory import MemoryReading, PressureGauge, ReservationLedger
 from trio_worker.core.metrics import GaugeReading
 from trio_worker.core.prefill import PrefillBudget
-from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Event, Sequence
@@ -93,17 +91,7 @@ class Parts:
     counters: RequestCounters = field(default_factory=RequestCounters)
 
     def __post_init__(self) -> None:
-        self.admission = Admission(
-            queue_enabled=True,
-            max_depth=7,
-            reject_when_full=False,
-            slots=2,
-            refuse_unmeetable=True,
-            gauge=self.gauge,
-            queue=self.queue,
-            rate=ServiceRate(),
-            arrivals=ArrivalRate(),
-        )
+        self.admission = make_admission(reject_when_full=False, gauge=self.gauge, queue=self.queue)
         self.door = Door(self.admission)
         self.scheduler = Scheduler(
             slots=2, prefill=PrefillBudget(chunk_max=512, gap_target_s=0.2), ledger=self.ledger
