@@ -26,7 +26,7 @@ from worker_rig import WORKER_ID, running_worker
 
 from trio_worker import client_asyncio
 from trio_worker.client import Client, open_client
-from trio_worker.core.call import Call, Chunk
+from trio_worker.core.call import AnswerOf, Call, Chunk, join
 from trio_worker.errors import (
     BY_CODE,
     ErrorCode,
@@ -73,8 +73,16 @@ def refusal(code: str, *, retry_after_ms: int | None = 1000, sequence: int = 0) 
 # --- what a call decides ------------------------------------------------------------------
 
 
+class Lowest(random.Random):
+    """Draws the lower bound."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return min(a, b)
+
+
 def make_call(
     *,
+    rng: random.Random | None = None,
     timeout_ms: int | None = 10_000,
     attempts: int = 3,
     grace_s: float = math.inf,
@@ -88,7 +96,7 @@ def make_call(
         timeout_ms=timeout_ms,
         attempts=attempts,
         nobody_listens_grace_s=grace_s,
-        rng=random.Random(0),
+        rng=rng or random.Random(0),
         now=100.0,
     )
 
@@ -241,6 +249,18 @@ def test_where_nobody_listens_it_is_asked_for_the_grace_and_no_attempt_is_spent(
     assert call.cancel_message() is None
 
 
+def test_the_grace_and_the_deadline_are_over_when_they_are_reached() -> None:
+    for grace_s, timeout_ms in ((0.125, 9000), (9.0, 125)):
+        call = make_call(grace_s=grace_s, timeout_ms=timeout_ms, rng=Lowest())
+        sent(call)
+        with pytest.raises(NoWorker):
+            nobody(call, 100.0)
+        call = make_call(grace_s=grace_s + 0.01, timeout_ms=timeout_ms + 10, rng=Lowest())
+        sent(call)
+        assert nobody(call, 100.0) is None
+        assert call.resend_at == 100.125
+
+
 def test_without_a_grace_nobody_is_nobody_at_once() -> None:
     call = make_call(grace_s=0.0)
     sent(call)
@@ -301,6 +321,154 @@ def test_what_no_worker_can_hold_is_not_tried_elsewhere() -> None:
     body, headers = refusal("RESOURCE_LIMIT_EXCEEDED", retry_after_ms=None)
     with pytest.raises(BY_CODE["RESOURCE_LIMIT_EXCEEDED"]):
         take(call, (body.replace(b'"retryable": true', b'"retryable": false'), headers))
+
+
+def test_a_retry_begins_anew_with_all_that_belongs_to_an_attempt() -> None:
+    """The numbering, the control subject, and whether a worker has the request."""
+    call = make_call(worker_id=None)
+    sent(call)
+    take(call, chunk(0))
+    assert call.cancel_message() == (CONTROL, b"cancel")
+    take(call, refusal("WORKER_DRAINING", sequence=1))
+    assert call.cancel_message() is None, "between two attempts there is nobody to tell"
+    assert not call.ended
+    sent(call)
+    assert call.cancel_message() == ("inference.cancel", b'{"request_id":"r"}')
+    with pytest.raises(MessageLost, match=r"message 0 .* 1 came"):
+        take(call, chunk(1))
+
+
+def test_a_retry_may_be_due_until_the_deadline_and_no_later() -> None:
+    for retry_after_ms, wait_ms in ((2000, 2000), (None, 1000)):
+        error = refusal("INTERNAL", retry_after_ms=retry_after_ms)
+        call = make_call(timeout_ms=wait_ms + 1, rng=Lowest())
+        sent(call)
+        assert take(call, error) is None
+        assert call.resend_at == 100 + wait_ms / 1000
+        call = make_call(timeout_ms=wait_ms, rng=Lowest())
+        sent(call)
+        with pytest.raises(InternalError):
+            take(call, error)
+    late = make_call(worker_id=None, timeout_ms=1000)
+    sent(late)
+    with pytest.raises(QueueFull):
+        take(late, refusal("QUEUE_FULL"), 101.0)
+    assert late.ended
+
+
+def test_what_is_left_of_a_deadline_is_a_whole_millisecond_at_least() -> None:
+    call = make_call(timeout_ms=1000)
+    assert [sent(call, now)["timeout_ms"] for now in (100.0, 100.9991, 101.0, 200.0)] == [
+        1000,
+        1,
+        1,
+        1,
+    ]
+    assert call.gives_up_at == 102.0
+    assert "timeout_ms" not in sent(make_call(timeout_ms=None))
+
+
+def test_giving_up_says_where_and_after_how_long() -> None:
+    call = make_call(timeout_ms=1500)
+    sent(call)
+    error = call.give_up()
+    assert isinstance(error, RequestTimeout)
+    assert error.message.startswith("no answer on inference.w1 within 1.5 s, nor a worker's word")
+    assert error.details == {"stage": "client"}
+    assert call.ended
+    assert call.cancel_message() is not None, "it may be at work all the same"
+
+
+def test_log_probabilities_without_text_are_content_too() -> None:
+    call = make_call()
+    sent(call)
+    choice: dict[str, Any] = {"text": "", "logprobs": {"content": []}, "finish_reason": None}
+    take(call, (json.dumps({"choices": [choice]}).encode(), {"Sequence": "0"}))
+    with pytest.raises(WorkerDraining):
+        take(call, refusal("WORKER_DRAINING", sequence=1))
+
+
+@pytest.mark.parametrize("sequence", [None, "-1", "1"])
+def test_an_answer_begins_with_0(sequence: str | None) -> None:
+    call = make_call()
+    sent(call)
+    body, headers = chunk(0)
+    del headers["Sequence"]
+    if sequence is not None:
+        headers["Sequence"] = sequence
+    with pytest.raises(MessageLost):
+        take(call, (body, headers))
+
+
+def test_a_control_subject_is_kept_where_a_later_message_names_none() -> None:
+    call = make_call()
+    sent(call)
+    take(call, chunk(0))
+    call.take(*chunk(1), None, 100.0)
+    assert call.control_subject == CONTROL
+
+
+def test_a_message_has_its_text_wherever_it_is_and_all_that_came_with_it() -> None:
+    usage, worker = {"total_tokens": 3}, {"id": "w1"}
+    parts: list[dict[str, Any]] = [
+        {"delta": {"role": "assistant"}, "finish_reason": None},
+        {"delta": {"content": "a"}},
+        {"message": {"role": "assistant", "content": "b"}},
+        {"text": "c", "finish_reason": "stop"},
+    ]
+    call, chunks = make_call(), []
+    sent(call)
+    for index, part in enumerate(parts):
+        body = {"choices": [part], **({"usage": usage, "worker": worker} if index == 3 else {})}
+        headers = {"Sequence": str(index)}
+        came = take(call, (json.dumps(body).encode(), headers))
+        assert came is not None
+        assert (came.body, came.headers) == (body, headers)
+        chunks.append(came)
+    assert [each.text for each in chunks] == ["", "a", "b", "c"]
+    assert [each.finish_reason for each in chunks] == [None, None, None, "stop"]
+    assert [each.usage for each in chunks] == [None, None, None, usage]
+    whole = join(chunks)
+    assert (whole.text, whole.finish_reason, whole.worker) == ("abc", "stop", worker)
+
+
+def test_an_error_of_a_code_that_is_not_known_yet_is_an_error_all_the_same() -> None:
+    for retryable in (False, True):
+        error = {"code": "NEW", "retryable": retryable, "details": None}
+        call = make_call(attempts=1)
+        sent(call)
+        with pytest.raises(InternalError, match="an error without a message") as caught:
+            take(call, (json.dumps({"error": error}).encode(), {"Terminal": "error"}))
+        assert caught.value.retryable is retryable
+        assert caught.value.details == {}
+        assert caught.value.retry_after_ms is None
+
+
+def test_an_answer_tells_of_its_call() -> None:
+    call = make_call()
+    answer = AnswerOf(call)
+    sent(call)
+    assert (answer.request_id, answer.control_subject, answer.ended) == ("r", None, False)
+    take(call, chunk(0, terminal=True))
+    assert (answer.control_subject, answer.ended) == (CONTROL, True)
+
+
+def test_the_callers_request_is_not_written_to() -> None:
+    request: dict[str, Any] = {"prompt": "x", "requestId": None}
+    call = make_call(**request)
+    assert "requestId" not in sent(call)
+    mine = {"prompt": "x"}
+    Call(
+        mine,
+        request_id="r",
+        worker_id=None,
+        timeout_ms=1000,
+        attempts=1,
+        nobody_listens_grace_s=5.0,
+        rng=random.Random(0),
+        now=0.0,
+    ).body(0.0)
+    assert mine == {"prompt": "x"}
 
 
 def test_a_gap_is_an_error_and_the_worker_is_still_at_work() -> None:

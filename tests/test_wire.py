@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_worker.core.request import ChatMessage, FinishReason, Request, RequestId
+from trio_worker.core.request import ChatMessage, Request, RequestId, Sampling
 from trio_worker.core.wire import native
 from trio_worker.errors import (
-    BY_CODE,
-    ErrorCode,
     InvalidRequest,
     ModelNotFound,
-    QueueFull,
+    PayloadTooLarge,
     WorkerError,
 )
 
@@ -70,56 +68,148 @@ def test_any_bytes_on_the_cancel_subject_are_survived(body: bytes) -> None:
 
 
 def test_the_defaults_of_a_request() -> None:
-    request = read(b'{"prompt": "x"}')
-    assert request.max_tokens is None
-    assert request.sampling.temperature == 0
-    assert request.sampling.seed == 42
-    assert request.priority == 0
-    assert request.timeout_s == 30
-    assert not request.is_chat
+    assert read(b'{"prompt": "x"}') == Request(
+        request_id=RequestId("drawn"),
+        prompt="x",
+        messages=(),
+        max_tokens=None,
+        sampling=Sampling(seed=42),
+        stop=(),
+        stream=False,
+        priority=0,
+        timeout_s=30.0,
+    )
     assert read(b'{"prompt": "x", "stream": true}').priority == 1
 
 
+EVERYTHING = {
+    "request_id": "abc",
+    "model": "m",
+    "messages": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": ""},
+    ],
+    "max_tokens": 7,
+    "temperature": 1,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.3,
+    "logit_bias": {"12": -100, "3": 5},
+    "seed": 1,
+    "stop": ["a", "b"],
+    "stream": True,
+    "logprobs": True,
+    "top_logprobs": 3,
+    "priority": "low",
+    "timeout_ms": 5,
+}
+
+
 def test_every_field_arrives() -> None:
-    request = read(
-        msgspec.json.encode(
-            {
-                "request_id": "abc",
-                "model": "m",
-                "messages": [
-                    {"role": "system", "content": "s"},
-                    {"role": "user", "content": [{"type": "text", "text": "a"}] * 2},
-                ],
-                "max_completion_tokens": 7,
-                "temperature": 1,
-                "top_p": 0.9,
-                "top_k": 5,
-                "min_p": 0.1,
-                "repetition_penalty": 1.1,
-                "presence_penalty": 0.2,
-                "frequency_penalty": 0.3,
-                "logit_bias": {"12": -100, "3": 5},
-                "seed": 1,
-                "stop": ["a", "b"],
-                "stream": True,
-                "logprobs": True,
-                "top_logprobs": 3,
-                "priority": "low",
-                "timeout_ms": 5,
-            }
-        )
+    assert EVERYTHING.keys() == {*native.FIELD_NAMES} - {"prompt"}
+    expected = Request(
+        request_id=RequestId("abc"),
+        prompt=None,
+        messages=(
+            ChatMessage(role="system", content="s"),
+            ChatMessage(role="user", content="ab"),
+            ChatMessage(role="assistant", content=""),
+        ),
+        max_tokens=7,
+        sampling=Sampling(
+            temperature=1.0,
+            top_p=0.9,
+            top_k=5,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=0.2,
+            frequency_penalty=0.3,
+            logit_bias=((3, 5.0), (12, -100.0)),
+            seed=1,
+            logprobs=True,
+            top_logprobs=3,
+        ),
+        stop=("a", "b"),
+        stream=True,
+        priority=2,
+        timeout_s=0.005,
     )
-    assert request.request_id == "abc"
-    assert request.messages == (
-        ChatMessage(role="system", content="s"),
-        ChatMessage(role="user", content="aa"),
-    )
-    assert request.max_tokens == 7
-    assert request.sampling.logit_bias == ((3, 5.0), (12, -100.0))
-    assert request.sampling.top_logprobs == 3
-    assert request.stop == ("a", "b")
-    assert request.priority == 2
-    assert request.timeout_s == 0.005
+    assert read(msgspec.json.encode(EVERYTHING)) == expected
+    assert expected.is_chat
+    assert expected.text_field == "messages"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "field"),
+    [
+        ("maxTokens", "max_tokens"),
+        ("max_completion_tokens", "max_tokens"),
+        ("modelId", "model"),
+        ("requestId", "request_id"),
+        ("topP", "top_p"),
+    ],
+)
+def test_other_spellings_are_the_same_field(spelling: str, field: str) -> None:
+    respelled = {spelling if name == field else name: each for name, each in EVERYTHING.items()}
+    plain = read(msgspec.json.encode(EVERYTHING))
+    assert read(msgspec.json.encode(respelled)) == plain
+
+
+def test_null_is_absent_also_beside_the_other_of_two() -> None:
+    nulls = dict.fromkeys(native.FIELD_NAMES)
+    assert read(msgspec.json.encode({**nulls, "prompt": "x"})) == read(b'{"prompt": "x"}')
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("request_id", ["a", "Az09_-", "x" * 128]),
+        ("max_tokens", [1, 100]),
+        ("temperature", [0, 2]),
+        ("top_p", [1e-9, 1]),
+        ("top_k", [0, 2**31 - 1]),
+        ("min_p", [0, 1]),
+        ("repetition_penalty", [1e-9, 10]),
+        ("presence_penalty", [-2, 2]),
+        ("frequency_penalty", [-2, 2]),
+        ("logit_bias", [{}, {"0": -100, "9999999999": 100}, {str(t): 1 for t in range(1024)}]),
+        ("seed", [0, 2**53 - 1]),
+        ("stop", ["x", "x" * 256, [], ["x"] * 16]),
+        ("priority", [0, 2, "high", "medium", "low"]),
+        ("timeout_ms", [1, 60_000]),
+        ("prompt", ["x", "a\x00b", "\U0001f600"]),
+    ],
+)
+def test_the_ends_of_every_range_are_taken(field: str, values: list[Any]) -> None:
+    for value in values:
+        request = read_fields(**{field: value})
+        if field == "request_id":
+            assert request.request_id == value
+        if field == "stop":
+            assert request.stop == ((value,) if isinstance(value, str) else tuple(value))
+    assert read_fields(logprobs=True, top_logprobs=20).sampling.top_logprobs == 20
+    assert read_fields(logprobs=True, top_logprobs=0).sampling.logprobs
+
+
+def test_an_id_that_cannot_be_one_is_not_used_in_the_error_about_it() -> None:
+    for value in ("", "a b", "a\n", "x" * 129, 5, None, ["a"], "é"):
+        assert native.request_id_of({"request_id": value}) is None
+    assert native.request_id_of({}) is None
+    assert native.request_id_of({"request_id": "ok-1"}) == "ok-1"
+
+
+def test_a_body_may_have_as_many_bytes_as_the_limit() -> None:
+    body = b'{"prompt": "%s"}' % (b"x" * (LIMITS.max_body_bytes - 14))
+    assert len(body) == LIMITS.max_body_bytes
+    assert read(body).prompt
+    with pytest.raises(PayloadTooLarge) as caught:
+        read(body + b" ")
+    assert caught.value.message == "the request has 10001 bytes; this worker takes 10000"
+    assert caught.value.details == {"bytes": 10_001, "limit": 10_000}
 
 
 def fault_of(**fields: Any) -> InvalidRequest:
@@ -309,80 +399,13 @@ def test_a_bias_must_be_of_the_models_vocabulary() -> None:
 
 
 def test_another_model_is_named_beside_ours() -> None:
-    with pytest.raises(ModelNotFound, match="serves the model m, not gpt"):
-        read_fields(model="gpt")
-
-
-def test_nul_bytes_are_legal_text() -> None:
-    assert read(b'{"prompt": "a\\u0000b"}').prompt == "a\x00b"
+    with pytest.raises(ModelNotFound) as caught:
+        read_fields(model="gpt" * 100)
+    assert caught.value.message == f"this worker serves the model m, not {('gpt' * 100)[:128]}"
+    assert caught.value.details == {"model": "m"}
 
 
 def test_priorities_by_name_and_number() -> None:
     levels = [read_fields(priority=each).priority for each in ("high", "medium", "low", 0, 2)]
     assert levels == [0, 1, 2, 0, 2]
-
-
-@pytest.mark.parametrize("code", list(ErrorCode))
-def test_every_code_has_one_class_and_a_body(code: ErrorCode) -> None:
-    cls = BY_CODE[code]
-    assert cls.code is code
-    error = cls("why", details={"n": 1})
-    body = msgspec.json.decode(native.error_body(error, 1234))["error"]
-    assert body == {
-        "code": code.value,
-        "message": "why",
-        "retryable": error.retryable,
-        "retry_after_ms": 1234 if error.retryable else None,
-        "details": {"n": 1},
-    }
-
-
-def test_the_headers_of_an_error() -> None:
-    headers = native.headers(
-        request_id=RequestId("r"),
-        worker_id="w",
-        sequence=3,
-        terminal=True,
-        error=QueueFull("full"),
-    )
-    assert headers == {
-        "Request-Id": "r",
-        "Worker-Id": "w",
-        "Sequence": "3",
-        "Terminal": "error",
-        "Nats-Service-Error-Code": "429",
-        "Nats-Service-Error": "QUEUE_FULL: full",
-    }
-
-
-def test_chunks_and_completions_look_as_openais() -> None:
-    chat = native.AnswerWriter(request_id=RequestId("r"), model="m", created=5, chat=True)
-    assert msgspec.json.decode(chat.chunk("hi")) == {
-        "id": "chatcmpl-r",
-        "object": "chat.completion.chunk",
-        "created": 5,
-        "model": "m",
-        "choices": [
-            {"index": 0, "delta": {"content": "hi"}, "logprobs": None, "finish_reason": None}
-        ],
-    }
-    text = native.AnswerWriter(request_id=RequestId("r"), model="m", created=5, chat=False)
-    assert msgspec.json.decode(text.keep_alive())["choices"] == [
-        {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
-    ]
-    usage = native.Usage.of(prompt=3, completion=4, cached=2)
-    note = native.WorkerNote(
-        id="w",
-        request_id="r",
-        seed=1,
-        queue_ms=0.5,
-        prefill_ms=1.0,
-        decode_ms=2.0,
-        priority="high",
-        resumed=0,
-        degraded=(),
-    )
-    whole = msgspec.json.decode(chat.whole("hi", None, FinishReason.STOP, usage, note))
-    assert whole["choices"][0]["message"] == {"role": "assistant", "content": "hi"}
-    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
-    assert whole["worker"]["degraded"] == []
+    assert read_fields(priority="low", stream=True).priority == 2
