@@ -43,7 +43,7 @@ FOREIGN = {"--no-templates", "rule_files"}
 """Of the `nats` command, and of Prometheus' configuration."""
 FROM_OUTSIDE = {"instance", "job", "le"}
 """Labels that Prometheus puts on, and that of a histogram's buckets."""
-BUILT = {"site", "dist", ".hypothesis"}
+BUILT = {"site", "dist", ".hypothesis", ".mutate"}
 """Folders that are only there when something has made them."""
 VALUE_OPTIONS_OF_UV = {"--no-group", "--only-group", "--group", "--extra", "--with"}
 
@@ -358,14 +358,16 @@ def _faults_of_recipe(tokens: Sequence[str]) -> Iterator[str]:
 
 
 def _faults_of_settings(module: str, tokens: Sequence[str]) -> Iterator[str]:
-    """Of `name=value`, as the programs below tests/ take them."""
+    """Of `name=value` and of paths, as the programs below tests/ take them."""
     path = ROOT / "tests" / module.replace(".", "/")
     file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     known = re.findall(
-        r'(?:\boptions\.get\(|\boptions\[|^    if )"(\w+)"', file.read_text(), re.MULTILINE
+        r'(?:\boptions\.get\(|\boptions\[|\bif )"(\w+)"', file.read_text(), re.MULTILINE
     )
     for token in tokens:
-        if token.partition("=")[0] not in known:
+        # Files and folders stand without a name; PATH stands for one.
+        is_path = token.startswith("PATH") or ("/" in token and (ROOT / token).exists())
+        if not is_path and token.partition("=")[0] not in known:
             yield f"{module} takes no {token}"
 
 

@@ -13,6 +13,7 @@ from factories import make_admission, make_sequence
 from trio.testing import MockClock
 from worker_rig import running_worker, subject_of
 
+from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.sequence import Ending, Event
 from trio_worker.door import Door
 from trio_worker.ports import Message
@@ -146,7 +147,13 @@ async def test_it_listens_until_cancelled_and_acts_itself_only_where_intake_cann
             receive.close()
         async with trio.open_nursery() as nursery:
             await nursery.start(
-                partial(run_control, broker=broker, worker_id="w1", intake=send),
+                partial(
+                    run_control,
+                    broker=broker,
+                    worker_id="w1",
+                    intake=send,
+                    heartbeat=Heartbeat("intake", bound_s=10.0),
+                ),
                 scene.control,
             )
             assert set(scene.broker.sinks) == {"inference.w1.ctl.*", "inference.cancel"}
