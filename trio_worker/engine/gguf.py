@@ -17,6 +17,8 @@ import mlx.core as mx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from trio_worker.engine.gguf_header import ArrayOf, Header, Malformed, read_header
+
 CONTROL, USER_DEFINED = 3, 4
 """Token types of GGUF: special ones, and added ones that are ordinary text."""
 
@@ -43,12 +45,69 @@ _BLOCK_NAMES = {
 }
 
 
+_NEEDED: dict[str, tuple[Any, float, float]] = {
+    "llama.attention.head_count": (int, 1, 2**16),
+    "llama.attention.head_count_kv": (int, 1, 2**16),
+    "llama.attention.key_length": (int, 1, 2**16),
+    "llama.attention.layer_norm_rms_epsilon": (float, 0.0, 1.0),
+    "llama.block_count": (int, 1, 10_000),
+    "llama.context_length": (int, 1, 2**31 - 1),
+    "llama.embedding_length": (int, 1, 2**24),
+    "llama.feed_forward_length": (int, 1, 2**24),
+}
+"""What is built by these keys, so they are held to a type and a range."""
+_MUST = _NEEDED.keys() - {"llama.attention.head_count_kv", "llama.attention.key_length"}
+_TOKEN_IDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "padding"))
+
+
 class Unsupported(Exception):
     """This file is none that can be converted; the message says why."""
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer's files into `folder`."""
+    """Write `model.safetensors`, `config.json` and the tokenizer's files into `folder`.
+
+    Raises `Unsupported`, and `OSError` if they cannot be written.
+    """
+    try:
+        header = read_header(file)
+    except Malformed as exc:
+        raise Unsupported(f"{file.name} cannot be read as GGUF: {exc}") from exc
+    _check_header(header, file)
+    try:
+        _convert(file, folder)
+    except (Unsupported, OSError):
+        raise
+    except Exception as exc:
+        raise Unsupported(f"{file.name} cannot be converted: {type(exc).__name__}: {exc}") from exc
+
+
+def _check_header(header: Header, file: Path) -> None:
+    """Before anything is built by what the metadata say."""
+    metadata = header.metadata
+    _check(metadata, file)
+    for key, (kind, low, high) in _NEEDED.items():
+        value: Any = metadata.get(key, None if key in _MUST else low)
+        if type(value) is not kind or not low <= value <= high:
+            shown = "missing" if value is None else repr(value)[:60]
+            raise Unsupported(f"{file.name}: {key} is {shown}; expected {low} to {high}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        if not isinstance(metadata.get(key), ArrayOf):
+            raise Unsupported(f"{file.name}: {key} is no array")
+    assert isinstance(tokens, ArrayOf)
+    for key in _TOKEN_IDS:
+        value = metadata.get(key, 0)
+        if not isinstance(value, int) or not 0 <= value < tokens.count:
+            raise Unsupported(f"{file.name}: {key} is {value!r:.60}, of {tokens.count} tokens")
+    if metadata["llama.block_count"] > len(header.tensors):
+        raise Unsupported(
+            f"{file.name}: llama.block_count is {metadata['llama.block_count']}, but the file has "
+            f"{len(header.tensors)} tensors in all"
+        )
+
+
+def _convert(file: Path, folder: Path) -> None:
     arrays, metadata = _load(file, folder)
     plain = {key: _plain(value) for key, value in metadata.items()}
     _check(plain, file)
