@@ -20,13 +20,15 @@ from tiny_model import write_tiny_model
 from trio_worker.engine import render
 from trio_worker.engine.serve import tokenise
 from trio_worker.engine.templates import (
+    START_S,
+    WITHIN_S,
     Renderer,
     TemplateFailed,
     TemplateRefused,
     has_template,
     tokens_of,
 )
-from trio_worker.errors import EngineFailed
+from trio_worker.errors import EngineFailed, InvalidRequest
 from trio_worker.frames import Tokenise, TokeniseFailed
 from trio_worker.ports import Work
 
@@ -229,3 +231,20 @@ async def test_a_template_without_end_fails_its_request_alone(tmp_path: Path) ->
         assert engine.statistics().restarts == 0
         (renderer,) = psutil.Process(pid).children()
     await until(lambda: not renderer.is_running())
+
+
+async def test_a_model_without_a_template_has_no_process_for_it(tmp_path: Path) -> None:
+    tokenizer_with(tmp_path, None)
+    async with opened(str(tmp_path), prewarm=False) as engine:
+        await engine.wait_ready()
+        assert psutil.Process(engine.statistics().pid).children() == []
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            await engine.tokenise(chat(("user", "x")))
+
+
+def test_starting_and_rendering_take_less_than_an_answer_may() -> None:
+    renderer = Renderer()
+    renderer.limit(60.0)
+    assert (renderer.within_s, renderer.start_s) == (WITHIN_S, START_S)
+    renderer.limit(2.0)
+    assert renderer.within_s + renderer.start_s < 2.0
