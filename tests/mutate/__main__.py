@@ -1,6 +1,6 @@
-"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_core] [also=test_x.py,…]`.
+"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_core,…] [also=test_x.py,…]`.
 
-`only=survivors`: those that nothing found last time. `tests`: only tests with this in their name.
+`only=survivors`: those that nothing found last time. `tests`: only tests with one of these in their name.
 `also`: test files marked `mlx` that compute in their own process.
 
 Exits with 1 unless at least nine of ten mutants of each file are found, and each of the others is
@@ -81,7 +81,8 @@ class Chooser:
     """Which tests may notice a mutant."""
 
     def __init__(self, root: Path, package: Path, lines: Map, *, only: str = "") -> None:
-        self._root, self._package, self._map, self._only = root, package, lines, only
+        self._only = only.split(",")
+        self._root, self._package, self._map = root, package, lines
         self._seconds = {
             test: seconds for test, seconds in lines.seconds().items() if seconds <= SLOW_S
         }
@@ -101,7 +102,9 @@ class Chooser:
         return {
             test: self._seconds[test]
             for test in tests
-            if test in self._seconds and not test.startswith(beside) and self._only in test
+            if test in self._seconds
+            and not test.startswith(beside)
+            and any(each in test for each in self._only)
         }
 
     def try_without_mutant(self, root: Path, path: Path, module: str, work: list[Job]) -> None:
