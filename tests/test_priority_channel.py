@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeAlias
 
 import pytest
 import trio
+import trio.testing
 from factories import make_sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -122,3 +124,86 @@ async def test_more_than_the_bound_is_a_fault(ends: Ends) -> None:
         send.send_nowait(make_sequence())
     with pytest.raises(AssertionError):
         send.send_nowait(make_sequence())
+
+
+async def test_what_is_shown_is_not_taken_and_what_is_taken_can_be_put_back(ends: Ends) -> None:
+    send, receive = ends
+    assert receive.first() is None
+    low, high = make_sequence("low", level=2), make_sequence("high", level=0)
+    send.send_nowait(low)
+    send.send_nowait(high)
+    assert (receive.first(), receive.first(hold_level=0), len(receive)) == (high, low, 2)
+    receive.take_nowait(low)
+    assert (receive.first(), receive.first(hold_level=0), len(receive)) == (high, None, 1)
+    receive.put_back_nowait(low)
+    assert [receive.receive_nowait() for _ in range(2)] == [high, low]
+
+
+async def test_a_change_is_told_once_by_an_event_of_its_own(ends: Ends) -> None:
+    send, receive = ends
+    events = [receive.changed]
+    for change in (partial(send.send_nowait, make_sequence()), send.close, receive.close):
+        assert not events[-1].is_set()
+        change()
+        assert events[-1].is_set()
+        events.append(receive.changed)
+    assert len(set(events)) == 4
+
+
+async def test_a_closed_sender_is_told_before_an_absent_receiver(ends: Ends) -> None:
+    send, receive = ends
+    receive.close()
+    send.close()
+    with pytest.raises(trio.ClosedResourceError):
+        send.send_nowait(make_sequence())
+
+
+async def test_a_closed_receiver_takes_nothing_and_waits_for_nothing(ends: Ends) -> None:
+    send, receive = ends
+    send.send_nowait(make_sequence())
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await receive.wait_depth(2)
+
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        with receive:
+            pass
+    with pytest.raises(trio.ClosedResourceError):
+        receive.receive_nowait()
+
+
+async def test_a_receiver_of_a_sender_that_is_gone_is_told_that_there_will_be_none(
+    ends: Ends,
+) -> None:
+    send, receive = ends
+    send.close()
+    with pytest.raises(trio.EndOfChannel):
+        receive.receive_nowait()
+    with pytest.raises(trio.EndOfChannel):
+        await receive.wait_depth(1)
+
+
+async def test_with_a_closed_sender_what_is_there_is_all_there_will_be(
+    ends: Ends, autojump_clock: MockClock
+) -> None:
+    send, receive = ends
+    send.send_nowait(make_sequence())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive.wait_depth, 2)
+        await wait_all_tasks_blocked()
+        send.close()
+    assert len(receive) == 1
+
+
+async def test_a_wait_that_need_not_wait_is_a_checkpoint_all_the_same(ends: Ends) -> None:
+    send, receive = ends
+    send.send_nowait(make_sequence())
+    with trio.testing.assert_checkpoints():
+        await receive.wait_depth(1)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await receive.wait_depth(1)
+    assert scope.cancelled_caught

@@ -1,7 +1,8 @@
-"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_core,…] [also=test_x.py,…]`.
+"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_core,…] [also=test_x.py]`.
 
-`only=survivors`: those that nothing found last time. `tests`: only tests with one of these in their name.
-`also`: test files marked `mlx` that compute in their own process.
+`only=survivors`: those that nothing found last time.
+`tests`: only tests with one of these in their name.
+`also`: test files marked `mlx` that compute in their own process, with commas.
 
 Exits with 1 unless at least nine of ten mutants of each file are found, and each of the others is
 explained in `mutate_equivalent.toml`.
