@@ -125,6 +125,20 @@ def test_what_fits_is_what_all_rows_as_long_as_the_longest_leave_room_for(
         assert ledger.fits(need, instead_of=RequestId(str(number))) is fits
 
 
+def test_who_leaves_makes_room_and_who_is_not_here_does_not() -> None:
+    ledger = ReservationLedger(limit_bytes=900)
+    assert [ledger.fits(need) for need in (900, 901)] == [True, False]
+    ledger.reserve(RequestId("long"), 300)
+    ledger.reserve(RequestId("short"), 100)
+    assert [ledger.fits(need) for need in (300, 301)] == [True, False], "three rows"
+    for leaving, most in (("long", 450), ("short", 450), ("nobody", 300)):
+        fits = [ledger.fits(need, instead_of=RequestId(leaving)) for need in (most, most + 1)]
+        assert fits == [True, False], leaving
+    assert ledger.reserved_bytes == 600, "asking changes nothing"
+    with pytest.raises(AssertionError, match="long holds a reservation already"):
+        ledger.reserve(RequestId("long"), 1)
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "expected"),
     [(0, 0, 0), (1, 0, 768), (100, 156, 768), (100, 157, 1536), (512, 512, 3072)],

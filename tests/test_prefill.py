@@ -51,6 +51,13 @@ def test_a_chunk_is_what_the_gap_leaves_after_a_step_and_the_fixed_cost(
     assert chunk == pytest.approx(expected, abs=1)
 
 
+def test_what_takes_just_once_and_a_half_of_the_target_is_prefilled_at_once() -> None:
+    """In binary fractions, so that it is just that."""
+    budget = make_budget((100, 100 / 1024), target_s=0.25)
+    chunks = [budget.chunk(decoding=4, waiting=1, left=left) for left in (383, 384, 385)]
+    assert chunks == [384, 384, 204]
+
+
 def test_a_chunk_is_never_less_than_eight_nor_more_than_four_times_the_largest_measured() -> None:
     slow = make_budget((10, 5.0))
     assert slow.chunk(decoding=4, waiting=1, left=MUCH) == 8

@@ -369,6 +369,27 @@ def test_the_proof_is_counted_from_the_tokens_that_a_suspect_has() -> None:
     assert scheduler.plan().remove == (), "the last one tried stays where it is"
 
 
+def test_the_proof_of_the_next_is_counted_from_the_tokens_that_it_has() -> None:
+    scheduler = make_scheduler()
+    (old,) = enter(scheduler, "old")
+    scheduler.plan()
+    for _ in range(5):
+        turn(scheduler, "old")
+    (new,) = enter(scheduler, "new")
+    for _ in range(2):
+        scheduler.plan()
+        crash(scheduler)
+    scheduler.plan()
+    for _ in range(PROOF_TOKENS):
+        turn(scheduler, "new")
+    assert (new.crashes, old.crashes) == (0, 2)
+    scheduler.plan()
+    for _ in range(PROOF_TOKENS):
+        assert old.crashes == 2
+        turn(scheduler, "old")
+    assert (old.crashes, len(old.produced)) == (0, 5 + PROOF_TOKENS)
+
+
 def test_who_crashes_alone_fails_with_its_own_crashes_and_the_others_are_cleared() -> None:
     scheduler = make_scheduler()
     old, guilty = suspects(scheduler, "old", "guilty")
@@ -406,6 +427,7 @@ def test_a_suspect_that_leaves_hands_the_trial_on(how: str) -> None:
     scheduler.plan()
     if how == "withdrawn":
         scheduler.withdraw(new)
+        assert new.stage is Stage.PREFILL, "where it goes is for its task to say"
     elif how == "finished":
         scheduler.book(make_report([("new", FinishReason.STOP)], residents=set()), now=1.0)
     else:

@@ -101,6 +101,14 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
     assert {Stage.PREFILL, Stage.DECODE, Stage.RESUMING} == RUNNING
 
 
+def test_an_end_is_the_end() -> None:
+    sequence = make_sequence()
+    sequence.advance(Event.END)
+    for event in Event:
+        with pytest.raises(AssertionError, match=f"{event} at stage ended of r"):
+            sequence.advance(event)
+
+
 def test_the_key_of_the_queue_is_the_time_aged_by_the_level() -> None:
     assert queue_key(enqueued_at=7.0, level=3, aging_s=2.0, arrival=5) == (0, 13.0, 5)
     assert queue_key(enqueued_at=7.0, level=3, aging_s=None, arrival=5) == (3, 7.0, 5)
@@ -157,7 +165,9 @@ def test_two_with_one_key_are_a_fault_and_so_is_one_too_many() -> None:
     twin = make_sequence("twin")
     twin.key = first.key
     assert twin not in queue
-    assert not queue.remove(twin)
+    assert queue.remove(twin) is False
+    assert queue.remove(first) is True
+    queue.add(first)
     queue.max_size = 2
     with pytest.raises(AssertionError, match="two sequences with one key"):
         queue.add(twin)
