@@ -77,9 +77,8 @@ def test_what_became_of_requests_is_counted_by_outcome_and_by_subject() -> None:
 
 def test_a_batcher_that_has_done_nothing_has_nothing_but_noughts() -> None:
     counters = BatchCounters()
-    assert counters.engine_memory == EngineMemory(active=0, cache=0, peak=0)
+    assert counters.engine_memory == EngineMemory(active=0, cache=0)
     assert counters.by_trigger == {}
-    assert counters.turn_began_at is None
     numbers = [each for each in vars(counters).values() if isinstance(each, int | float)]
     assert not any(numbers)
 

@@ -117,6 +117,19 @@ def test_each_changes_its_own_piece_of_the_text_and_can_be_compiled(tmp_path: Pa
     assert new["removed"] == "pass"
 
 
+def test_a_match_is_planted_into_case_by_case(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "def f(x):\n match x:\n  case 1:\n   return 2\n  case _:\n   x = 3\n return x\n"
+    )
+    mutants = mutants_of(path)
+    for each in mutants:
+        each.compiled()
+    assert {(4, "return None"), (4, "2 to one more"), (6, "3 to one more")} <= {
+        (each.line, each.operator) for each in mutants
+    }
+
+
 def test_what_no_test_notices_is_told_and_an_explanation_has_to_be_true(project: Path) -> None:
     (project / "tests/mutate_equivalent.toml").write_text(
         """["small/rules.py"]

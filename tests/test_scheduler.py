@@ -117,7 +117,7 @@ def test_a_life_in_the_batch_turn_by_turn() -> None:
             ),
             failures=(),
             residents=frozenset({RequestId("a")}),
-            memory=EngineMemory(active=0, cache=0, peak=0),
+            memory=EngineMemory(active=0, cache=0),
             seconds=0.3,
             prefill_tokens=2,
             prefill_calls=1,

@@ -25,7 +25,7 @@ def test_the_words_that_callers_and_dashboards_read() -> None:
         *("placed", "tokenised", "batched", "decoded", "engine lost", "preempted", "end")
     ]
     assert [each.value for each in Ending] == [
-        *("cancelled", "caller gone", "backlog", "draining", "too large")
+        *("cancelled", "caller gone", "backlog", "draining", "fault", "too large")
     ]
 
 
@@ -55,7 +55,9 @@ def test_by_default_a_turn_does_no_more_than_one_step() -> None:
     output = Output(request_id=RequestId("r"), token=1, text="x")
     assert (output.finish, output.logprob) == (None, None)
     assert Prefill(request_id=RequestId("r"), done=1, total=2).cached == 0
-    info = EngineInfo(model="m", context_length=1, cache_bytes_per_token=1, device="d")
+    info = EngineInfo(
+        model="m", context_length=1, vocabulary_size=2, cache_bytes_per_token=1, device="d"
+    )
     assert info.accelerator == "cpu"
     reading = EngineStatistics(state="loading", pid=None, restarts=0, info=None)
     assert reading.restarts_by_reason == {}
@@ -83,6 +85,8 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
         "max_tokens": 100,  # of the factory
         "produced": [],
         "outputs": None,
+        "handed_out": 0,
+        "concluded": False,
         "prefilled": 0,
         "cached": 0,
         "queued_at": None,
@@ -94,6 +98,7 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
         "preempted": 0,
         "resumed": 0,
         "crashes": 0,
+        "faults": 0,
     }
     made = dataclasses.replace(sequence)
     defaults = {each.name: each.default for each in dataclasses.fields(made)}

@@ -193,6 +193,8 @@ class _Tally:
         for job, verdict in verdicts(self.root, work, jobs=jobs):
             mutant = job.mutant
             self.total += 1
+            if sys.stderr.isatty():
+                print(f"\r{self.name}: {self.total} of {len(work)}", end="\r", file=sys.stderr)
             self.before[_key(mutant)] = (verdict.test or verdict.how) if verdict.found else ""
             reason = self.reasons.get(mutant.old, {}).get(mutant.operator)
             at = mutant.old, mutant.operator

@@ -193,6 +193,8 @@ class _Finder(ast.NodeVisitor):
     # --- statements -----------------------------------------------------------------------
 
     def visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.pattern):
+            return  # has a grammar of its own
         if isinstance(node, ast.stmt) and not isinstance(node, ast.ClassDef):
             self._enter_statement(node)
             if _does_nothing(node):
@@ -201,7 +203,9 @@ class _Finder(ast.NodeVisitor):
         ast.NodeVisitor.visit(self, node)  # `super()` does not know a class with slots
 
     def _enter_statement(self, node: ast.stmt) -> None:
-        body = getattr(node, "body", None) or getattr(node, "cases", None)
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Match):
+            body = [node.cases[0].pattern]
         end = body[0].lineno - 1 if body else node.end_lineno
         assert end is not None
         self._statement = range(node.lineno, max(node.lineno, end) + 1)
