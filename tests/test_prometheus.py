@@ -123,6 +123,8 @@ def test_what_an_alert_watches_is_there_before_it_happens() -> None:
     found = values(Written())
     assert found["rejections_total", (("code", "QUEUE_FULL"),)] == 0
     assert found["degradations_total", (("step", "cap_tokens"),)] == 0
+    for reason in ("priority", "memory"):
+        assert found["preemptions_total", (("reason", reason),)] == 0
     assert found["generated_tokens_total", ()] == 0
     assert found["turn_seconds_count", ()] == 0
     assert found["event_loop_lag_seconds_bucket", (("le", "+Inf"),)] == 0
