@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from commands import running_command
 from trio.testing import MockClock
 from worker_rig import WORKER_ID, Rig, running_worker
 
+from trio_worker import __version__
 from trio_worker.client import open_client
+from trio_worker.overview import Overview
 from trio_worker.ports import Message
+from trio_worker.stages.service import FRESH_S
 
 SEMVER = re.compile(r"\A\d+\.\d+\.\d+\Z")
 
@@ -50,20 +54,112 @@ async def test_each_question_is_answered_once_by_whatever_subject(
     assert all(isinstance(value, str) for value in answer["metadata"].values())
 
 
-async def test_info_lists_the_subjects_and_queue_groups_of_requests(
+DIRECT = {"name": "worker", "subject": f"inference.{WORKER_ID}", "queue_group": ""}
+FLEET = {"name": "fleet", "subject": "inference", "queue_group": "trio-workers"}
+MODEL = {"name": "model", "subject": "inference.model.m", "queue_group": "trio-workers"}
+LIMITS = (
+    "worker.continuous_batching.max_batch_size=3",
+    "worker.request_queue.max_depth=5",
+    "worker.request_queue.priority_levels=4",
+    "worker.requests.max_tokens_limit=6000",
+    "worker.requests.max_prompt_bytes=7000",
+    "worker.requests.timeout_limit_ms=800000",
+    "worker.resource_limits.max_memory_mb=900",
+    "worker.resource_limits.critical_memory_mb=1000",
+)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+async def test_info_says_where_requests_go_and_what_the_worker_takes(
+    autojump_clock: MockClock,
+    enabled: bool,  # noqa: FBT001
+) -> None:
+    switches = (
+        f"worker.continuous_batching.enabled={str(enabled).lower()}",
+        f"worker.request_queue.enabled={str(enabled).lower()}",
+    )
+    async with running_worker("worker.model_name=m", *LIMITS, *switches) as rig:
+        (info,) = await ask_service(rig, "$SRV.INFO")
+    assert info == {
+        "type": "io.nats.micro.v1.info_response",
+        "name": "trio-worker",
+        "id": WORKER_ID,
+        "version": __version__,
+        "metadata": {
+            "worker_id": WORKER_ID,
+            "model": "m",
+            "context_length": "8192",
+            "device": "simulated",
+            "max_batch_size": "3" if enabled else "1",
+            "max_queue_depth": "5" if enabled else "0",
+            "priority_levels": "4",
+            "max_tokens_limit": "6000",
+            "max_prompt_bytes": "7000",
+            "timeout_limit_ms": "800000",
+            "max_memory_mb": "900",
+            "critical_memory_mb": "1000",
+        },
+        "description": "Serves a language model to callers on NATS.",
+        "endpoints": [each | {"metadata": {}} for each in (DIRECT, FLEET, MODEL)],
+    }
+
+
+async def test_stats_are_of_the_same_endpoints_from_the_same_start(
     autojump_clock: MockClock,
 ) -> None:
     async with running_worker("worker.model_name=m") as rig:
-        (info,) = await ask_service(rig, "$SRV.INFO")
         (stats,) = await ask_service(rig, "$SRV.STATS")
-    found = [(each["subject"], each["queue_group"]) for each in info["endpoints"]]
-    assert found == [
-        (f"inference.{WORKER_ID}", ""),
-        ("inference", "trio-workers"),
-        ("inference.model.m", "trio-workers"),
+        asked = await rig.ask(prompt="x", max_tokens=1)
+        (later,) = await ask_service(rig, "$SRV.STATS")
+    none_yet = {
+        "num_requests": 0,
+        "num_errors": 0,
+        "last_error": "",
+        "processing_time": 0,
+        "average_processing_time": 0,
+    }
+    assert asked.code == "ok"
+    own, *shared = stats["endpoints"]
+    assert own.pop("data")["requests"]["completed"] == 0
+    assert [own, *shared] == [
+        DIRECT | none_yet,
+        FLEET | none_yet | {"data": None},
+        MODEL | none_yet | {"data": None},
     ]
-    assert found == [(each["subject"], each["queue_group"]) for each in stats["endpoints"]]
-    assert stats["started"] == "2023-11-14T22:13:20Z"
+    assert stats["started"] == later["started"] == "2023-11-14T22:13:20Z"
+    one_turn_ns = 20_050_000
+    assert later["endpoints"][0]["processing_time"] == one_turn_ns
+    assert later["endpoints"][0]["average_processing_time"] == one_turn_ns
+
+
+async def test_however_many_ask_a_snapshot_is_computed_ten_times_a_second_at_most(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[float] = []
+    snapshot = Overview.snapshot
+
+    def counting(self: Overview) -> Any:
+        computed.append(trio.current_time())
+        return snapshot(self)
+
+    monkeypatch.setattr(Overview, "snapshot", counting)
+    async with running_worker("worker.monitoring.report_interval_ms=600000") as rig:
+        answers: list[Message] = []
+        inbox = rig.caller.new_inbox()
+        await rig.caller.subscribe(inbox, answers.append)
+        computed.clear()
+        # Each millisecond, for half a second, by all three subjects.
+        for _ in range(500):
+            for suffix in ("", ".trio-worker", f".trio-worker.{WORKER_ID}"):
+                rig.caller.publish(Message(subject=f"$SRV.STATS{suffix}", reply=inbox))
+            await trio.sleep(0.001)
+        await trio.sleep(1)
+        assert len(answers) == 1500
+        assert len(computed) == 5
+        assert all(later - earlier > FRESH_S for earlier, later in pairwise(computed))
+        rig.caller.publish(Message(subject="$SRV.STATS", reply=inbox))
+        await trio.sleep(1)
+        assert len(computed) == 6
 
 
 async def test_counts_are_those_of_each_subject(autojump_clock: MockClock) -> None:
