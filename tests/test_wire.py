@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -365,25 +366,28 @@ def test_a_fault_that_quotes_the_caller_is_named_by_where_it_is_and_kept_short()
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "the request is not JSON: Input data was truncated"),
-        (b"\xff", "the request is not JSON"),
-        (b'{"prompt": "\xff"}', "the request is not JSON"),
-        (b'{"prompt": "x"} {}', "the request is not JSON: JSON is malformed: trailing characters"),
-        (b'{"prompt": "x",}', "the request is not JSON"),
-        (b'{"seed": NaN}', "the request is not JSON"),
-        (b'{"prompt": "\\ud800"}', "(half of a surrogate pair, \\ud800 to \\udfff by itself"),
-        (b"[" * 9000, "the request is not usable: its brackets are nested too deep"),
-        (b"[1]", "the request is an array; expected a JSON object"),
-        (b'"x"', "the request is a string; expected a JSON object"),
-        (b"true", "the request is a boolean; expected a JSON object"),
-        (b"null", "the request is null; expected a JSON object"),
-        (b"1.5", "the request is a number; expected a JSON object"),
+        (b"", "^the request is not JSON: Input data was truncated$"),
+        (b"\xff", "^the request is not JSON: "),
+        (b'{"prompt": "\xff"}', "^the request is not JSON: "),
+        (b'{"prompt": "x"} {}', "^the request is not JSON: JSON is malformed: trailing characters"),
+        (b'{"prompt": "x",}', "^the request is not JSON: "),
+        (b'{"seed": NaN}', "^the request is not JSON: "),
+        (
+            b'{"prompt": "\\ud800"}',
+            r" \(half of a surrogate pair, \\ud800 to \\udfff by itself, is not text\)$",
+        ),
+        (b"[" * 9000, "^the request is not usable: its brackets are nested too deep$"),
+        (b"[1]", "^the request is an array; expected a JSON object$"),
+        (b'"x"', "^the request is a string; expected a JSON object$"),
+        (b"true", "^the request is a boolean; expected a JSON object$"),
+        (b"null", "^the request is null; expected a JSON object$"),
+        (b"1.5", "^the request is a number; expected a JSON object$"),
     ],
 )
 def test_what_is_no_json_object_is_said_without_a_field(body: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read(body)
-    assert message in caught.value.message
+    assert re.search(message, caught.value.message)
     assert ("half of" in caught.value.message) == (b"ud800" in body)
     assert caught.value.details == {}
 
