@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from trio_worker import config
 from trio_worker.adapters import http_server
 from trio_worker.adapters.prometheus import exposition
 from trio_worker.core import metrics
+from trio_worker.core.formation import Trigger
+from trio_worker.core.memory import DegradationStep
 from trio_worker.core.metrics import (
     CounterMetric,
     GaugeReading,
@@ -30,6 +32,8 @@ from trio_worker.core.metrics import (
     Metrics,
     all_descriptions,
 )
+from trio_worker.core.priority import NAMES
+from trio_worker.core.sequence import Ending, Stage
 from trio_worker.errors import ErrorCode
 from trio_worker.ports import Observed
 
@@ -232,15 +236,55 @@ def test_an_expression_names_metrics_and_labels_that_exist(expression: str) -> N
     assert {label for label, _ in selected} | grouped <= known
     for label, wanted in selected:
         for value in wanted.split("|"):
-            assert label not in VALUES or value in VALUES[label], value
+            assert label in FROM_OUTSIDE or value in VALUES[label], value
 
 
-VALUES = {
+VALUES: dict[str, Collection[str]] = {
+    "priority": {*NAMES, *map(str, range(16))},
+    "step": set(DegradationStep),
+    "source": set(Ending),
+    "stage": set(Stage),
+    "trigger": set(Trigger),
     "code": {code.value for code in ErrorCode},
     "outcome": {"ok", *(code.value for code in ErrorCode)},
     "reason": {value for (value,) in metrics.ENGINE_RESTARTS.starts},
     "kind": {"used", "engine_active", "engine_cache", "available", "soft", "hard"},
 }
+
+
+def labels_left(expression: str) -> set[str]:
+    """The labels that the result of an expression has."""
+    grouped = re.findall(r"by \(([^)]*)\)", expression)
+    if grouped:
+        return {label.strip() for each in grouped for label in each.split(",")} - {"le"}
+    if re.match(r"(sum|max|min|avg|count)\(", expression):
+        return set()
+    # Of two joined by `and` the first is the result.
+    name = re.search(r"trio_worker_\w+|up", expression)
+    assert name is not None
+    about = DESCRIBED.get(name[0])
+    return {"instance", "job", *(about.labels if about is not None else ())}
+
+
+def test_a_legend_and_an_alert_name_labels_that_are_left() -> None:
+    legends = [
+        (target["expr"], re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        for panel in grafana()["panels"]
+        for target in panel.get("targets", [])
+    ]
+    alerts = [
+        (rule["expr"], re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        for rule in alert_rules()
+    ]
+    assert sum(bool(labels) for _, labels in [*legends, *alerts]) > 35
+    for expression, labels in [*legends, *alerts]:
+        assert set(labels) <= labels_left(expression), expression
+
+
+def test_the_dashboard_asks_for_the_variables_it_has() -> None:
+    variables = {each["name"] for each in grafana()["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", (DOCS / "grafana-dashboard.json").read_text()))
+    assert used == variables | {"__rate_interval", "__all"}
 
 
 def test_there_is_a_panel_for_every_metric_of_the_design() -> None:
