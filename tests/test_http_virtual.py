@@ -263,6 +263,20 @@ async def test_a_thirty_third_connection_is_closed_at_once(autojump_clock: MockC
             await stream.aclose()
 
 
+async def test_a_client_that_breaks_off_leaves_its_place_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    with mock.patch.object(http_server, "CONNECTIONS_MAX", 1):
+        async with serving(FakeWorker()) as connect:
+            for _ in range(3):
+                async with await connect() as stream:
+                    await stream.send_all(request("/livez"))
+                    assert await stream.receive_some(1)
+                # The rest of the answer is unread: the other side is told of a reset.
+                await trio.sleep(0.01)
+            assert (await get(connect, "/livez"))[0] == 200
+
+
 async def test_a_ninth_stream_is_refused_and_the_pages_stay(autojump_clock: MockClock) -> None:
     async with serving(FakeWorker()) as connect:
         streams = [await open_stream(connect) for _ in range(8)]

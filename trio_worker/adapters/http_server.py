@@ -212,7 +212,12 @@ class _BoundedStream:
         self._scope = scope
 
     async def receive_some(self, max_bytes: int) -> bytes:
-        data = await self._stream.receive_some(max_bytes)
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            # hypercorn alone would keep a connection that was reset as if it idled, too.
+            self._scope.cancel()
+            raise
         if not data:
             self._scope.deadline = min(self._scope.deadline, trio.current_time() + CLOSING_S)
         return bytes(data)
