@@ -7,6 +7,7 @@ time is exact and takes none. What the wire is really like, `test_nats_broker.py
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -43,6 +44,8 @@ class VirtualServer:
         self.bodies: list[bytes] = []
         """Of everything that was published, in order."""
         self.lines: list[Line] = []
+        self._random = random.Random(5)
+        """Chooses the member of a queue group."""
         self.is_hung = False
 
     def hang(self) -> None:
@@ -70,18 +73,22 @@ class VirtualServer:
     def verbs(self, verb: str) -> list[float]:
         return [at for at, command in self.commands if command.split()[0] == verb]
 
-    def route(self, subject: str, reply: str, headers: bytes, body: bytes) -> None:
+    def route(self, sender: Line, subject: str, reply: str, headers: bytes, body: bytes) -> None:
         self.bodies.append(body)
-        for line in list(self.lines):
-            for number, pattern in list(line.subscriptions.items()):
-                if subject_matches(pattern, subject):
-                    head = f"{subject} {number} {reply}".strip().encode()
-                    total = len(headers) + len(body)
-                    if headers:
-                        start = b"HMSG %s %d %d\r\n" % (head, len(headers), total)
-                    else:
-                        start = b"MSG %s %d\r\n" % (head, total)
-                    line.feed(start + headers + body + b"\r\n")
+        takers: list[tuple[Line, int]] = []
+        members: dict[str, list[tuple[Line, int]]] = {}
+        for line in self.lines:
+            for number in line.interested_in(subject):
+                group = line.groups.get(number)
+                (takers if group is None else members.setdefault(group, [])).append((line, number))
+        takers += [self._random.choice(each) for each in members.values()]
+        for line, number in takers:
+            line.hand(subject, number, reply, headers, body)
+        if not takers and reply:
+            # As the real one: to the sender's own subscription on the reply subject, if any.
+            status = f"NATS/1.0 503\r\nNats-Subject: {subject}\r\n\r\n".encode()
+            for number in sender.interested_in(reply)[:1]:
+                sender.hand(reply, number, "", status, b"")
 
 
 class Line(Transport):  # type: ignore[misc]
@@ -95,6 +102,7 @@ class Line(Transport):  # type: ignore[misc]
 
     def _start(self) -> None:
         self.subscriptions: dict[int, str] = {}
+        self.groups: dict[int, str] = {}
         self._received = b""
         self._unread = b""
         self._ended = False
@@ -123,6 +131,23 @@ class Line(Transport):  # type: ignore[misc]
         raise NotImplementedError
 
     # --- the server's end -------------------------------------------------------------------
+
+    def interested_in(self, subject: str) -> list[int]:
+        """The numbers of the subscriptions that take `subject`."""
+        return [
+            number
+            for number, pattern in self.subscriptions.items()
+            if subject_matches(pattern, subject)
+        ]
+
+    def hand(self, subject: str, number: int, reply: str, headers: bytes, body: bytes) -> None:
+        head = f"{subject} {number} {reply}".strip().encode()
+        total = len(headers) + len(body)
+        if headers:
+            start = b"HMSG %s %d %d\r\n" % (head, len(headers), total)
+        else:
+            start = b"MSG %s %d\r\n" % (head, total)
+        self.feed(start + headers + body + b"\r\n")
 
     def feed(self, data: bytes) -> None:
         self._received += data
@@ -162,7 +187,10 @@ class Line(Transport):  # type: ignore[misc]
             what = "Subscription" if verb == "SUB" else "Publish"
             self.feed(f"-ERR 'Permissions Violation for {what} to \"{subject}\"'\r\n".encode())
         elif verb == "SUB":
-            self.subscriptions[int(words[-1])] = subject
+            number = int(words[-1])
+            self.subscriptions[number] = subject
+            if len(words) > 2:
+                self.groups[number] = words[1]
         elif verb in {"PUB", "HPUB"}:
             if len(payload) > server.max_payload:
                 self.feed(b"-ERR 'Maximum Payload Violation'\r\n")
@@ -171,7 +199,7 @@ class Line(Transport):  # type: ignore[misc]
             sizes = 2 if verb == "HPUB" else 1
             header_bytes = int(words[-2]) if verb == "HPUB" else 0
             reply = words[1] if len(words) > 1 + sizes else ""
-            server.route(subject, reply, payload[:header_bytes], payload[header_bytes:])
+            server.route(self, subject, reply, payload[:header_bytes], payload[header_bytes:])
 
     # --- nats-py's end ----------------------------------------------------------------------
 

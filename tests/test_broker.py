@@ -1,21 +1,29 @@
-"""The broker port, asked of both of its implementations."""
+"""The broker port, asked of its implementations."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import trio
 from broker_conformance import PATIENCE_S, Inbox, System, memory_system, nats_system
 from nats_fixtures import fresh_subject, nats_url_fixture  # noqa: F401
+from nats_virtual import virtual_server
 
 from trio_worker.errors import MessageTooLarge, StopWorker, WorkerFault
 from trio_worker.ports import Message
 
 
-@pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.nats)])
-def system(request: pytest.FixtureRequest) -> System:
+@pytest.fixture(params=["memory", "virtual", pytest.param("nats", marks=pytest.mark.nats)])
+def system(request: pytest.FixtureRequest) -> Iterator[System]:
+    """`virtual`: the NATS adapter, on a server in the event loop."""
     if request.param == "memory":
-        return memory_system()
-    return nats_system(request.getfixturevalue("nats_url"))
+        yield memory_system()
+    elif request.param == "virtual":
+        with virtual_server() as server:
+            yield nats_system(server.url)
+    else:
+        yield nats_system(request.getfixturevalue("nats_url"))
 
 
 async def test_messages_arrive_whole_and_in_order(system: System) -> None:
