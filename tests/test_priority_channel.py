@@ -203,3 +203,9 @@ async def test_a_wait_that_need_not_wait_is_a_checkpoint_all_the_same(ends: Ends
         scope.cancel()
         await receive.wait_depth(1)
     assert scope.cancelled_caught
+
+
+def test_each_end_is_its_own_context(ends: Ends) -> None:
+    for end in ends:
+        with end as entered:
+            assert entered is end
