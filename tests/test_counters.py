@@ -157,9 +157,9 @@ def test_a_sole_exception_leaves_its_groups_with_its_own_context() -> None:
 
 def test_a_group_of_several_passes_as_it_is_and_inside_of_one_it_comes_out() -> None:
     several = ExceptionGroup("several", [ValueError("one"), KeyError("two")])
-    with pytest.raises(ExceptionGroup) as bare, sole_exceptions():
+    with pytest.RaisesGroup(ValueError, KeyError) as bare, sole_exceptions():
         raise several
-    with pytest.raises(ExceptionGroup) as wrapped, sole_exceptions():
+    with pytest.RaisesGroup(ValueError, KeyError) as wrapped, sole_exceptions():
         raise ExceptionGroup("outer", [several])
     assert bare.value is wrapped.value is several
 

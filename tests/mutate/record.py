@@ -63,7 +63,10 @@ class Map:
         }
 
     def libraries(self) -> list[str]:
-        return sorted({name for each in self.recordings.values() for name in each.libraries})
+        """In an order in which they were imported: some change others."""
+        return list(
+            dict.fromkeys(name for each in self.recordings.values() for name in each.libraries)
+        )
 
     def at(self, path: str, lines: Iterable[int]) -> set[str]:
         """The tests that run one of these lines; "" among them if an import does."""
@@ -208,7 +211,7 @@ class _Recorder:
             "key": self._key,
             "tests": tests,
             "lines": lines,
-            "libraries": sorted(_libraries(self._package.parent)),
+            "libraries": list(_libraries(self._package.parent)),
         }
         self._out.write_text(json.dumps(recording))
 

@@ -132,7 +132,7 @@ def _start(root: Path, job: Job) -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
         os.chdir(root)
         _run(job, code, _Witness(job, writing))
-    except BaseException:  # noqa: BLE001 - what it is goes to the parent
+    except Exception:  # noqa: BLE001 - what it is goes to the parent
         os.write(writing, json.dumps({"fault": traceback.format_exc()[-4000:]}).encode())
     finally:
         os._exit(0)
