@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from trio_worker.core.scheduler import (
     Scheduler,
 )
 from trio_worker.core.sequence import Event, Sequence, Stage
-from trio_worker.core.turn import Admit, EngineMemory, Output, Prefill, Report, SequenceFailure
+from trio_worker.core.turn import Admit, Output, Prefill, SequenceFailure
 
 
 class SpokenBudget(PrefillBudget):
@@ -109,16 +110,12 @@ def test_a_life_in_the_batch_turn_by_turn() -> None:
     assert (work.remove, work.prefill_tokens, work.trim_caches) == ((), 100, False)
     assert heard(scheduler) == [("chunk", 0, 1, 3)]
     scheduler.book(
-        Report(
-            outputs=(),
+        replace(
+            make_report(residents={"a"}, seconds=0.3),
             prefills=(
                 Prefill(request_id=RequestId("a"), done=2, total=3, cached=1),
                 Prefill(request_id=RequestId("gone"), done=2, total=3),
             ),
-            failures=(),
-            residents=frozenset({RequestId("a")}),
-            memory=EngineMemory(active=0, cache=0),
-            seconds=0.3,
             prefill_tokens=2,
             prefill_calls=1,
             prefill_seconds=0.25,
