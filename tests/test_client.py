@@ -365,6 +365,7 @@ def test_what_is_left_of_a_deadline_is_a_whole_millisecond_at_least() -> None:
         1,
     ]
     assert call.gives_up_at == 102.0
+    assert make_call(timeout_ms=1).gives_up_at == pytest.approx(101.001)
     assert "timeout_ms" not in sent(make_call(timeout_ms=None))
 
 
@@ -396,7 +397,7 @@ def test_an_answer_begins_with_0(sequence: str | None) -> None:
     del headers["Sequence"]
     if sequence is not None:
         headers["Sequence"] = sequence
-    with pytest.raises(MessageLost):
+    with pytest.raises(MessageLost, match=rf"message 0 of .* lost; {sequence or -1} came instead"):
         take(call, (body, headers))
 
 

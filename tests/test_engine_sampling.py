@@ -297,6 +297,18 @@ def test_beyond_the_head_a_row_draws_what_it_would_from_the_head_alone(
         assert int(kept[alone[0]]) == chosen
 
 
+def test_the_head_has_the_likeliest_tokens_of_every_row_and_no_other(
+    draws: list[Draw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.random.default_rng(7).normal(0, 1, (300, VOCABULARY)).astype(np.float32)
+    rows = [row(temperature=1.0, min_p=1e-9, seed=seed) for seed in range(300)]
+    tokens: list[list[int]] = [[1]] * 300
+    monkeypatch.setattr(sampling, "HEAD", 10)
+    draw(Plan(rows, tokens, VOCABULARY), logits, [1] * 300, tokens)
+    likeliest = np.sort(logits, axis=-1)[:, :-11:-1]
+    assert draws[0].logits == pytest.approx(likeliest - likeliest[:, :1], abs=1e-5)
+
+
 def test_keys_are_splitmix64_of_seed_and_position() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF, "the first number of its authors' own example"
     for seed, position in ((0, 0), (0, 1), (1, 0), (2**53 - 1, 10**6), (2**64 - 1, 1)):
@@ -327,9 +339,13 @@ def test_half_precision_is_no_obstacle_to_small_differences(draws: list[Draw]) -
         plan = Plan([row(1, **settings)], [[2]], 3)
         chosen, _ = plan.draw(logits, mx.array([0]), [[2]])
         assert chosen.tolist() == [1]
-    plan = Plan([row(temperature=1.0)], [[2]], 3)
-    plan.draw(logits, mx.array([0]), [[2]])
-    assert draws[-1].logits.dtype == np.float32
+    pair = mx.concatenate([logits, logits])
+    plan = Plan([row(presence_penalty=0.01), row()], [[2], [2]], 3)
+    chosen, _ = plan.draw(pair, mx.array([0, 0]), [[2], [2]])
+    assert chosen.tolist() == [1, 0]
+    plan = Plan([row(temperature=1.0, top_k=2)], [[2]], 2)
+    plan.draw(mx.array([[256, 1 + 2**-7]]).astype(mx.bfloat16), mx.array([0]), [[1]])
+    assert draws[-1].logits.tolist() == [[0, 1 + 2**-7 - 256]]
 
 
 # --- log-probabilities --------------------------------------------------------------------
@@ -383,6 +399,18 @@ def test_without_alternatives_none_are_looked_for() -> None:
     assert Plan([row()], [[1]], VOCABULARY).draw(logits, mx.array([1]), [[1]])[1] == [None]
 
 
+def test_the_alternatives_are_the_likeliest_of_every_row() -> None:
+    logits = np.random.default_rng(8).normal(0, 1, (300, VOCABULARY)).astype(np.float32)
+    tokens = [[1]] * 300
+    plan = Plan([row(logprobs=True, top_logprobs=5)] * 300, tokens, VOCABULARY)
+    _, places = plan.draw(mx.array(logits), mx.array([1] * 300), tokens)
+    for index, place in enumerate(places):
+        assert place is not None
+        logprobs, at = place
+        likeliest = np.argsort(-logits[index])[:5].tolist()
+        assert [token for token, _ in logprobs.read(at, 5)[1]] == likeliest
+
+
 def test_there_are_no_more_alternatives_than_tokens() -> None:
     plan = Plan([row(logprobs=True, top_logprobs=20)], [[1]], 3)
     _, ((logprobs, at),) = plan.draw(mx.array([[1.0, 3.0, 2.0]]), mx.array([1]), [[1]])  # type: ignore[misc]
@@ -398,6 +426,13 @@ def test_a_row_that_asks_for_none_but_names_a_number_costs_nothing() -> None:
     assert places[0] is None
     assert places[1] is not None
     assert len(places[1][0].arrays) == 1
+
+
+def test_nothing_is_counted_for_a_row_without_penalties() -> None:
+    rows = [row(), row(temperature=1.0, logit_bias=((1, 1.0),)), row(repetition_penalty=1.5)]
+    for penalised in (row(presence_penalty=0.5), row(frequency_penalty=-0.5)):
+        plan = Plan([*rows, penalised], [[1]] * 4, VOCABULARY)
+        assert plan._counts.shape == plan._seen.shape == (2, VOCABULARY)
 
 
 def test_a_plan_for_nobody_is_possible() -> None:

@@ -84,7 +84,7 @@ class Plan:
         self._plain = len(self._greedy) == len(rows) and not self._biased and not self._penalised
 
         order = [*self._greedy, *self._free, *self._filtered]
-        self._inverse = mx.array([order.index(i) for i in everyone]) if rows else None
+        self._inverse = mx.array([order.index(i) for i in everyone])
         self._head = min(HEAD, vocabulary)
         self._free_heat = _column(asked, self._free, "temperature")
         self._filtered_heat = _column(asked, self._filtered, "temperature")
@@ -176,12 +176,12 @@ class Plan:
 
     def _choose_filtered(self, logits: mx.array, positions: list[int]) -> mx.array:
         if self._head < logits.shape[-1]:
-            head = mx.argpartition(-logits, self._head - 1, axis=-1)[:, : self._head]
+            head = mx.argpartition(-logits, self._head - 1)[:, : self._head]
             values = mx.take_along_axis(logits, head, axis=-1)
-            order = mx.argsort(-values, axis=-1)
+            order = mx.argsort(-values)
             head = mx.take_along_axis(head, order, axis=-1)
         else:
-            head = mx.argsort(-logits, axis=-1)
+            head = mx.argsort(-logits)
         values = mx.take_along_axis(logits, head, axis=-1)
         values = (values - values[:, :1]) / self._filtered_heat
         rank = mx.arange(self._head)[None]
@@ -207,9 +207,9 @@ class Plan:
         if not self._top:
             return Logprobs(of_chosen, None, None)
         top = min(self._top, normal.shape[-1])
-        likeliest = mx.argpartition(-normal, top - 1, axis=-1)[:, :top]
+        likeliest = mx.argpartition(-normal, top - 1)[:, :top]
         values = mx.take_along_axis(normal, likeliest, axis=-1)
-        order = mx.argsort(-values, axis=-1)
+        order = mx.argsort(-values)
         return Logprobs(
             of_chosen,
             mx.take_along_axis(likeliest, order, axis=-1),
@@ -236,7 +236,7 @@ def _is_penalised(sampling: SamplingFrame) -> bool:
 def _column(asked: list[SamplingFrame], indices: list[int], name: str) -> mx.array:
     """One parameter of some rows, to be combined with a row of numbers each."""
     values = [getattr(asked[i], name) for i in indices]
-    return mx.array(values, dtype=mx.float32)[:, None] if values else mx.zeros((0, 1))
+    return mx.array(values, dtype=mx.float32)[:, None]
 
 
 def _key(seed: int, position: int) -> tuple[int, int]:
