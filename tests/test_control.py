@@ -122,6 +122,15 @@ def test_a_broadcast_is_not_answered_by_every_worker() -> None:
     assert scene.broker.said == []
 
 
+def test_the_broadcast_subject_is_not_that_of_a_request_called_cancel() -> None:
+    scene = Scene()
+    called = make_sequence("cancel")
+    scene.door.admit(called)
+    scene.control.act(Message(subject="inference.cancel", body=b"cancel", reply="_INBOX.me"))
+    assert called.ending is None
+    assert scene.broker.said == []
+
+
 def test_the_first_reason_to_end_is_the_one_that_counts() -> None:
     scene = Scene()
     scene.control.act(Message(subject=subject_of("meant"), body=b"cancel"))
