@@ -140,3 +140,36 @@ async def test_an_engine_that_is_down_is_not_replaced(autojump_clock: MockClock)
         await trio.sleep(0.25)
         # Up again, and memory had been critical for long enough.
         assert rig.engine.statistics().restarts_by_reason == {"crash": 1, "planned": 1}
+
+
+async def test_what_is_in_use_without_a_model_says_nothing_about_the_room_beside_it(
+    autojump_clock: MockClock,
+) -> None:
+    """While the engine loads, at first or again, its memory is yet to come."""
+    options = (*LIMITS, QUICKLY, "worker.requests.max_tokens_limit=1000000")
+    async with running_worker(
+        *options, load_s=10.0, restart_s=5.0, wait_ready=False, context_length=10_000_000
+    ) as rig:
+
+        async def room_mb() -> float:
+            refused = await rig.ask(prompt="x", max_tokens=500_000)
+            assert refused.error is not None
+            room = refused.error.details["room_mb"]
+            assert isinstance(room, float)
+            return room
+
+        await trio.sleep(9.9375)
+        rig.probe.used = 900 * MB
+        await trio.sleep(1)
+        assert await room_mb() == 1100
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=1000))
+            await trio.sleep(1)
+            rig.engine.crash()
+            rig.probe.used = 100 * MB
+            await trio.sleep(4.9)
+            rig.probe.used = 800 * MB
+            await trio.sleep(1)
+            # Some of what is in use is that request's cache.
+            assert 1200 <= await room_mb() < 1201
