@@ -112,6 +112,7 @@ async def test_the_group_is_left_while_the_door_is_shut_and_joined_again(
         ) as rig,
         trio.open_nursery() as nursery,
     ):
+        await trio.sleep(1)
         assert listening(rig) == {DIRECT} | SHARED
         for _ in range(5):
             nursery.start_soon(partial(rig.ask, prompt="x", max_tokens=100, timeout_ms=600_000))
@@ -125,6 +126,7 @@ async def test_groups_share_and_the_worker_s_own_subject_does_not(
     autojump_clock: MockClock,
 ) -> None:
     async with running_worker() as rig:
+        await trio.sleep(1)
         groups = {
             each._pattern: each.group
             for each in rig.server._subscriptions
