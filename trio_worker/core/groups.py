@@ -20,8 +20,6 @@ def sole_exceptions() -> Iterator[None]:
         sole = group
         while isinstance(sole, BaseExceptionGroup) and len(sole.exceptions) == 1:
             sole = sole.exceptions[0]
-        if sole is group:
-            raise
     if sole is not None:
         context = sole.__context__
         try:
