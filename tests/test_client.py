@@ -637,9 +637,57 @@ async def test_trio_says_when_the_server_would_not_take_the_request(
     autojump_clock: MockClock,
 ) -> None:
     async with scripted() as (worker, client):
-        with pytest.raises(PayloadTooLarge):
+        with pytest.raises(PayloadTooLarge, match=r"the NATS server takes 1048576$") as caught:
             await client.complete({"prompt": "x" * 2**20})
+    assert caught.value.details["limit"] == 2**20
+    assert isinstance(caught.value.details["bytes"], int)
+    assert caught.value.details["bytes"] > 2**20
     assert not worker.requests
+
+
+async def test_trio_leaves_nothing_behind_however_an_answer_is_left(
+    autojump_clock: MockClock,
+) -> None:
+    """The end of the answer, an error, and a cancellation, under which leaving still waits."""
+    server = MemoryServer(random=random.Random(0))
+    async with (
+        open_memory_broker(server, name="worker") as far,
+        open_memory_broker(server, name="caller") as near,
+    ):
+        worker = ScriptedWorker(
+            far, [[chunk(0, "yes", terminal=True)], [refusal("CANCELLED")], [chunk(0)]]
+        )
+        await worker.listen()
+        client = Client(near)
+        await client.complete({"prompt": "x"})
+        with pytest.raises(RequestCancelled):
+            await client.complete({"prompt": "x"})
+        with trio.move_on_after(1) as scope:
+            await client.complete({"prompt": "x"})
+        assert scope.cancelled_caught
+        assert not [each for each in server._subscriptions if each.broker is near]
+        assert not near.statistics().unpublished_bytes, "the cancel has been taken"
+        await trio.testing.wait_all_tasks_blocked()
+        assert [cancel.body for cancel in worker.cancels] == [b"cancel"]
+
+
+async def test_trio_assumes_half_a_minute_three_attempts_and_any_worker(
+    autojump_clock: MockClock,
+) -> None:
+    busy = [refusal("INTERNAL", retry_after_ms=50)]
+    server = MemoryServer(random=random.Random(0))
+    async with (
+        open_memory_broker(server, name="worker") as far,
+        open_memory_broker(server, name="caller") as near,
+    ):
+        worker = ScriptedWorker(far, [busy] * 9)
+        await worker.listen()
+        with pytest.raises(InternalError):
+            await Client(near).complete({"prompt": "x"})
+        with pytest.raises(NoWorker, match=r"inference\.w9"):
+            await Client(near).complete({"prompt": "x"}, worker_id="w9")
+    assert worker.requests[0][1]["timeout_ms"] == 30_000
+    assert len(worker.requests) == 3
 
 
 async def test_trio_bounds_the_wait_for_a_connection(autojump_clock: MockClock) -> None:
