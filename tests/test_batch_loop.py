@@ -13,11 +13,14 @@ from loguru import logger
 from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
 
+from trio_worker import worker as worker_module
 from trio_worker.core.metrics import BATCH_LOOP_RESTARTS, CounterMetric
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
-from trio_worker.stages.batcher import _Batcher
+from trio_worker.priority_channel import PrioritySendChannel, open_priority_channel
+from trio_worker.stages.batcher import _Batcher, run_batcher
 
+ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
 PROMPTS = ("one fish", "two fish", "red fish")
 
 
@@ -171,7 +174,7 @@ async def test_a_request_that_causes_faults_causes_two_and_the_others_are_served
         return "red" in self.running
 
     with failing(Scheduler, "book", when=is_there) as faults:
-        async with running_worker("worker.continuous_batching.max_batch_size=1") as rig:
+        async with running_worker(ONE_SLOT) as rig:
             replies = await ask_all(rig)
             assert restarts(rig) == 2
     assert {prompt: reply.code for prompt, reply in replies.items()} == {
@@ -204,6 +207,39 @@ async def test_a_spent_budget_ends_the_worker_and_every_caller_is_told(
     assert codes == ["WORKER_DRAINING"] * 3
     assert str(raised.value).endswith("at last: PlantedError: in plan")
     assert isinstance(raised.value.__cause__, PlantedError)
+
+
+async def test_when_the_queue_ends_the_loop_does(autojump_clock: MockClock) -> None:
+    """Whatever is in it is served first."""
+    codes: list[str] = []
+    ends: list[PrioritySendChannel] = []
+    returned: list[float] = []
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        send, receive = open_priority_channel(*args, **kwargs)
+        ends.append(send)
+        return send, receive
+
+    async def run(*args: Any, **kwargs: Any) -> None:
+        await run_batcher(*args, **kwargs)
+        returned.append(trio.current_time())
+
+    async def ask(rig: Rig) -> None:
+        codes.append((await rig.ask(prompt="x", max_tokens=50)).code)
+
+    with (
+        mock.patch.object(worker_module, "open_priority_channel", opened),
+        mock.patch.object(worker_module, "run_batcher", run),
+    ):
+        async with running_worker(ONE_SLOT) as rig:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, rig)
+                nursery.start_soon(ask, rig)
+                await trio.sleep(0.1)
+                ends[0].close()
+            assert codes == ["ok", "ok"]
+            await trio.sleep(1)
+            assert len(returned) == 1
 
 
 async def test_faults_far_apart_do_not_add_up(autojump_clock: MockClock) -> None:

@@ -48,6 +48,40 @@ async def test_waiting_for_company_counts_from_the_first_of_the_batch(
         assert last_ms(rig) == pytest.approx(500)
 
 
+async def test_waiting_ends_when_two_gaps_have_brought_nobody(autojump_clock: MockClock) -> None:
+    async with running_worker(
+        "worker.continuous_batching.min_batch_size=3",
+        "worker.continuous_batching.batch_timeout_ms=2000",
+    ) as rig:
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(partial(ask, rig, f"{number}", max_tokens=1))
+                await trio.sleep(0.3)
+        assert rig.snapshot().batch.by_trigger == {"size": 1}
+        await ask(rig, "lonely", max_tokens=1)
+        gap_s = rig.overview._admission.arrivals.mean_gap_s
+        assert gap_s is not None
+        assert rig.snapshot().batch.by_trigger == {"size": 1, "single": 1}
+        assert last_ms(rig) == pytest.approx(2000 * gap_s)
+        assert 500 < last_ms(rig) < 1500
+
+
+async def test_who_gives_up_while_a_batch_forms_leaves_nothing_behind(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(
+        "worker.continuous_batching.min_batch_size=3",
+        "worker.continuous_batching.batch_timeout_ms=2000",
+        "worker.continuous_batching.adaptive_timeout=false",
+    ) as rig:
+        gone = await rig.ask(prompt="x", max_tokens=1, timeout_ms=500)
+        assert gone.code == "REQUEST_TIMEOUT"
+        await trio.sleep(100)
+        assert rig.snapshot().batch.by_trigger == {}
+        await ask(rig, "next", max_tokens=1)
+        assert last_ms(rig) == pytest.approx(2000)
+
+
 async def test_a_wait_behind_a_full_batch_is_no_formation(autojump_clock: MockClock) -> None:
     """The slot comes free at the end of a turn, and the next turn has the next request."""
     async with running_worker(ONE_SLOT) as rig:

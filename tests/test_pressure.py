@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
 
 from trio_worker.core.memory import DegradationStep
+from trio_worker.ports import MemoryReading, Report, Work
 from trio_worker.testing.simulated_engine import word
 
 MB = 2**20
@@ -226,6 +228,155 @@ async def test_memory_that_stays_critical_gets_the_engine_replaced(
             assert rig.engine.restarts == 1
             set_memory(rig, -0.5)
     assert replies[0].code == "ok"
+
+
+async def trims_at(rig: Rig, seconds: float) -> list[float]:
+    """When turns trim the caches in the next so many seconds."""
+    times: list[float] = []
+    real = rig.engine.turn
+
+    async def turn(work: Work) -> Report:
+        if work.trim_caches:
+            times.append(trio.current_time())
+        return await real(work)
+
+    rig.engine.turn = turn  # type: ignore[method-assign]
+    await trio.sleep(seconds)
+    del rig.engine.turn
+    return times
+
+
+async def test_caches_are_trimmed_once_a_second_while_that_is_a_step(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS) as rig, trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=4000, timeout_ms=600_000))
+        assert await trims_at(rig, 5) == []
+        set_memory(rig, 0.1)
+        times = await trims_at(rig, 10)
+        assert len(times) == 10
+        assert [b - a for a, b in pairwise(times)] == pytest.approx([1.0] * 9, abs=0.021)
+        set_memory(rig, -1)
+        await trio.sleep(1)
+        assert await trims_at(rig, 5) == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_in_need_of_memory_every_turn_trims(autojump_clock: MockClock) -> None:
+    async with (
+        running_worker(*LIMITS[:2], "worker.resource_limits.check_interval_ms=60000") as rig,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(3):
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=4000, timeout_ms=600_000))
+        await trio.sleep(1)
+        rig.overview._admission.gauge.read(
+            MemoryReading(used=3000 * MB, available=9000 * MB, total=16_000 * MB)
+        )
+        before = rig.snapshot().batch.turns
+        times = await trims_at(rig, 0.5)
+        assert len(times) == pytest.approx(rig.snapshot().batch.turns - before, abs=1)
+        assert len(times) > 20
+        assert rig.snapshot().batch.preemptions == 1, "one for each reading"
+        nursery.cancel_scope.cancel()
+
+
+async def test_while_all_that_waits_is_held_back_there_are_no_turns(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*LIMITS) as rig, trio.open_nursery() as nursery:
+        set_memory(rig, 0.3)
+        await trio.sleep(1)
+        nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=2, priority="low"))
+        await trio.sleep(1)
+        before = rig.snapshot().batch.turns
+        await trio.sleep(8)
+        assert rig.snapshot().queue.depth == 1
+        assert rig.snapshot().batch.turns == before
+        await trio.sleep(2)
+        assert rig.snapshot().requests.completed == 1
+
+
+async def test_a_request_that_can_never_fit_any_more_is_told_so_when_its_turn_comes(
+    autojump_clock: MockClock,
+) -> None:
+    """The next engine leaves less room beside its caches than the one before."""
+    async with running_worker(
+        "worker.resource_limits.max_memory_mb=150",
+        "worker.resource_limits.critical_memory_mb=160",
+        "worker.resource_limits.check_interval_ms=100",
+        "worker.requests.max_tokens_limit=100000",
+        "worker.continuous_batching.max_batch_size=1",
+        context_length=100_000,
+    ) as rig:
+        replies: dict[str, Reply] = {}
+
+        async def ask(name: str, **fields: object) -> None:
+            replies[name] = await rig.ask(prompt="x", timeout_ms=600_000, **fields)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: ask("small", max_tokens=100))
+            await trio.sleep(0.1)
+            nursery.start_soon(lambda: ask("large", max_tokens=40 * 256))
+            await trio.sleep(0.1)
+            rig.probe.used = 130 * MB
+            rig.engine.crash()
+        large = replies["large"].error
+        assert large is not None
+        assert (large.code, large.retryable) == ("RESOURCE_LIMIT_EXCEEDED", False)
+        assert large.details["need_mb"] == 41.0
+        assert replies["small"].code == "ok"
+        assert rig.snapshot().batch.running == 0
+
+
+async def test_a_shrunk_batch_that_is_still_too_large_gives_no_slot_away(
+    autojump_clock: MockClock,
+) -> None:
+    async with (
+        running_worker(*LIMITS, "worker.continuous_batching.max_batch_size=4") as rig,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(4):
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=200, priority="low"))
+        await trio.sleep(0.5)
+        set_memory(rig, 0.6)
+        await trio.sleep(0.5)
+        assert "shrink_batch" in rig.snapshot().resources.steps
+        assert (await rig.ask(prompt="x", max_tokens=2, priority="high")).code == "ok"
+        assert rig.snapshot().batch.preemptions == 0
+
+
+@pytest.mark.parametrize(("granules", "preempted"), [(10, 1), (13, 0)])
+async def test_a_slot_is_taken_only_by_who_then_fits(
+    autojump_clock: MockClock, granules: int, preempted: int
+) -> None:
+    """256 tokens are 1 MB; two of 10 run, and 25 MB are there: all rows count as the longest."""
+    async with (
+        running_worker(
+            "worker.resource_limits.max_memory_mb=110",
+            "worker.resource_limits.critical_memory_mb=125",
+            "worker.requests.max_tokens_limit=100000",
+            "worker.continuous_batching.max_batch_size=2",
+            "worker.continuous_batching.turn_timeout_ms=60000",
+            context_length=100_000,
+            engine_options={"model_bytes": 0},
+        ) as rig,
+        trio.open_nursery() as nursery,
+    ):
+        stop = word(0)[:1]
+        for _ in range(2):
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=10 * 256 - 1, priority="low"))
+        await trio.sleep(0.1)
+        assert rig.snapshot().batch.running == 2
+        await rig.ask(
+            prompt="x",
+            max_tokens=granules * 256 - 1,
+            priority="high",
+            timeout_ms=1000,
+            stop=stop,
+        )
+        assert rig.snapshot().batch.preemptions == preempted
+        nursery.cancel_scope.cancel()
 
 
 async def held_for(*overrides: str, levels: int, priority: object = None) -> float | None:

@@ -143,3 +143,21 @@ async def test_prompts_and_answers_are_logged_at_trace_and_at_no_other_level(
     else:
         assert "secret" not in text
         assert answer.text.split()[0] not in text
+
+
+async def test_each_step_of_degradation_says_when_it_begins_and_ends(
+    autojump_clock: MockClock,
+) -> None:
+    mb = 2**20
+    with logged("INFO") as lines:
+        async with running_worker("worker.resource_limits.check_interval_ms=100") as rig:
+            for used in (8200, 8800, 8800, 8200, 100):
+                rig.probe.used = used * mb
+                await trio.sleep(1)
+                await rig.ask(prompt="x", max_tokens=2)
+    assert [line for line in without_a_request(lines) if "Degradation" in line] == [
+        "WARNING Degradation begins: trim_caches",
+        "WARNING Degradation begins: hold_low",
+        "INFO Degradation ends: hold_low",
+        "INFO Degradation ends: trim_caches",
+    ]

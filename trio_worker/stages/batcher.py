@@ -107,15 +107,15 @@ async def _wait_for_batch(
     while True:
         heartbeat.rest(Awaited.WORK)
         await queue.wait_depth(1)
-        heartbeat.beat(trio.current_time())
-        first = queue.first()
-        first_at = first.queued_at if first is not None else None
-        while len(queue):
-            now = trio.current_time()
+        first_at: float | None = None
+        while (first := queue.first()) is not None:
+            heartbeat.beat(trio.current_time())
+            if first_at is None:
+                first_at = _queued_at(first)
             decision = formation.decide(
-                now=now,
+                now=trio.current_time(),
                 waiting=len(queue),
-                first_at=now if first_at is None else first_at,
+                first_at=first_at,
                 mean_gap_s=arrivals.mean_gap_s,
             )
             if isinstance(decision, Trigger):
