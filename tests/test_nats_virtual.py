@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from functools import partial
 
@@ -660,3 +661,51 @@ async def test_over_ten_outages_everything_is_there_once(
         assert inbox.bodies == other.bodies == [b"%d" % number for number in range(10)]
         assert broker.statistics().reconnects == 10
         assert broker.statistics().dropped == 0
+
+
+async def test_what_has_ended_is_kept_nowhere(
+    server: VirtualServer, autojump_clock: MockClock
+) -> None:
+    async with opened(server.url) as broker:
+
+        async def come_and_go() -> tuple[int, ...]:
+            await broker.flush()
+            subscription = await broker.subscribe("a.*", Inbox())
+            await subscription.drain()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await broker.subscribe("b", Inbox())
+            await trio.sleep(1)
+            (line,) = server.lines
+            return (
+                len(broker._tasks),
+                len(broker._subscriptions),
+                len(broker._client._subs),
+                len(line.subscriptions),
+                len(asyncio.all_tasks(broker._loop)),
+            )
+
+        first = await come_and_go()
+        assert first[:4] == (1, 0, 0, 0), "the pump, and nothing else"
+        for _ in range(20):
+            assert await come_and_go() == first
+        tasks, loop = broker._tasks, broker._loop
+    assert not tasks
+    assert not asyncio.all_tasks(loop)
+
+
+async def test_an_outage_is_said_when_it_begins_and_ends_and_a_close_is_none(
+    server: VirtualServer, autojump_clock: MockClock, log: list[str]
+) -> None:
+    async with opened(server.url):
+        server.kill()
+        await trio.sleep(5 * WAIT_S)
+        server.start()
+        await trio.sleep(2 * WAIT_S)
+    said = [line.strip() for line in log if "connected" in line]
+    where = "NATS at nats://virtual:4222"
+    assert said == [
+        f"INFO connected to {where}",
+        f"WARNING disconnected from {where}; reconnecting",
+        f"INFO reconnected to {where}",
+    ]
