@@ -257,10 +257,11 @@ async def test_faults_far_apart_do_not_add_up(autojump_clock: MockClock) -> None
 async def test_the_wait_for_the_fresh_engine_is_no_formation_of_a_batch(
     autojump_clock: MockClock,
 ) -> None:
-    with failing(Scheduler, "book", when=once(3)):
+    with failing(Scheduler, "book", when=once(7)):
         async with running_worker(restart_s=10.0) as rig:
-            await ask_all(rig)
+            replies = await ask_all(rig)
             assert rig.snapshot().batch.last_formation_ms == 0
+    assert [reply.worker["resumed"] for reply in replies.values()] == [1, 1, 1]
 
 
 async def test_a_cancelled_or_late_request_ends_at_once_while_the_loop_starts_again(

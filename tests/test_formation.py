@@ -9,7 +9,9 @@ import trio
 from trio.testing import MockClock
 from worker_rig import Rig, running_worker, subject_of
 
+from trio_worker.core.metrics import INTER_TOKEN, HistogramMetric
 from trio_worker.ports import Message
+from trio_worker.testing.simulated_engine import Faults
 
 ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
 LONG_TURNS = "worker.simulated.turn_ms=100"
@@ -120,6 +122,21 @@ async def test_who_comes_while_there_is_room_waits_for_the_next_turn(
             assert 50 < last_ms(rig) < 100
             assert rig.snapshot().batch.by_trigger == {"size": 1, "running": 1}
             nursery.cancel_scope.cancel()
+
+
+async def test_two_tokens_of_one_turn_have_no_time_between_them(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(faults=Faults(duplicate_output=1.0)) as rig:
+        await ask(rig, "one", max_tokens=5)
+        gaps = next(
+            each
+            for each in rig.overview.metrics()
+            if isinstance(each, HistogramMetric) and each.description is INTER_TOKEN
+        )
+        # Four tokens are handed out twice, the last one once: nine, and four turns between them.
+        assert sum(gaps.counts[()]) == 8
+        assert gaps.sums[()] == pytest.approx(4 * 0.02)
 
 
 async def test_a_preempted_request_that_comes_back_forms_a_batch_anew(

@@ -13,8 +13,10 @@ from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
 
 from trio_worker.core.memory import DegradationStep
+from trio_worker.core.turn import EngineMemory
+from trio_worker.door import DoorState
 from trio_worker.ports import MemoryReading, Report, Work
-from trio_worker.testing.simulated_engine import word
+from trio_worker.testing.simulated_engine import Faults, word
 
 MB = 2**20
 SOFT_MB, CRITICAL_MB = 1000, 2000
@@ -342,8 +344,11 @@ async def test_a_shrunk_batch_that_is_still_too_large_gives_no_slot_away(
         set_memory(rig, 0.6)
         await trio.sleep(0.5)
         assert "shrink_batch" in rig.snapshot().resources.steps
-        assert (await rig.ask(prompt="x", max_tokens=2, priority="high")).code == "ok"
+        nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=2, priority="high"))
+        await trio.sleep(1)
+        assert (rig.snapshot().batch.running, rig.snapshot().queue.depth) == (4, 1)
         assert rig.snapshot().batch.preemptions == 0
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(("granules", "preempted"), [(10, 1), (13, 0)])
@@ -377,6 +382,80 @@ async def test_a_slot_is_taken_only_by_who_then_fits(
         )
         assert rig.snapshot().batch.preemptions == preempted
         nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_engine_gives_kept_caches_back_for_a_request_that_needs_the_room(
+    autojump_clock: MockClock,
+) -> None:
+    """20 MB of the first prompt are kept; the second request may need 45 of 60."""
+    async with running_worker(
+        "worker.resource_limits.max_memory_mb=55",
+        "worker.resource_limits.critical_memory_mb=60",
+        "worker.resource_limits.check_interval_ms=60000",
+        "worker.requests.max_tokens_limit=100000",
+        context_length=100_000,
+        engine_options={"model_bytes": 0},
+    ) as rig:
+        rig.probe.used = 10 * MB
+        rig.overview._admission.gauge.read(rig.probe.read(None))
+        rig.overview._scheduler.ledger.reconcile(used=10 * MB, cached_tokens=0)
+        assert (await rig.ask(prompt="x " * 5000, max_tokens=2)).code == "ok"
+        assert rig.snapshot().resources.memory_mb == pytest.approx(19.6, abs=0.2)
+        began_at = trio.current_time()
+        reply = await rig.ask(prompt="y", max_tokens=45 * 256 - 1, timeout_ms=3000, stream=True)
+        assert reply.error is not None
+        assert reply.error.details["stage"] == "decode"
+        first_token_at = next(
+            at for at, chunk in zip(reply.times, reply.chunks, strict=False) if chunk.text
+        )
+        assert first_token_at - began_at < 0.2
+
+
+async def test_what_the_engine_counts_decides_from_the_next_turn_on(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory and what its allocator keeps: no look at the processes comes for a minute."""
+    async with (
+        running_worker(*LIMITS[:2], "worker.resource_limits.check_interval_ms=60000") as rig,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=4000, timeout_ms=600_000))
+        await trio.sleep(1)
+        assert rig.overview.readiness().ok
+        memory = EngineMemory(active=1500 * MB, cache=600 * MB)
+        monkeypatch.setattr(rig.engine, "_memory", lambda: memory)
+        await trio.sleep(0.05)
+        assert rig.snapshot().resources.memory_mb == 2100.0
+        assert not rig.overview.readiness().ok
+        assert rig.overview._door.state.value is DoorState.SHUT
+        assert not rig.overview._scheduler.ledger.fits(1)
+        nursery.cancel_scope.cancel()
+
+
+async def test_planned_replacements_put_nobody_on_trial(autojump_clock: MockClock) -> None:
+    async with running_worker() as rig, trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+
+        async def ask() -> None:
+            replies.append(await rig.ask(prompt="x", max_tokens=300))
+
+        nursery.start_soon(ask)
+        for _ in range(5):
+            await trio.sleep(1)
+            rig.engine.recycle()
+        await trio.sleep(10)
+        assert [(reply.code, reply.worker["resumed"]) for reply in replies] == [("ok", 5)]
+
+
+async def test_a_crash_that_one_request_is_guilty_of_costs_no_restart(
+    autojump_clock: MockClock,
+) -> None:
+    faults = Faults(deadly_words=frozenset({"deadly"}))
+    async with running_worker(faults=faults, max_restarts=3) as rig:
+        for _ in range(4):
+            assert (await rig.ask(prompt="deadly", max_tokens=5)).code == "ENGINE_FAILED"
+        assert (await rig.ask(prompt="fine", max_tokens=5)).code == "ok"
+        assert rig.engine.statistics().restarts_by_reason == {"crash": 12}
 
 
 async def held_for(*overrides: str, levels: int, priority: object = None) -> float | None:

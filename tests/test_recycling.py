@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import trio
 from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
+
+from trio_worker.core.scheduler import Scheduler
 
 AFTER = 1000
 OPTIONS = (
@@ -82,6 +85,25 @@ async def test_a_lost_engines_tokens_are_not_counted_for_the_next(
         assert not made
         await ask(rig, 1)
         assert made == [599 + AFTER]
+
+
+async def test_nor_those_of_one_that_a_fault_of_the_batch_loop_has_cost(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*OPTIONS, restart_s=0.5) as rig:
+        made = put_on(rig, "metal")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, rig, 999)
+            await trio.sleep(599.5 / 8)
+            with mock.patch.object(Scheduler, "plan", side_effect=RuntimeError("planted")):
+                await trio.sleep(0.125)
+            (before,) = made
+            made.clear()
+        assert rig.overview._batches.decoded == 999
+        await ask(rig, before)
+        assert not made
+        await ask(rig, 1)
+        assert made == [before + AFTER]
 
 
 async def test_one_that_is_replaced_when_nobody_is_aboard_is_replaced_once(

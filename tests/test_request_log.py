@@ -111,6 +111,15 @@ async def test_a_request_that_fails_says_why(
     assert about(lines, "one")[-1] == line
 
 
+async def test_a_sequence_that_fails_leaves_the_batch_like_any_other(
+    autojump_clock: MockClock,
+) -> None:
+    with logged("DEBUG") as lines:
+        async with running_worker(faults=Faults(failing_words=frozenset({"broken"}))) as rig:
+            await rig.ask(request_id="one", prompt="broken", max_tokens=5)
+    assert "DEBUG Batch completed one: 0 running" in without_a_request(lines)
+
+
 async def test_a_cancelled_request_says_so(autojump_clock: MockClock) -> None:
     with logged("DEBUG") as lines:
         async with running_worker() as rig, trio.open_nursery() as nursery:
@@ -143,6 +152,25 @@ async def test_prompts_and_answers_are_logged_at_trace_and_at_no_other_level(
     else:
         assert "secret" not in text
         assert answer.text.split()[0] not in text
+
+
+async def test_an_engine_lost_with_nobody_aboard_says_so(autojump_clock: MockClock) -> None:
+    with logged("WARNING") as lines:
+        async with (
+            running_worker(
+                "worker.simulated.turn_ms=1000", "worker.simulated.prefill_ms_per_token=0"
+            ) as rig,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=500, request_id="one"))
+            await trio.sleep(4.3)
+            rig.caller.publish(Message(subject=subject_of("one"), body=b"cancel"))
+            await trio.sleep(0.3)
+            rig.engine.crash()
+            await trio.sleep(5)
+    assert [text for _, text, _ in lines if text.startswith("Engine lost")] == [
+        "Engine lost (crash: the simulated engine was lost in a turn) with nobody aboard"
+    ]
 
 
 async def test_each_step_of_degradation_says_when_it_begins_and_ends(
