@@ -13,9 +13,10 @@ from trio.testing import MockClock
 from worker_rig import WORKER_ID, Rig, decode, running_worker
 
 from trio_worker.ports import Message
-from trio_worker.stages.intake import INTAKE_BUFFER, SUBSCRIPTION_DRAIN_S
 from trio_worker.testing.memory_broker import MemorySubscription
 
+BUFFER = 256
+DRAIN_S = 0.5
 DIRECT = f"inference.{WORKER_ID}"
 SHARED = {"inference", "inference.model.smollm2-135m-instruct"}
 
@@ -56,7 +57,7 @@ async def test_more_than_intake_can_read_is_refused_at_once_and_the_rest_is_serv
 ) -> None:
     extra = 30
     async with running_worker("worker.request_queue.max_depth=1000") as rig:
-        got = await answers(rig, [request() for _ in range(INTAKE_BUFFER + extra)])
+        got = await answers(rig, [request() for _ in range(BUFFER + extra)])
         refused = [decode(each)["error"] for each in got if each.headers["Terminal"] == "error"]
         # One or two are handed over while the first are being read.
         assert extra - 2 <= len(refused) <= extra
@@ -147,6 +148,27 @@ async def test_a_subscription_that_does_not_drain_holds_a_stop_up_for_half_a_sec
         began_at = trio.current_time()
         rig.stop()
         await rig.finished.wait()
-        assert trio.current_time() - began_at == pytest.approx(SUBSCRIPTION_DRAIN_S, abs=0.2)
+        assert trio.current_time() - began_at == pytest.approx(DRAIN_S, abs=0.2)
+        monkeypatch.undo()
+        rig.server._subscriptions.clear()
+
+
+async def test_what_a_subscription_still_brings_after_the_drain_is_refused(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_self: MemorySubscription) -> None:
+        await trio.sleep_forever()
+
+    async with running_worker() as rig, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(rig.ask, prompt="x", max_tokens=500))
+        await trio.sleep(1)
+        monkeypatch.setattr(MemorySubscription, "drain", never)
+        rig.stop()
+        await trio.sleep(2)
+        late = await rig.ask(prompt="x", max_tokens=1)
+        assert late.error is not None
+        assert (late.code, late.error.retryable) == ("WORKER_DRAINING", True)
+        assert late.error.message == "this worker is shutting down"
+        await rig.finished.wait()
         monkeypatch.undo()
         rig.server._subscriptions.clear()

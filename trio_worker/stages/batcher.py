@@ -397,11 +397,11 @@ class _Batcher:
         sequence.faults += 1
         if sequence.faults >= FAULTS_MAX or not sequence.is_whole:
             sequence.end(Ending.FAULT)
-            return
-        if sequence.stage is not Stage.QUEUED:
-            sequence.resumed += 1
-            sequence.advance(Event.PREEMPTED)
-        self._queue.put_back_nowait(sequence)
+        else:
+            if sequence.stage is not Stage.QUEUED:
+                sequence.resumed += 1
+                sequence.advance(Event.PREEMPTED)
+            self._queue.put_back_nowait(sequence)
 
     def may_trim(self) -> bool:
         """Whether an idle engine may be asked to trim, since the head of the queue does not fit."""
