@@ -85,6 +85,45 @@ async def test_messages_with_nowhere_to_answer_are_counted_and_not_run(
         assert rig.snapshot().batch.turns == 0
 
 
+async def test_more_than_intake_can_read_with_nowhere_to_answer_is_dropped_too(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker() as rig:
+        for _ in range(BUFFER + 40):
+            rig.caller.publish(Message(subject=DIRECT, body=request()))
+        await trio.sleep(5)
+        assert rig.snapshot().requests.dropped == BUFFER + 40
+        assert (await rig.ask(prompt="x", max_tokens=1)).code == "ok"
+
+
+async def test_each_subscription_is_drained_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drained: list[str] = []
+    real = MemorySubscription.drain
+
+    async def noting(self: MemorySubscription) -> None:
+        drained.append(self._pattern)
+        await real(self)
+
+    monkeypatch.setattr(MemorySubscription, "drain", noting)
+    async with running_worker(
+        "worker.request_queue.max_depth=4", "worker.continuous_batching.max_batch_size=1"
+    ) as rig:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(partial(rig.ask, prompt="x", max_tokens=100))
+            await trio.sleep(1)
+            assert sorted(each for each in drained if each.startswith("inference")) == sorted(
+                SHARED
+            )
+        await trio.sleep(60)
+        drained.clear()
+        rig.stop()
+        await rig.finished.wait()
+    assert sorted(drained) == sorted({DIRECT} | SHARED)
+
+
 async def test_the_time_runs_from_arrival_and_seeds_and_ids_are_drawn_where_none_are_sent(
     autojump_clock: MockClock,
 ) -> None:
