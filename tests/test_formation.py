@@ -44,9 +44,9 @@ async def test_waiting_for_company_counts_from_the_first_of_the_batch(
         "worker.continuous_batching.adaptive_timeout=false",
     ) as rig:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: ask(rig, "first", max_tokens=3))
+            nursery.start_soon(lambda: ask(rig, "first", max_tokens=3, priority="low"))
             await trio.sleep(0.2)
-            nursery.start_soon(lambda: ask(rig, "second", max_tokens=3))
+            nursery.start_soon(lambda: ask(rig, "urgent", max_tokens=3, priority="high"))
         assert last_ms(rig) == pytest.approx(500)
 
 

@@ -373,7 +373,7 @@ async def test_a_slot_is_taken_only_by_who_then_fits(
             nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=10 * 256 - 1, priority="low"))
         await trio.sleep(0.1)
         assert rig.snapshot().batch.running == 2
-        await rig.ask(
+        reply = await rig.ask(
             prompt="x",
             max_tokens=granules * 256 - 1,
             priority="high",
@@ -381,6 +381,8 @@ async def test_a_slot_is_taken_only_by_who_then_fits(
             stop=stop,
         )
         assert rig.snapshot().batch.preemptions == preempted
+        stage = reply.error.details["stage"] if reply.error is not None else None
+        assert (reply.code, stage) == (("ok", None) if preempted else ("REQUEST_TIMEOUT", "queued"))
         nursery.cancel_scope.cancel()
 
 
@@ -441,7 +443,8 @@ async def test_planned_replacements_put_nobody_on_trial(autojump_clock: MockCloc
 
         nursery.start_soon(ask)
         for _ in range(5):
-            await trio.sleep(1)
+            # Half a second to come back, and fewer tokens than acquit a suspect.
+            await trio.sleep(0.7)
             rig.engine.recycle()
         await trio.sleep(10)
         assert [(reply.code, reply.worker["resumed"]) for reply in replies] == [("ok", 5)]

@@ -154,6 +154,21 @@ async def test_prompts_and_answers_are_logged_at_trace_and_at_no_other_level(
         assert answer.text.split()[0] not in text
 
 
+async def test_who_comes_back_after_an_urgent_request_says_so(autojump_clock: MockClock) -> None:
+    with logged("DEBUG") as lines:
+        async with running_worker(ONE_SLOT) as rig, trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: rig.ask(prompt="x", max_tokens=50, request_id="one", priority="low")
+            )
+            await trio.sleep(0.3)
+            await rig.ask(prompt="now", max_tokens=3, priority="high")
+    told = [line for line in about(lines, "one") if "tokens" in line][1:3]
+    assert [line.partition(" with ")[0].partition(" after ")[0] for line in told] == [
+        "DEBUG Preempted for priority",
+        "DEBUG Resumes",
+    ]
+
+
 async def test_an_engine_lost_with_nobody_aboard_says_so(autojump_clock: MockClock) -> None:
     with logged("WARNING") as lines:
         async with (
