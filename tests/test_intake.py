@@ -93,6 +93,7 @@ async def test_more_than_intake_can_read_with_nowhere_to_answer_is_dropped_too(
             rig.caller.publish(Message(subject=DIRECT, body=request()))
         await trio.sleep(5)
         assert rig.snapshot().requests.dropped == BUFFER + 40
+        assert rig.snapshot().requests.by_outcome == {}
         assert (await rig.ask(prompt="x", max_tokens=1)).code == "ok"
 
 
