@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from worker_rig import Reply, Rig, running_worker, subject_of
 
 from trio_worker.core.metrics import CounterMetric, HistogramMetric
 from trio_worker.ports import Message
+from trio_worker.stages import respond
 from trio_worker.testing.simulated_engine import Faults
 
 MB = 2**20
@@ -87,6 +89,7 @@ async def test_a_deadline_says_where_it_passed_and_what_there_was(
         reply = await ask(rig, 1, max_tokens=500, seed=1, timeout_ms=250, stream=stream)
         assert reply.error is not None
         assert reply.error.message == "the deadline of 0.25 s passed at stage decode"
+        assert reply.error.retry_after_ms == 1000
         details = dict(reply.error.details)
         text = details.pop("text", None)
         assert details == {"stage": "decode", "tokens": 12, "timeout_ms": 250}
@@ -217,6 +220,19 @@ async def test_each_end_is_counted_once_with_who_brought_it_about_and_where(
         }
         assert took.sums["ok",] == pytest.approx(0.08, abs=0.001)
         assert took.sums["CANCELLED",] == pytest.approx(1.0 + 2.1, abs=0.01)
+
+
+async def test_a_fault_on_the_way_is_answered_internal_and_stays_with_its_request(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker() as rig:
+        with mock.patch.object(respond, "_fit", side_effect=RuntimeError("planted")):
+            reply = await ask(rig, 1, max_tokens=5)
+        assert reply.error is not None
+        assert (reply.code, reply.error.retryable) == ("INTERNAL", True)
+        assert reply.error.message == "the worker failed on this request; its log says why"
+        assert (await ask(rig, 1, max_tokens=5)).code == "ok"
+        assert rig.snapshot().requests.in_flight == 0
 
 
 async def test_only_whole_answers_say_how_long_service_takes(autojump_clock: MockClock) -> None:
