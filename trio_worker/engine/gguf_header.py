@@ -88,12 +88,9 @@ class _Reader:
         return Header(metadata, {name: shape for name, shape, _, _ in infos})
 
     def _take(self, count: int) -> bytes:
-        end = self._at + count
-        if end > len(self._data):
-            raise Malformed(f"at byte {self._at} it claims {count} bytes that it does not have")
-        taken = self._data[self._at : end]
-        self._at = end
-        return taken
+        begin = self._at
+        self._skip(count)
+        return self._data[begin : self._at]
 
     def _skip(self, count: int) -> None:
         if count > len(self._data) - self._at:

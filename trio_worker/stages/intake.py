@@ -101,7 +101,6 @@ async def run_intake(
         task_status.started()
         heartbeat.rest(Awaited.WORK)
         async for message in receive:
-            heartbeat.beat(trio.current_time())
             if subjects.is_control(message.subject, worker_id):
                 act_on_control(message)
             elif (admitted := reception.admit(message)) is not None:
