@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import trio
-from loguru import logger
+from log_records import logged
 from trio.testing import MockClock
 from worker_rig import Reply, Rig, running_worker
 
@@ -90,10 +90,8 @@ def restarts(rig: Rig) -> int:
 @pytest.fixture
 def errors() -> Iterator[list[Any]]:
     """What is logged as an error meanwhile."""
-    records: list[Any] = []
-    sink = logger.add(lambda message: records.append(message.record), level="ERROR")
-    yield records
-    logger.remove(sink)
+    with logged("ERROR") as records:
+        yield records
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 7])

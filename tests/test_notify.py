@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from loguru import logger
+from log_records import logged, texts
 from trio.testing import MockClock
 from trio_util import AsyncValue
 
@@ -134,11 +134,9 @@ async def test_a_load_that_says_nothing_is_given_time_for_a_quarter_of_an_hour(
 async def test_each_time_the_watchdog_hears_nothing_the_log_says_so_once(
     autojump_clock: MockClock,
 ) -> None:
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="ERROR")
     manager, standing, seen = MemoryServiceManager(watchdog_s=6), Standing(), Seen()
     observed: Any = seen
-    try:
+    with logged("ERROR") as lines:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
             standing.serving(observed)
@@ -149,9 +147,7 @@ async def test_each_time_the_watchdog_hears_nothing_the_log_says_so_once(
                 await trio.sleep(20)
                 seen.live = Health(ok=True, reason="")
             nursery.cancel_scope.cancel()
-    finally:
-        logger.remove(sink)
-    assert lines == [
+    assert texts(lines) == [
         "The watchdog hears nothing from now on: first",
         "The watchdog hears nothing from now on: second",
     ]

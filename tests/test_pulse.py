@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from loguru import logger
+from log_records import logged, texts
 from trio.testing import MockClock
 
 from trio_worker.core.heartbeat import Heartbeat
@@ -16,19 +16,15 @@ from trio_worker.stages.pulse import _where, run_pulse
 async def test_a_timer_more_than_a_second_late_is_a_line(
     mock_clock: MockClock, late_s: float, lines: int
 ) -> None:
-    said: list[str] = []
-    sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
     metrics = Metrics()
-    try:
+    with logged("WARNING") as said:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_pulse, metrics, Heartbeat("pulse", bound_s=1.0))
             await trio.testing.wait_all_tasks_blocked()
             mock_clock.jump(0.5 + late_s)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
-    finally:
-        logger.remove(sink)
-    assert said == [f"The event loop was blocked for {late_s:.1f} s"] * lines
+    assert texts(said) == [f"The event loop was blocked for {late_s:.1f} s"] * lines
     assert metrics.loop_lag.sums[()] == pytest.approx(late_s)
 
 
@@ -60,10 +56,8 @@ class Sampler:
 async def test_each_pulse_in_time_puts_the_sample_off_and_the_last_one_calls_it_off(
     mock_clock: MockClock,
 ) -> None:
-    said: list[str] = []
-    sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
     sampler, heartbeat = Sampler(), Heartbeat("pulse", bound_s=1.0)
-    try:
+    with logged("WARNING") as said:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_pulse, Metrics(), heartbeat, sampler)
             for jump in (0.5, 2.5):
@@ -72,7 +66,5 @@ async def test_each_pulse_in_time_puts_the_sample_off_and_the_last_one_calls_it_
                 mock_clock.jump(jump)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
-    finally:
-        logger.remove(sink)
     assert sampler.asked == [1.5, "disarm", 1.5, "disarm", 1.5, "disarm"]
-    assert said == ["The event loop was blocked for 2.0 s at File a, line 1 in f"]
+    assert texts(said) == ["The event loop was blocked for 2.0 s at File a, line 1 in f"]
