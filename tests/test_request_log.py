@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import log_records
 import pytest
 import trio
-from loguru import logger
 from trio.testing import MockClock
 from worker_rig import running_worker, subject_of
 
@@ -22,16 +22,11 @@ ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
 def logged(level: str) -> Iterator[list[tuple[str, str, str | None]]]:
     """Level, text and request of each line from this level on."""
     lines: list[tuple[str, str, str | None]] = []
-
-    def take(message: object) -> None:
-        record = message.record  # type: ignore[attr-defined]
-        lines.append((record["level"].name, record["message"], record["extra"].get("request_id")))
-
-    sink = logger.add(take, level=level)
-    try:
+    with log_records.logged(level) as records:
         yield lines
-    finally:
-        logger.remove(sink)
+    lines += [
+        (each["level"].name, each["message"], each["extra"].get("request_id")) for each in records
+    ]
 
 
 def about(lines: list[tuple[str, str, str | None]], request_id: str) -> list[str]:
