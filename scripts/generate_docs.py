@@ -19,7 +19,7 @@ import quotes
 
 from trio_worker import config, errors
 from trio_worker.__main__ import make_parser
-from trio_worker.core.metrics import all_descriptions
+from trio_worker.monitoring.metrics import all_descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
 QUERIES = (ROOT / "docs/alerts.yaml", ROOT / "docs/grafana-dashboard.json")

@@ -22,11 +22,11 @@ from typing import get_type_hints
 
 from trio_worker import config
 from trio_worker.__main__ import make_parser
-from trio_worker.core import strict_yaml
-from trio_worker.core.metrics import PREFIX, Description, all_descriptions
-from trio_worker.core.statistics import Snapshot
-from trio_worker.core.wire.native import WorkerNote
+from trio_worker.config import strict_yaml
 from trio_worker.errors import ErrorCode
+from trio_worker.monitoring.metrics import PREFIX, Description, all_descriptions
+from trio_worker.monitoring.snapshot import Snapshot
+from trio_worker.wire.native import WorkerNote
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (ROOT, ROOT / "trio_worker", ROOT / "tests", ROOT / "docs")
@@ -216,7 +216,9 @@ def _faults_of_path(quote: str) -> Iterator[str]:
     if head in BUILT:
         return
     ours = "/" not in path or any((place / head).is_dir() for place in PLACES)
-    if ours and not any(True for place in PLACES for _ in place.glob(path)):
+    anywhere = f"**/{path}" if "/" not in path else path
+    found = (True for place in PLACES for _ in place.glob(path if place == ROOT else anywhere))
+    if ours and not any(found):
         yield "there is no such file"
 
 
@@ -360,10 +362,9 @@ def _faults_of_recipe(tokens: Sequence[str]) -> Iterator[str]:
 def _faults_of_settings(module: str, tokens: Sequence[str]) -> Iterator[str]:
     """Of `name=value` and of paths, as the programs below tests/ take them."""
     path = ROOT / "tests" / module.replace(".", "/")
-    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    known = re.findall(
-        r'(?:\boptions\.get\(|\boptions\[|\bif )"(\w+)"', file.read_text(), re.MULTILINE
-    )
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    text = "\n".join(file.read_text() for file in files)
+    known = re.findall(r'(?:\boptions\.get\(|\boptions\[|\bif )"(\w+)"', text, re.MULTILINE)
     for token in tokens:
         # Files and folders stand without a name; PATH stands for one.
         is_path = token.startswith("PATH") or ("/" in token and (ROOT / token).exists())

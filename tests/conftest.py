@@ -7,7 +7,7 @@ import sys
 from loguru import logger
 
 import trio_worker.client  # noqa: F401 - silences the package, so it has to come before
-from trio_worker.engine.blas import preload_blas
+from trio_worker.engine.cpu.blas import preload_blas
 
 # Before any test imports MLX: some compute with the demo model in this process.
 preload_blas()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import trio
 from nats.nuid import BASE, DIGITS, SEQ_LENGTH
-from nats_fixtures import nats_url_fixture  # noqa: F401 - a fixture
-from test_client import in_asyncio, scripted_peer
-from worker_rig import Rig, decode, make_config, running_worker
+from support.nats_fixtures import nats_url_fixture  # noqa: F401 - a fixture
+from support.peers import in_asyncio, scripted_peer
+from support.worker_rig import Rig, decode, make_config, running_worker
 
 from trio_worker import launch
-from trio_worker.adapters.nats_broker import open_nats_broker
-from trio_worker.core.wire import native
+from trio_worker.nats.broker import open_nats_broker
 from trio_worker.ports import Message
+from trio_worker.wire import native
 
 WORDS = 624
 """Of 32 bits: as many as the state of a Mersenne Twister has."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+from support.worker_rig import make_config
 from trio.testing import MockClock
-from worker_rig import make_config
 
 from trio_worker import launch
 from trio_worker.errors import EngineLost
-from trio_worker.ports import Work
-from trio_worker.testing.simulated_engine import SimulatedEngine
+from trio_worker.protocol.turn import Work
+from trio_worker.simulated.engine import SimulatedEngine
 
 
 async def test_the_simulated_engine_has_the_configured_turn_timeout(

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import trio
-from commands import RunningCommand, alive, running_command
-from nats_fixtures import NatsServer, private_server_fixture  # noqa: F401
-from tiny_model import write_tiny_model
+from support.commands import RunningCommand, alive, running_command
+from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F401
+from support.tiny_model import write_tiny_model
 
-from trio_worker.adapters.nats_broker import NatsBroker, open_nats_broker
-from trio_worker.core.wire.native import HEADER_TERMINAL
+from trio_worker.nats.broker import NatsBroker, open_nats_broker
 from trio_worker.ports import Message
+from trio_worker.wire.native import HEADER_TERMINAL
 
 pytestmark = pytest.mark.nats
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 import trio
+from support.worker_rig import WORKER_ID, Reply, Rig, decode, running_worker, subject_of
 from trio.testing import MockClock
-from worker_rig import WORKER_ID, Reply, Rig, decode, running_worker, subject_of
 
 from trio_worker.errors import WorkerFault
 from trio_worker.ports import Message
-from trio_worker.testing.simulated_engine import Faults, answer_tokens, word
+from trio_worker.simulated.engine import Faults, answer_tokens, word
 
 
 async def ask_all(rig: Rig, requests: list[dict[str, object]]) -> list[Reply]:

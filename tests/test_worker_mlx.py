@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 import trio
-from commands import RunningCommand, alive, command, running_command, until
-from tiny_model import write_tiny_model
+from support.commands import RunningCommand, alive, command, running_command, until
+from support.tiny_model import write_tiny_model
 
 from trio_worker.client import Client, open_client
 from trio_worker.errors import WorkerError

@@ -34,9 +34,9 @@ from trio_worker.config import (
     quoted,
     warnings,
 )
-from trio_worker.core.groups import sole_exceptions
 from trio_worker.deploy import unit as units
 from trio_worker.errors import ConfigError, ExitStatus, NoWorker, StopWorker, WorkerError
+from trio_worker.exception_groups import sole_exceptions
 from trio_worker.launch import launch, login_of
 from trio_worker.logs import FORMATS, LEVELS, Terminal, set_up_logging
 from trio_worker.ports import Broker
@@ -419,14 +419,14 @@ def _model(action: str, args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from trio_worker import bench_scheduling  # noqa: PLC0415 - only here
-    from trio_worker.bench import PARTS, Bench, run_bench  # noqa: PLC0415
+    from trio_worker.bench import scheduling  # noqa: PLC0415 - only here
+    from trio_worker.bench.measurements import PARTS, Bench, run_bench  # noqa: PLC0415
 
     set_up_logging(log_format="human", level="warning")
     bench = Bench(
         config=_load(args), engine=args.engine, max_tokens=args.max_tokens, rounds=args.rounds
     )
-    parts = {**PARTS, **bench_scheduling.PARTS}
+    parts = {**PARTS, **scheduling.PARTS}
     names = BENCH_PARTS.get(args.what, (args.what,))
     trio.run(run_bench, bench, [parts[name] for name in names])
     return ExitStatus.OK

@@ -10,19 +10,20 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Literal, TypeAlias
 
-from trio_worker.adapters.engine_process import open_engine
-from trio_worker.adapters.http_server import serve_http
-from trio_worker.adapters.nats_broker import Login, open_nats_broker
-from trio_worker.adapters.nats_server import is_loopback, open_nats_server, somebody_listens
-from trio_worker.adapters.prometheus import exposition
-from trio_worker.adapters.psutil_probe import PsutilProbe
-from trio_worker.adapters.service_manager import open_service_manager
-from trio_worker.adapters.stack_sampler import open_stack_sampler
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
-from trio_worker.ports import Broker, Engine, Observed, ProgressSink
+from trio_worker.machine.memory_probe import PsutilProbe
+from trio_worker.machine.service_manager import open_service_manager
+from trio_worker.monitoring.http_server import serve_http
+from trio_worker.monitoring.observed import Observed
+from trio_worker.monitoring.prometheus import exposition
+from trio_worker.monitoring.stack_sampler import open_stack_sampler
+from trio_worker.nats.broker import Login, open_nats_broker
+from trio_worker.nats.embedded_server import is_loopback, open_nats_server, somebody_listens
+from trio_worker.ports import Broker, Engine, ProgressSink
+from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
-from trio_worker.testing.simulated_engine import open_simulated_engine
+from trio_worker.supervisor.engine_process import open_engine
 from trio_worker.worker import run_worker
 
 EngineKind: TypeAlias = Literal["mlx", "simulated"]

@@ -132,7 +132,7 @@ def set_up_logging(*, log_format: str, level: str) -> Terminal:
     """Replace every sink by one on standard error; `auto` is JSON under systemd and launchd."""
     as_json = log_format == "json" or (log_format == "auto" and _is_supervised())
     terminal = Terminal()
-    # As a library this package is silent (client.py).
+    # As a library this package is silent (calling/on_trio.py).
     logger.enable("trio_worker")
     logger.remove()
     logger.add(

@@ -1,69 +1,24 @@
 """What the stages need from the world, as Protocols, and the values that cross them.
 
-Each port has two implementations that pass the same conformance tests: the real one in
-`adapters/` and one in `testing/` that runs in the event loop, also on a mock clock.
+Each port has two implementations that pass the same conformance tests: the real one in a
+room of its own, and one in `simulated/` that runs in the event loop, also on a mock clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from trio_util import AsyncBool
 
 from trio_worker.core.memory import MemoryReading
-from trio_worker.core.metrics import CounterMetric, GaugeReading, HistogramMetric
-from trio_worker.core.request import FinishReason, Request, RequestId, Sampling
-from trio_worker.core.statistics import (
-    BrokerStatistics,
+from trio_worker.core.request import Request
+from trio_worker.protocol.turn import (
     EngineInfo,
-    EngineStatistics,
-    InFlightReading,
-    ResourcesReading,
-    Snapshot,
-)
-from trio_worker.core.turn import (
-    Admit,
-    EngineMemory,
-    Output,
-    Prefill,
     Report,
-    SequenceFailure,
-    TokenLogprob,
     Work,
 )
-
-__all__ = [
-    "Admit",
-    "Broker",
-    "BrokerStatistics",
-    "Engine",
-    "EngineInfo",
-    "EngineMemory",
-    "EngineStatistics",
-    "FinishReason",
-    "Health",
-    "MemoryProbe",
-    "MemoryReading",
-    "Message",
-    "Observed",
-    "Outlet",
-    "Output",
-    "Prefill",
-    "ProgressSink",
-    "Report",
-    "Request",
-    "RequestId",
-    "ResourcesReading",
-    "Sampling",
-    "SequenceFailure",
-    "ServiceManager",
-    "StackSampler",
-    "Subscription",
-    "TokenLogprob",
-    "Work",
-]
 
 # --- the broker ---------------------------------------------------------------------------
 
@@ -145,7 +100,38 @@ class Broker(Protocol):
     def statistics(self) -> BrokerStatistics: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerStatistics:
+    """A reading of the connection."""
+
+    url: str
+    """Without credentials."""
+    connected: bool
+    reconnects: int
+    received: int
+    """Messages handed to a sink."""
+    published: int
+    dropped: int
+    """Messages that were never sent: the outbox was full, or the connection ended."""
+    unpublished_bytes: int
+    """Waiting in the outbox."""
+    slow_consumers: int
+    """How often the client library threw away a message because ours were not taken."""
+
+
 # --- the engine ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatistics:
+    """A reading of the engine; `info` is None until the model has been loaded once."""
+
+    state: str
+    """`loading`, `ready`, `restarting` or `stopped`."""
+    pid: int | None
+    restarts: int
+    info: EngineInfo | None
+    restarts_by_reason: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -196,36 +182,7 @@ class MemoryProbe(Protocol):
         """Read now; costs some milliseconds at most. A vanished process counts nothing."""
 
 
-# --- the observers ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
-    """An answer to a probe."""
-
-    ok: bool
-    reason: str
-    """One sentence for people; says what is wrong where `ok` is false."""
-
-
-class Observed(Protocol):
-    """What the monitoring endpoints show. Every method is a cheap synchronous read."""
-
-    def liveness(self) -> Health: ...
-
-    def readiness(self) -> Health: ...
-
-    def resources(self) -> ResourcesReading:
-        """Memory against its limits, and what is done about it."""
-
-    def snapshot(self) -> Snapshot:
-        """The statistics snapshot: frozen dataclasses of plain values, ready for JSON."""
-
-    def metrics(self) -> Iterable[CounterMetric | HistogramMetric | GaugeReading]:
-        """Every metric with its present values."""
-
-    def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
-        """The requests in flight, the oldest first; neither prompts nor answers."""
+# --- the observers ---
 
 
 class ProgressSink(Protocol):

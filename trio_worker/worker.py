@@ -28,31 +28,29 @@ from loguru import logger
 
 from trio_worker.config import Config, WorkerConfig
 from trio_worker.core.admission import Admission
-from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation
-from trio_worker.core.heartbeat import Awaited, heartbeats
 from trio_worker.core.memory import MB, PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.priority import held_most_s, level_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.restart_budget import RestartBudget
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending
-from trio_worker.core.wire.native import RequestLimits
-from trio_worker.door import Door
 from trio_worker.errors import WorkerFault
-from trio_worker.overview import Overview
+from trio_worker.flow.door import Door
+from trio_worker.flow.request_channel import open_priority_channel
+from trio_worker.monitoring.counters import BatchCounters, RequestCounters
+from trio_worker.monitoring.heartbeat import Awaited, heartbeats
+from trio_worker.monitoring.observed import Observed
+from trio_worker.monitoring.observed_worker import Overview
 from trio_worker.ports import (
     Broker,
     Engine,
     MemoryProbe,
-    Observed,
     ProgressSink,
     ServiceManager,
     StackSampler,
 )
-from trio_worker.priority_channel import open_priority_channel
 from trio_worker.stages.batcher import BatchRules, run_batcher
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import Control, run_control
@@ -64,6 +62,8 @@ from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
 from trio_worker.stages.service import run_service
+from trio_worker.supervisor.restart_budget import RestartBudget
+from trio_worker.wire.native import RequestLimits
 
 
 class ServeHttp(Protocol):

@@ -94,7 +94,7 @@ def recorded(root: Path, package: Path, tests: Path, also: Iterable[str] = ()) -
         [*_sources(package), *(each for each in support if "mutate" not in each.parts)]
     )
     result, stale = Map(), []
-    for path in sorted(tests.glob("test_*.py")):
+    for path in sorted(tests.rglob("test_*.py")):
         marked = path.name in also
         real = _MARKED.search(path.read_text(encoding="utf-8")) is not None
         if path.name in LEFT_OUT or (real and not marked):
@@ -102,15 +102,19 @@ def recorded(root: Path, package: Path, tests: Path, also: Iterable[str] = ()) -
         key = f"{common}-{_digest([path])}{'-all' if marked else ''}"
         kept = _load(folder / f"{path.stem}.json")
         if kept is not None and (kept.key == key or kept.key == f"{key}-all"):
-            result.recordings[path.name] = kept
+            result.recordings[_name(path, tests)] = kept
         else:
             stale.append((path, key, marked))
     if stale:
         print(f"recording which lines {len(stale)} test files run …", flush=True)
     for path, key, marked in stale:
         if (new := _measure(root, package, path, key, marked=marked)) is not None:
-            result.recordings[path.name] = new
+            result.recordings[_name(path, tests)] = new
     return result
+
+
+def _name(path: Path, tests: Path) -> str:
+    return path.relative_to(tests).as_posix()
 
 
 def _sources(folder: Path) -> list[Path]:

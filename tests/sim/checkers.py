@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
-from trio_worker.core import subjects
 from trio_worker.core.memory import MB
 from trio_worker.ports import Message
+from trio_worker.simulated.engine import answer_tokens, word
 from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
-from trio_worker.testing.simulated_engine import answer_tokens, word
+from trio_worker.wire import subjects
 
 from .plan import Call, Plan
 from .record import Admitted, Published, Record

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trio_worker.testing.simulated_engine import Faults
+from trio_worker.simulated.engine import Faults
 
 MB = 2**20
 WORKER_ID = "w1"

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trio_worker.core.memory import MemoryReading
 from trio_worker.core.request import Request
-from trio_worker.core.statistics import BrokerStatistics, EngineInfo, EngineStatistics
 from trio_worker.errors import EngineLost
-from trio_worker.ports import MemoryReading, Message, Outlet, Report, Subscription, Work
-from trio_worker.testing.memory_broker import MemoryBroker
-from trio_worker.testing.simulated_engine import SimulatedEngine
+from trio_worker.ports import BrokerStatistics, EngineStatistics, Message, Outlet, Subscription
+from trio_worker.protocol.turn import EngineInfo, Report, Work
+from trio_worker.simulated.broker import MemoryBroker
+from trio_worker.simulated.engine import SimulatedEngine
 
 from .record import Published, Record
 

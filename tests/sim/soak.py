@@ -18,9 +18,10 @@ import psutil
 import trio
 
 from trio_worker.config import load_config
-from trio_worker.ports import Broker, Engine, MemoryReading, Message
-from trio_worker.testing.memory_broker import MemoryBroker, MemoryServer, open_memory_broker
-from trio_worker.testing.simulated_engine import Faults, open_simulated_engine
+from trio_worker.core.memory import MemoryReading
+from trio_worker.ports import Broker, Engine, Message
+from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
+from trio_worker.simulated.engine import Faults, open_simulated_engine
 from trio_worker.worker import run_worker
 
 from .harness import run_deterministic

@@ -14,17 +14,17 @@ from unittest import mock
 
 import trio
 
-from trio_worker import reply
 from trio_worker import worker as worker_module
 from trio_worker.config import Config, load_config
+from trio_worker.flow import reply_stream as reply
 from trio_worker.ports import Broker, Engine, Message
-from trio_worker.testing.memory_broker import (
+from trio_worker.simulated.broker import (
     MemoryBroker,
     MemoryServer,
     MemorySubscription,
     open_memory_broker,
 )
-from trio_worker.testing.simulated_engine import SimulatedEngine, open_simulated_engine
+from trio_worker.simulated.engine import SimulatedEngine, open_simulated_engine
 
 from .harness import run_deterministic
 from .plan import WORKER_ID, Call, Happening, Plan

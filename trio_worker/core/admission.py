@@ -15,7 +15,6 @@ from sortedcontainers import SortedDict
 
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.rates import ArrivalRate, ServiceRate
-from trio_worker.core.request import RequestId
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Event, Key, Sequence, Stage
 from trio_worker.errors import (
@@ -26,6 +25,7 @@ from trio_worker.errors import (
     WorkerDraining,
     WorkerError,
 )
+from trio_worker.protocol.turn import RequestId
 
 
 class Admission:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from trio_worker.core.request import RequestId
+from trio_worker.protocol.turn import RequestId
 
 MB = 2**20
 

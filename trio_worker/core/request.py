@@ -3,50 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NewType
 
 from trio_worker.errors import InvalidRequest
-
-RequestId = NewType("RequestId", str)
-
-
-class FinishReason(StrEnum):
-    """Why a completed answer ended, in OpenAI's words."""
-
-    STOP = "stop"
-    LENGTH = "length"
+from trio_worker.protocol.turn import RequestId, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
     role: str
     content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen. The defaults switch everything off: greedy decoding."""
-
-    temperature: float = 0.0
-    """0…2; 0 is greedy."""
-    top_p: float = 1.0
-    """(0, 1]; 1 is off."""
-    top_k: int = 0
-    """0 is off."""
-    min_p: float = 0.0
-    """0 is off."""
-    repetition_penalty: float = 1.0
-    """1 is off."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, added to its logit)."""
-    seed: int = 0
-    """0 ≤ seed < 2^53. A token is a function of (seed, position) and the logits alone."""
-    logprobs: bool = False
-    top_logprobs: int = 0
-    """How many alternatives to report beside each token; 0…20, only with `logprobs`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.prefill import CHUNK_MIN, PrefillBudget
-from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Event, Sequence, Stage
-from trio_worker.core.turn import Admit, Output, Report, SequenceFailure, Work
+from trio_worker.protocol.turn import Admit, Output, Report, RequestId, SequenceFailure, Work
 
 SUSPECT_CRASHES = 2
 PROOF_TOKENS = 16

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
-from trio_worker.core.request import Request, RequestId
-from trio_worker.core.turn import Output, SequenceFailure
+from trio_worker.core.request import Request
+from trio_worker.protocol.turn import Output, RequestId, SequenceFailure
 
 Key: TypeAlias = tuple[float, float, int]
 

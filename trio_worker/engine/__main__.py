@@ -7,9 +7,9 @@ import logging
 import os
 import sys
 
-from trio_worker.engine.blas import preload_blas
-from trio_worker.engine.lines import Line
-from trio_worker.engine.templates import Renderer
+from trio_worker.engine.cpu.blas import preload_blas
+from trio_worker.engine.sockets import Line
+from trio_worker.engine.template_renderer import Renderer
 from trio_worker.errors import ExitStatus
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         from trio_worker.engine.serve import serve  # noqa: PLC0415
 
         serve(control, tokenising, renderer)
-    from trio_worker.engine.models import CannotLoad  # noqa: PLC0415
+    from trio_worker.engine.models.load import CannotLoad  # noqa: PLC0415
 
     try:
         return {"prepare": _prepare, "check": _check, "bare": _bare}[asked.command](asked.name)
@@ -51,8 +51,8 @@ def main() -> int:
 
 
 def _prepare(name: str) -> int:
-    from trio_worker.engine.models import CannotLoad, resolve  # noqa: PLC0415
-    from trio_worker.engine.prepared import CannotPrepare  # noqa: PLC0415
+    from trio_worker.engine.models.load import CannotLoad, resolve  # noqa: PLC0415
+    from trio_worker.engine.models.store import CannotPrepare  # noqa: PLC0415
 
     try:
         folder = resolve(name, _say)
@@ -63,8 +63,8 @@ def _prepare(name: str) -> int:
 
 
 def _check(name: str) -> int:
-    from trio_worker.engine.check import PROMPTS, check  # noqa: PLC0415
-    from trio_worker.engine.models import load  # noqa: PLC0415
+    from trio_worker.engine.models.check import PROMPTS, check  # noqa: PLC0415
+    from trio_worker.engine.models.load import load  # noqa: PLC0415
 
     model = load(name, None, _say)
     differing = check(model)
@@ -80,8 +80,8 @@ def _check(name: str) -> int:
 
 
 def _bare(name: str) -> int:
-    from trio_worker.engine.bare import run_bare  # noqa: PLC0415
-    from trio_worker.engine.models import load  # noqa: PLC0415
+    from trio_worker.engine.baseline import run_bare  # noqa: PLC0415
+    from trio_worker.engine.models.load import load  # noqa: PLC0415
 
     run_bare(load(name, None, _say))
     return ExitStatus.OK

@@ -23,10 +23,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from trio_worker.engine import heap, stems
+from trio_worker.engine import freed_memory as heap
+from trio_worker.engine import shared_prefixes as stems
 from trio_worker.engine.caches import RowsCache, can_share
 from trio_worker.engine.decoding import Decoding, merge_alike, own_length
-from trio_worker.engine.prefix import (
+from trio_worker.engine.prefix_cache import (
     NEARLY_ALL,
     SHORTEST,
     Found,
@@ -45,9 +46,9 @@ from trio_worker.engine.prompts import (
     left,
 )
 from trio_worker.engine.sampling import Logprobs
-from trio_worker.engine.stems import Stem
+from trio_worker.engine.shared_prefixes import Stem
 from trio_worker.engine.text import Answer, Vocabulary
-from trio_worker.frames import (
+from trio_worker.protocol.frames import (
     AdmitFrame,
     FailureFrame,
     LogprobFrame,

@@ -9,7 +9,7 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from trio_worker.engine.stems import Segment, Stem
+from trio_worker.engine.shared_prefixes import Segment, Stem
 
 STEP, STEP_LONG = 64, 256
 """By how many tokens the room of rows grows, and that of rows which have so many already. Growing

@@ -11,7 +11,7 @@ from mlx_lm.generate import GenerationBatch, StopSequences
 from trio_worker.engine import sampling
 from trio_worker.engine.caches import share_positions
 from trio_worker.engine.sampling import Logprobs, Plan
-from trio_worker.engine.stems import Stem
+from trio_worker.engine.shared_prefixes import Stem
 
 
 class HasStem(Protocol):

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from trio_worker.engine.caches import RowsCache, is_plain, share_positions
 from trio_worker.engine.decoding import in_groups, own_length
-from trio_worker.engine.stems import Stem
+from trio_worker.engine.shared_prefixes import Stem
 
 CALL = 32
 """Tokens that take about as long as one more call (38 to 60 on a CPU of two cores)."""

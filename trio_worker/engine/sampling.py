@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from trio_worker.frames import SamplingFrame
+from trio_worker.protocol.frames import SamplingFrame
 
 GREEDY_BELOW = 1e-5
 """A lower temperature leaves only the likeliest token, and would overflow."""

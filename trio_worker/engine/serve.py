@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from trio_worker.engine.batch import Batch
-from trio_worker.engine.lines import Line, leave
-from trio_worker.engine.models import CannotLoad, LoadedModel, blas_warning, load
-from trio_worker.engine.progress import LoadProgress, measure_of
-from trio_worker.engine.templates import (
+from trio_worker.engine.models.load import CannotLoad, LoadedModel, blas_warning, load
+from trio_worker.engine.models.progress import LoadProgress, measure_of
+from trio_worker.engine.sockets import Line, leave
+from trio_worker.engine.template_renderer import (
     Renderer,
     TemplateFailed,
     TemplateRefused,
@@ -29,7 +29,7 @@ from trio_worker.engine.templates import (
 )
 from trio_worker.engine.text import Vocabulary
 from trio_worker.errors import ExitStatus
-from trio_worker.frames import (
+from trio_worker.protocol.frames import (
     PREWARMING,
     AdmitFrame,
     Hello,

@@ -13,21 +13,20 @@ import trio
 from loguru import logger
 from trio_util import wait_any
 
-from trio_worker.core.counters import BatchCounters, RequestCounters
 from trio_worker.core.formation import Formation, Trigger
-from trio_worker.core.heartbeat import Awaited, Heartbeat
 from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ArrivalRate
-from trio_worker.core.request import RequestId
-from trio_worker.core.restart_budget import RestartBudget
 from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
-from trio_worker.core.turn import Output, Report, SequenceFailure
-from trio_worker.door import Door
 from trio_worker.errors import EngineLost, WorkerFault
+from trio_worker.flow.door import Door
+from trio_worker.flow.request_channel import PriorityReceiveChannel
+from trio_worker.monitoring.counters import BatchCounters, RequestCounters
+from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Engine
-from trio_worker.priority_channel import PriorityReceiveChannel
+from trio_worker.protocol.turn import Output, Report, RequestId, SequenceFailure
+from trio_worker.supervisor.restart_budget import RestartBudget
 
 TRIM_INTERVAL_S = 1.0
 """While caches are to be trimmed, they are trimmed so often: doing it each turn costs turns."""

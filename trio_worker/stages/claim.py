@@ -7,9 +7,9 @@ from collections.abc import Sequence as Many
 import trio
 from loguru import logger
 
-from trio_worker.core import subjects
 from trio_worker.errors import ConfigError
 from trio_worker.ports import Broker, Message
+from trio_worker.wire import subjects
 
 CLAIM_S = 1.0
 """How long an answer may take. Where nobody listens, the server says so at once."""

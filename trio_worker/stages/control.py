@@ -11,13 +11,12 @@ from collections.abc import Sequence as Many
 import trio
 from loguru import logger
 
-from trio_worker.core import subjects
-from trio_worker.core.heartbeat import Awaited, Heartbeat
-from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Ending
-from trio_worker.core.wire import native
-from trio_worker.door import Door
+from trio_worker.flow.door import Door
+from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Broker, Message
+from trio_worker.protocol.turn import RequestId
+from trio_worker.wire import native, subjects
 
 CANCEL_BODY = b"cancel"
 

@@ -18,16 +18,15 @@ import trio
 from loguru import logger
 from trio_util import move_on_when
 
-from trio_worker.core import subjects
-from trio_worker.core.counters import RequestCounters
-from trio_worker.core.heartbeat import Awaited, Heartbeat
-from trio_worker.core.request import RequestId
 from trio_worker.core.sequence import Sequence, queue_key
-from trio_worker.core.wire import native
-from trio_worker.door import Door, DoorState
 from trio_worker.errors import QueueFull, WorkerDraining, WorkerError
+from trio_worker.flow.door import Door, DoorState
+from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.monitoring.counters import RequestCounters
+from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Broker, Message, Subscription
-from trio_worker.reply import ReplyStream
+from trio_worker.protocol.turn import RequestId
+from trio_worker.wire import native, subjects
 
 INTAKE_BUFFER = 256
 SUBSCRIPTION_DRAIN_S = 0.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import trio
 from loguru import logger
 
-from trio_worker.core.heartbeat import Heartbeat
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.scheduler import Scheduler
-from trio_worker.door import Door
+from trio_worker.flow.door import Door
+from trio_worker.monitoring.heartbeat import Heartbeat
 from trio_worker.ports import Engine, MemoryProbe
 
 WATCHFUL_S = 0.25

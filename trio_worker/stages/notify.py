@@ -16,8 +16,9 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from trio_worker.door import DoorState
-from trio_worker.ports import Observed, ServiceManager
+from trio_worker.flow.door import DoorState
+from trio_worker.monitoring.observed import Observed
+from trio_worker.ports import ServiceManager
 
 EXTENSION_S = 60.0
 """How much longer a start or a stop may last after each notice."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import trio
 from loguru import logger
 
-from trio_worker.core.heartbeat import Heartbeat
-from trio_worker.core.metrics import Metrics
+from trio_worker.monitoring.heartbeat import Heartbeat
+from trio_worker.monitoring.metrics import Metrics
 from trio_worker.ports import StackSampler
 
 PULSE_S = 0.5

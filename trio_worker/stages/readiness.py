@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from trio_worker.core.heartbeat import Awaited, Heartbeat
-from trio_worker.door import Door
+from trio_worker.flow.door import Door
+from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Engine
 
 

@@ -9,11 +9,11 @@ import trio
 import trio_util
 from loguru import logger
 
-from trio_worker.core import subjects
-from trio_worker.core.heartbeat import Heartbeat
-from trio_worker.core.statistics import Snapshot
 from trio_worker.errors import MessageTooLarge
+from trio_worker.monitoring.heartbeat import Heartbeat
+from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker, Message
+from trio_worker.wire import subjects
 
 
 async def run_reporter(

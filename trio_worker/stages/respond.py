@@ -14,16 +14,11 @@ from typing import TypeVar
 import trio
 from loguru import logger
 
-from trio_worker.core.counters import RequestCounters
 from trio_worker.core.memory import MB, ReservationLedger
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ServiceRate
-from trio_worker.core.request import FinishReason
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
-from trio_worker.core.turn import Output, SequenceFailure, TokenLogprob
-from trio_worker.core.wire.native import AnswerWriter, Usage, WorkerNote
-from trio_worker.door import Door
 from trio_worker.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -34,9 +29,13 @@ from trio_worker.errors import (
     WorkerDraining,
     WorkerError,
 )
+from trio_worker.flow.door import Door
+from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.flow.request_channel import PrioritySendChannel
+from trio_worker.monitoring.counters import RequestCounters
 from trio_worker.ports import Engine
-from trio_worker.priority_channel import PrioritySendChannel
-from trio_worker.reply import ReplyStream
+from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure, TokenLogprob
+from trio_worker.wire.native import AnswerWriter, Usage, WorkerNote
 
 KEEP_ALIVE_S = 5.0
 """A streaming caller hears something at least so often."""

@@ -20,11 +20,12 @@ from loguru import logger
 
 from trio_worker import __version__
 from trio_worker.config import WorkerConfig
-from trio_worker.core import subjects
-from trio_worker.core.counters import RequestCounters
-from trio_worker.core.statistics import EngineInfo, Snapshot
 from trio_worker.errors import MessageTooLarge
+from trio_worker.monitoring.counters import RequestCounters
+from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker, Message
+from trio_worker.protocol.turn import EngineInfo
+from trio_worker.wire import subjects
 
 NAME = "trio-worker"
 FRESH_S = 0.1

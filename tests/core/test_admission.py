@@ -1,0 +1,252 @@
+"""Who may come in, exactly: every refusal with its words and details, and when to ask at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from support.factories import make_sequence
+
+from trio_worker.core.admission import Admission
+from trio_worker.core.memory import MB, MemoryReading, PressureGauge
+from trio_worker.core.rates import ArrivalRate, ServiceRate
+from trio_worker.core.request_queue import RequestQueue
+from trio_worker.core.sequence import Sequence, Stage
+from trio_worker.errors import (
+    DuplicateRequest,
+    QueueFull,
+    RequestTimeout,
+    ResourceLimitExceeded,
+    WorkerDraining,
+)
+
+
+@dataclass
+class Gate:
+    """An admission with a queue, and what is put in and out of it in one go."""
+
+    queue_enabled: bool = True
+    max_depth: int = 2
+    reject: bool = True
+    slots: int = 1
+    refuse_unmeetable: bool = True
+    queue: RequestQueue = field(default_factory=lambda: RequestQueue(max_size=100))
+
+    def open(self) -> Admission:
+        admission = Admission(
+            queue_enabled=self.queue_enabled,
+            max_depth=self.max_depth,
+            reject_when_full=self.reject,
+            slots=self.slots,
+            refuse_unmeetable=self.refuse_unmeetable,
+            gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
+            queue=self.queue,
+            rate=ServiceRate(),
+            arrivals=ArrivalRate(),
+        )
+        admission.engine_ready = True
+        return admission
+
+
+def come(admission: Admission, *request_ids: str, at: float = 0.0) -> list[Sequence]:
+    sequences = [make_sequence(each, at=at) for each in request_ids]
+    for sequence in sequences:
+        assert admission.refusal(sequence) is None
+        admission.enter(sequence)
+    return sequences
+
+
+def use_memory(admission: Admission, mb: float) -> None:
+    admission.gauge.read(MemoryReading(used=int(mb * MB), available=10_000 * MB, total=16_000 * MB))
+
+
+def told(admission: Admission, request_id: str, **changes: float) -> tuple[object, ...] | None:
+    refusal = admission.refusal(make_sequence(request_id, **changes))  # type: ignore[arg-type]
+    if refusal is None:
+        return None
+    return type(refusal), refusal.message, dict(refusal.details)
+
+
+def test_every_refusal_says_what_and_how_much() -> None:
+    admission = Gate(max_depth=2).open()
+    come(admission, "a", "b")
+    assert told(admission, "c") == (
+        QueueFull,
+        "Request queue full (depth: 2)",
+        {"depth": 2, "max_depth": 2},
+    )
+    use_memory(admission, 201)
+    assert told(admission, "c") == (
+        ResourceLimitExceeded,
+        "Worker at capacity (memory: 201 MB)",
+        {"memory_mb": 201, "critical_memory_mb": 200},
+    )
+    assert told(admission, "a") == (
+        DuplicateRequest,
+        "a request with the id a is in flight on this worker",
+        {"request_id": "a"},
+    )
+    admission.draining = True
+    assert told(admission, "a") == (
+        WorkerDraining,
+        "this worker is shutting down; ask another one",
+        {},
+    )
+
+
+def test_a_deadline_is_refused_only_if_it_would_pass_even_at_best() -> None:
+    gate = Gate(max_depth=40, slots=2)
+    admission = gate.open()
+    for index in range(6):
+        gate.queue.add(make_sequence(f"w{index}", stage=Stage.QUEUED))
+    for service_s in (10.5, 9.5) * 4:
+        assert told(admission, "r", at=1.0) is None, "before eight have completed"
+        admission.rate.record(service_s)
+    assert told(admission, "r", at=1.0) == (
+        RequestTimeout,
+        "the deadline of 30 s cannot be met: an answer would take about 39.5 s",
+        {"stage": "admission", "tokens": 0, "timeout_ms": 30_000, "estimate_ms": 39_500},
+    )
+    assert told(admission, "r", level=0, at=-10.0) is None, "it would be the first"
+    patient = Gate(max_depth=40, slots=2, refuse_unmeetable=False, queue=gate.queue).open()
+    patient.rate = admission.rate
+    assert told(patient, "r", at=1.0) is None
+
+
+def test_a_deadline_that_is_just_met_is_not_refused() -> None:
+    gate = Gate(max_depth=40, slots=1)
+    admission = gate.open()
+    for _ in range(8):
+        admission.rate.record(15.0)
+    gate.queue.add(make_sequence("before", stage=Stage.QUEUED))
+    assert told(admission, "r", at=1.0) is None, "15 s and 15 s are the 30"
+    gate.queue.add(make_sequence("before too", stage=Stage.QUEUED))
+    assert told(admission, "r", at=1.0) is not None
+
+
+def test_without_a_queue_a_slot_is_the_place() -> None:
+    admission = Gate(queue_enabled=False, max_depth=9, reject=False, slots=2).open()
+    assert (admission.max_depth, admission.assess()) == (2, True)
+    first, second = come(admission, "a", "b")
+    assert told(admission, "c") == (
+        QueueFull,
+        "Request queue full (depth: 2)",
+        {"depth": 2, "max_depth": 2},
+    )
+    assert admission.assess() is False
+    assert admission.batched(first) is None
+    assert (admission.is_full, admission.assess()) == (True, False), "who runs has its slot"
+    admission.leave(first)
+    assert admission.assess() is True
+    admission.leave(second)
+    assert admission.depth == 0
+
+
+def test_preempted_requests_hold_no_place_and_still_leave_room_for_themselves() -> None:
+    """The queue has to have room for all who run: max_depth and the slots are never exceeded."""
+    admission = Gate(max_depth=2, slots=1).open()
+    running = come(admission, "a", "b")
+    for sequence in running:
+        admission.batched(sequence)
+    assert (admission.depth, admission.is_full) == (0, False)
+    come(admission, "c")
+    assert (admission.depth, admission.is_full) == (1, True)
+
+
+def test_as_many_may_wait_for_a_place_as_there_are_and_each_gets_one_in_turn() -> None:
+    admission = Gate(max_depth=2, reject=False, slots=3).open()
+    assert admission._max_waiting == 2
+    first, second, third, fourth = come(admission, "a", "b", "c", "d")
+    assert [each.stage.value for each in (first, second, third, fourth)] == [
+        *("tokenising", "tokenising", "waiting", "waiting")
+    ]
+    assert (admission.depth, admission.waiting) == (2, 2)
+    assert told(admission, "e") == (
+        QueueFull,
+        "Request queue full (depth: 2)",
+        {"depth": 2, "max_depth": 2},
+    )
+    assert admission.retry_after_ms() == 1000
+    for _ in range(8):
+        admission.rate.record(3.6)
+    assert admission.retry_after_ms() == 1200, "by three slots, those who wait included"
+    for index, number in enumerate(("f", "g", "h", "i")):
+        admission._waiting[-1.0, 0.0, index] = make_sequence(number)
+    assert admission.retry_after_ms() == 2400, "with eight, two rounds"
+    for _ in range(4):
+        admission._waiting.popitem(0)
+    assert admission.leave(third) is None
+    assert admission.waiting == 1
+    assert admission.leave(first) is fourth
+    assert fourth.stage is Stage.TOKENISING
+    assert (admission.depth, admission.waiting, list(admission.in_flight)) == (2, 0, ["b", "d"])
+
+
+def test_every_arrival_counts_for_the_rate_of_arrivals() -> None:
+    admission = Gate(max_depth=4).open()
+    come(admission, "a", at=1.0)
+    come(admission, "b", at=3.5)
+    assert admission.arrivals.mean_gap_s == 2.5
+
+
+@pytest.mark.parametrize("queue_enabled", [True, False])
+def test_when_callers_should_come_and_why_not(*, queue_enabled: bool) -> None:
+    """Without a look at it the answer is no: nobody is to come before somebody has said so."""
+    admission = Gate(max_depth=4, slots=4, queue_enabled=queue_enabled).open()
+    admission.engine_ready = False
+    story: list[tuple[bool, str]] = []
+
+    def look() -> None:
+        story.append((admission.assess(), admission.why_not_accepting()))
+
+    look()
+    admission.engine_ready = True
+    look()
+    use_memory(admission, 250.4)
+    look()
+    use_memory(admission, 90)
+    look()
+    come(admission, "a", "b", "c", "d")
+    look()
+    admission.draining = True
+    look()
+    assert story == [
+        (False, "loading: the engine is not ready"),
+        (True, "queue: 0 of 4 places are taken"),
+        (False, "memory: 250 MB is over the critical limit"),
+        (True, "queue: 0 of 4 places are taken"),
+        (False, "queue: 4 of 4 places are taken"),
+        (False, "draining: the worker is shutting down"),
+    ]
+    for request_id in list(admission.in_flight):
+        admission.leave(admission.in_flight[request_id])
+    assert admission.assess() is False, "drained is drained, however empty"
+
+
+def test_a_new_admission_lets_nobody_hope() -> None:
+    admission = Gate().open()
+    fresh = Admission(
+        queue_enabled=True,
+        max_depth=8,
+        reject_when_full=True,
+        slots=2,
+        refuse_unmeetable=False,
+        gauge=admission.gauge,
+        queue=RequestQueue(max_size=10),
+        rate=ServiceRate(),
+        arrivals=ArrivalRate(),
+    )
+    assert (fresh.engine_ready, fresh.draining) == (False, False)
+    for number in range(5):
+        come(fresh, str(number))
+    fresh.engine_ready = True
+    assert fresh.assess() is False, "between half and full it stays as it was, and that is no"
+    fresh.leave(fresh.in_flight[next(iter(fresh.in_flight))])
+    assert fresh.assess() is False
+    fresh.leave(fresh.in_flight[next(iter(fresh.in_flight))])
+    assert fresh.assess() is True
+    fresh.engine_ready = False
+    fresh.assess()
+    come(fresh, "x", "y")
+    fresh.engine_ready = True
+    assert fresh.assess() is False, "what was closed by something else opens at half, too"

@@ -1,0 +1,263 @@
+"""docs/nats-permissions.conf on a real nats-server: it grants what is needed, and no more."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from support.commands import RunningCommand, command, running_command, until
+from support.nats_fixtures import NatsServer, running_server
+from support.paths import DOCS
+
+from trio_worker.client import Client, Login, open_client
+from trio_worker.errors import ConfigError, RequestCancelled, RequestTimeout
+from trio_worker.nats.broker import open_nats_broker
+from trio_worker.ports import Broker, Message
+
+pytestmark = pytest.mark.nats
+
+CONFIG = DOCS / "nats-permissions.conf"
+WORKER_OPTIONS = (
+    *("--engine", "simulated", "--set", "worker.monitoring.report_interval_ms=200"),
+    *("--set", "nats.user=worker", "--set", "nats.password=secret-worker"),
+)
+LONG = {"prompt": "x", "max_tokens": 1000, "stream": True, "timeout_ms": 30_000}
+
+
+def violations(server: NatsServer) -> list[tuple[str, str, str]]:
+    """What the server has refused: Publish or Subscription, whose, and to which subject."""
+    log = (server.folder / "log").read_text()
+    return [
+        (verb, user, subject)
+        for user, verb, subject in re.findall(
+            r'/user:(\S+)" - (Publish|Subscription) Violation - Subject "([^"]+)"', log
+        )
+    ]
+
+
+@pytest.fixture(name="server")
+def server_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[NatsServer]:
+    text = CONFIG.read_text(encoding="utf-8")
+    for variable in re.findall(r"(?m)^ *password: \$(\w+)$", text):
+        name = variable.removesuffix("_PASSWORD").lower().replace("_", "-")
+        monkeypatch.setenv(variable, f"secret-{name}")
+    with running_server(config=text) as server:
+        yield server
+
+
+@asynccontextmanager
+async def client_of(server: NatsServer, user: str) -> AsyncIterator[Client]:
+    async with open_client(
+        server.url,
+        login=Login(user=user, password=f"secret-{user}"),
+        inbox_prefix=f"_INBOX.{user}",
+        timeout_ms=5000,
+        attempts=1,
+    ) as client:
+        yield client
+
+
+@dataclass
+class Peer:
+    """A connection that is used without the client."""
+
+    broker: Broker
+    received: dict[str, list[Message]] = field(default_factory=dict)
+
+    async def listen(self, subject: str) -> list[Message]:
+        messages = self.received.setdefault(subject, [])
+        await self.broker.subscribe(subject, messages.append)
+        return messages
+
+    async def say(self, subject: str, body: bytes = b"", reply: str | None = None) -> None:
+        self.broker.publish(Message(subject=subject, body=body, reply=reply))
+        await self.broker.flush()
+
+
+@asynccontextmanager
+async def peer_of(server: NatsServer, user: str) -> AsyncIterator[Peer]:
+    async with open_nats_broker(
+        server.url,
+        name=user,
+        login=Login(user=user, password=f"secret-{user}"),
+        inbox_prefix=f"_INBOX.{user}",
+    ) as broker:
+        yield Peer(broker)
+
+
+async def outcomes(worker: RunningCommand) -> dict[str, int]:
+    found: dict[str, int] = (await worker.stats())["requests"]["by_outcome"]
+    return found
+
+
+async def test_everybody_does_their_work_and_the_server_refuses_nothing(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        for user in ("app-a", "app-b"):
+            async with client_of(server, user) as client:
+                whole = await client.complete({"prompt": "x", "max_tokens": 2})
+                model = whole.body["model"]
+                again = {"prompt": "x", "max_tokens": 2, "model": model}
+                assert (await client.complete(again)).text
+                async with client.ask(LONG) as answer:
+                    await anext(answer)
+                    answer.cancel()
+                    with pytest.raises(RequestCancelled):
+                        await answer.text()
+                async with client.ask(LONG) as answer:
+                    await anext(answer)
+        async with client_of(server, "app-a") as client:
+            request = {"prompt": "x", "max_tokens": 2}
+            assert (await client.complete(request, worker_id="w1")).text
+            with trio.move_on_after(1):
+                await client.complete({**LONG, "stream": False})
+        await worker.until_stats(lambda stats: not stats["requests"]["in_flight"], within_s=3)
+        assert await outcomes(worker) == {"ok": 5, "CANCELLED": 5}
+
+        async with peer_of(server, "operator") as operator:
+            stats = await operator.listen("worker.*.stats")
+            inbox = operator.broker.new_inbox()
+            answers = await operator.listen(inbox)
+            await operator.say("$SRV.INFO.trio-worker", reply=inbox)
+
+            async def both_came() -> bool:
+                return bool(stats and answers)
+
+            await until(both_came, within_s=5)
+        snapshot: Any = json.loads(stats[0].body)
+        assert snapshot["requests"]["completed"] == 5
+        assert json.loads(answers[0].body)["id"] == "w1"
+
+        async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as second:
+            assert await second.wait_exit(20) == 78
+        assert "worker.id" in second.log.read_text()
+    assert violations(server) == []
+
+
+async def test_a_caller_who_vanishes_is_noticed(server: NatsServer, tmp_path: Path) -> None:
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with peer_of(server, "app-b") as caller:
+            inbox = caller.broker.new_inbox()
+            await caller.listen(inbox)
+            await caller.say("inference", json.dumps(LONG).encode(), reply=inbox)
+            await worker.until_stats(lambda stats: stats["requests"]["in_flight"], within_s=3)
+        await worker.until_stats(lambda stats: not stats["requests"]["in_flight"], within_s=3)
+        assert await outcomes(worker) == {"CANCELLED": 1}
+    assert violations(server) == []
+
+
+async def test_ask_uses_the_login_and_the_inboxes_of_the_account(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        ask = (
+            *("ask", "hi", "--url", server.url, "--max-tokens", "2"),
+            *("--set", "nats.user=app-b", "--set", "nats.password=secret-app-b"),
+        )
+        allowed = await command(*ask, "--inbox-prefix", "_INBOX.app-b")
+        assert allowed.returncode == 0, allowed.stderr
+        assert violations(server) == []
+        elsewhere = await command(*ask, "--inbox-prefix", "_INBOX.app-a", "--timeout", "0.3")
+    assert elsewhere.returncode == 78
+    assert b"_INBOX.app-a" in elsewhere.stderr
+    (refused,) = violations(server)
+    assert refused[:2] == ("Subscription", "app-b")
+    assert refused[2].startswith("_INBOX.app-a.")
+
+
+async def test_nobody_does_what_is_not_theirs(server: NatsServer, tmp_path: Path) -> None:
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with client_of(server, "operator") as operator:
+            with pytest.raises(RequestTimeout):
+                await operator.complete({"prompt": "x", "timeout_ms": 100})
+        async with (
+            client_of(server, "app-a") as owner,
+            peer_of(server, "app-b") as stranger,
+            owner.ask({**LONG, "max_tokens": 50, "request_id": "known"}) as answer,
+        ):
+            await anext(answer)
+            for subject in ("_INBOX.>", "_INBOX.app-a.>", "inference", "inference.>"):
+                with pytest.raises(ConfigError):
+                    await stranger.listen(subject)
+            await stranger.say("inference.cancel", b'{"request_id": "known"}')
+            await stranger.say("inference.w1.ctl.known", b"cancel")
+            await stranger.say("inference.w1", b'{"prompt": "x"}', reply="_INBOX.app-b.x")
+            await stranger.say("_INBOX.app-a.x", b"not from a worker")
+            assert len((await answer.text()).split()) == 50
+        assert not any(stranger.received.values())
+        assert await outcomes(worker) == {"ok": 1}
+    assert violations(server) == [
+        ("Publish", "operator", "inference"),
+        ("Publish", "operator", "inference.cancel"),
+        ("Subscription", "app-b", "_INBOX.>"),
+        ("Subscription", "app-b", "_INBOX.app-a.>"),
+        ("Subscription", "app-b", "inference"),
+        ("Subscription", "app-b", "inference.>"),
+        ("Publish", "app-b", "inference.cancel"),
+        ("Publish", "app-b", "inference.w1.ctl.known"),
+        ("Publish", "app-b", "inference.w1"),
+        ("Publish", "app-b", "_INBOX.app-a.x"),
+    ]
+
+
+async def test_subjects_that_are_patterns_reach_nobodys_requests(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    """By an account that may publish below `inference.`, and may cancel what it knows the id of."""
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with (
+            client_of(server, "app-b") as owner,
+            peer_of(server, "app-a") as stranger,
+            owner.ask({**LONG, "max_tokens": 50}) as answer,
+        ):
+            await anext(answer)
+            for subject in (
+                "inference.*",
+                "inference.>",
+                "inference.w1.ctl.*",
+                "inference.*.ctl.>",
+            ):
+                await stranger.say(subject, b"cancel")
+            for named in ("*", ">", answer.request_id[:-1], answer.request_id + "0", ""):
+                await stranger.say("inference.cancel", json.dumps({"request_id": named}).encode())
+            for reply in ("_INBOX.>", "_INBOX.app-b.*", "_INBOX.*.x", "inference.w1.ctl.x"):
+                await stranger.say("inference", b'{"prompt": "x"}', reply=reply)
+            assert len((await answer.text()).split()) == 50
+        assert await outcomes(worker) == {"ok": 1}
+
+
+async def test_whoever_has_used_an_id_may_cancel_the_next_request_with_it(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    """What the documentation warns of: an id that others know beforehand protects nothing."""
+    async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker:
+        await worker.wait_ready()
+        async with client_of(server, "app-a") as owner, peer_of(server, "app-b") as stranger:
+            inbox = stranger.broker.new_inbox()
+            received = await stranger.listen(inbox)
+            known = {"prompt": "x", "max_tokens": 1, "request_id": "nightly"}
+            await stranger.say("inference", json.dumps(known).encode(), reply=inbox)
+
+            async def answered() -> bool:
+                return bool(received)
+
+            await until(answered, within_s=5)
+            async with owner.ask({**LONG, "request_id": "nightly"}) as answer:
+                await anext(answer)
+                await stranger.say("inference.w1.ctl.nightly", b"cancel")
+                with pytest.raises(RequestCancelled):
+                    await answer.text()
+    assert violations(server) == []

@@ -1,0 +1,428 @@
+"""Bugs planted on purpose: each is found by a named seed, scene or checkpoint.
+
+A check that finds nothing may be a check that cannot find anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import trio
+
+from sim.checkers import violations
+from sim.plan import Happening, Plan, make_plan
+from sim.scenes import call, rubbish, scene
+from sim.sweep import one_request, sweep, whole_run
+from sim.world import simulate
+from trio_worker import worker as worker_module
+from trio_worker.core.admission import Admission
+from trio_worker.core.memory import ReservationLedger
+from trio_worker.core.scheduler import Scheduler
+from trio_worker.core.sequence import Ending, Sequence
+from trio_worker.errors import DuplicateRequest, ResourceLimitExceeded, WorkerError
+from trio_worker.flow.door import Door
+from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.flow.request_channel import PrioritySendChannel
+from trio_worker.protocol.turn import Report
+from trio_worker.simulated.engine import Faults, SimulatedEngine
+from trio_worker.stages import control, intake, respond
+
+Patch = AbstractContextManager[object]
+
+
+# --- the bugs -----------------------------------------------------------------------------
+
+
+class _LateReply:
+    """Sends the error only after one more checkpoint."""
+
+    def __init__(self, reply: ReplyStream) -> None:
+        self._reply = reply
+        self.late: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reply, name)
+
+    def fail(self, error: WorkerError, *, retry_after_ms: int | None = None) -> None:
+        self.late = lambda: self._reply.fail(error, retry_after_ms=retry_after_ms)
+
+
+def terminal_message_after_an_await() -> Patch:
+    async def careless(sequence: Sequence, scope: Any, reply: ReplyStream, **more: Any) -> None:
+        late = _LateReply(reply)
+        try:
+            await respond.respond(sequence, scope, late, **more)  # type: ignore[arg-type]
+        finally:
+            await trio.lowlevel.checkpoint()  # noqa: ASYNC102 - this is the bug
+            if late.late is not None:
+                late.late()
+
+    return mock.patch.object(worker_module, "respond", careless)
+
+
+def scheduler_withdraw_forgotten() -> Patch:
+    return mock.patch.object(Scheduler, "withdraw", return_value=None)
+
+
+def queue_withdraw_forgotten() -> Patch:
+    return mock.patch.object(PrioritySendChannel, "withdraw", return_value=False)
+
+
+def place_leaked_on_cancel() -> Patch:
+    leave = Admission.leave
+
+    def leaking(self: Admission, sequence: Sequence) -> Sequence | None:
+        held = sequence.request_id in self._placed and sequence.ending is not None
+        following = leave(self, sequence)
+        if held:
+            self._placed.add(sequence.request_id)
+        return following
+
+    return mock.patch.object(Admission, "leave", leaking)
+
+
+def terminal_message_twice() -> Patch:
+    finish = ReplyStream.finish
+
+    def twice(self: ReplyStream, body: bytes) -> None:
+        finish(self, body)
+        self.ended = False
+        finish(self, body)
+
+    return mock.patch.object(ReplyStream, "finish", twice)
+
+
+def message_after_the_terminal_one() -> Patch:
+    finish = ReplyStream.finish
+
+    def chatty(self: ReplyStream, body: bytes) -> None:
+        finish(self, body)
+        self.ended = False
+        self.send(body)
+
+    return mock.patch.object(ReplyStream, "finish", chatty)
+
+
+def deadline_ignored_in_the_queue() -> Patch:
+    enter = Scheduler.enter
+
+    async def patient(sequence: Sequence, scope: Any, reply: ReplyStream, **more: Any) -> None:
+        scope.deadline = float("inf")
+        await respond.respond(sequence, scope, reply, **more)
+
+    def restoring(self: Scheduler, sequence: Sequence, *, now: float) -> None:
+        scope: Any = sequence.scope
+        scope.deadline = sequence.arrived_at + sequence.request.timeout_s
+        enter(self, sequence, now=now)
+
+    return _both(
+        mock.patch.object(worker_module, "respond", patient),
+        mock.patch.object(Scheduler, "enter", restoring),
+    )
+
+
+def aging_off_by_one_level() -> Patch:
+    def off(*, enqueued_at: float, level: int, aging_s: float | None, arrival: int) -> Any:
+        if aging_s is None:
+            return (level, enqueued_at, arrival)
+        return (0, enqueued_at + (level + (level > 0)) * aging_s, arrival)
+
+    return mock.patch.object(intake, "queue_key", off)
+
+
+def duplicate_id_accepted() -> Patch:
+    return _refusing_all_but(DuplicateRequest)
+
+
+def admission_while_critical() -> Patch:
+    return _refusing_all_but(ResourceLimitExceeded)
+
+
+def _refusing_all_but(ignored: type[WorkerError]) -> Patch:
+    refusal = Admission.refusal
+
+    def lax(self: Admission, sequence: Sequence) -> WorkerError | None:
+        error = refusal(self, sequence)
+        return None if isinstance(error, ignored) else error
+
+    return mock.patch.object(Admission, "refusal", lax)
+
+
+def full_a_place_too_early() -> Patch:
+    early = property(lambda self: self.depth >= self.max_depth - 1)
+    return mock.patch.object(Admission, "is_full", early)
+
+
+def stranger_s_503_accepted() -> Patch:
+    def lax(self: control.Control, request_id: Any, _subject: str | None) -> None:
+        sequence = self._door.admission.in_flight.get(request_id)
+        if sequence is not None:
+            sequence.end(Ending.CALLER_GONE)
+
+    return mock.patch.object(control.Control, "_caller_gone", lax)
+
+
+def residents_kept_on_finish() -> Patch:
+    turn = SimulatedEngine.turn
+
+    async def forgetful(self: SimulatedEngine, work: Any) -> Report:
+        before = set(self.residents)
+        report = await turn(self, work)
+        finished = {each.request_id for each in report.outputs if each.finish is not None}
+        return replace(report, residents=report.residents | (finished & before))
+
+    return mock.patch.object(SimulatedEngine, "turn", forgetful)
+
+
+def keep_alive_numbers_reused() -> Patch:
+    keep_alive = respond._Answer.keep_alive
+
+    def reusing(self: Any) -> None:
+        before = self.reply._sequence
+        keep_alive(self)
+        self.reply._sequence = before
+
+    return mock.patch.object(respond._Answer, "keep_alive", reusing)
+
+
+def drain_forgets_the_waiting() -> Patch:
+    async def forgetful(door: Door, intake_ended: trio.Event, *_more: Any) -> None:
+        door.close()
+        await intake_ended.wait()
+
+    return mock.patch.object(worker_module, "_drain", forgetful)
+
+
+def preempted_loses_its_tokens() -> Patch:
+    preempt = Scheduler.preempt
+
+    def losing(self: Scheduler, sequence: Sequence) -> None:
+        preempt(self, sequence)
+        sequence.produced.clear()
+
+    return mock.patch.object(Scheduler, "preempt", losing)
+
+
+def resumed_loses_its_tokens() -> Patch:
+    lost = Scheduler.lost
+
+    def losing(self: Scheduler, *, blameless: bool) -> Any:
+        for each in self.running.values():
+            del each.produced[-1:]
+        return lost(self, blameless=blameless)
+
+    return mock.patch.object(Scheduler, "lost", losing)
+
+
+def reservation_never_released() -> Patch:
+    return mock.patch.object(ReservationLedger, "release", return_value=None)
+
+
+def refusal_names_a_control_subject() -> Patch:
+    init = ReplyStream.__init__
+
+    def naming(self: ReplyStream, outlet: Any, **more: Any) -> None:
+        init(self, outlet, **{**more, "control_subject": f"inference.w1.ctl.{more['request_id']}"})
+
+    return mock.patch.object(ReplyStream, "__init__", naming)
+
+
+def rubbish_is_not_answered() -> Patch:
+    answer = intake._Reception._answer
+
+    def silent(self: Any, *arguments: Any) -> None:
+        if arguments[-1].number != 400:
+            answer(self, *arguments)
+
+    return mock.patch.object(intake._Reception, "_answer", silent)
+
+
+def nothing_planted() -> Patch:
+    return nullcontext()
+
+
+@contextmanager
+def _both(*patches: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
+        yield
+
+
+# --- where they show ----------------------------------------------------------------------
+
+ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
+
+CROWDED = scene(
+    ONE_SLOT,
+    calls=(
+        call(0.01, "running", max_tokens=30),
+        call(0.02, "cancelled", cancel="control", cancel_after_s=0.1),
+        call(0.02, "late", timeout_ms=100),
+        call(0.03, "twice", copies=2),
+        call(0.04, "stranger", cancel="stranger", cancel_after_s=0.1, max_tokens=20),
+        rubbish(0.05),
+        call(0.06, "last"),
+    ),
+)
+"""One slot; the others are cancelled, time out, or come twice while they wait for it."""
+
+CANCELLED = scene(
+    calls=(
+        call(0.01, "victim", max_tokens=50, cancel="broadcast", cancel_after_s=0.2),
+        call(0.01, "other", max_tokens=20),
+    ),
+)
+"""One of two running requests is cancelled."""
+
+FILLED = scene(
+    ONE_SLOT,
+    "worker.request_queue.max_depth=2",
+    calls=(
+        call(0.01, "running", max_tokens=30),
+        call(0.10, "first"),
+        call(0.10, "second"),
+    ),
+)
+"""As many requests wait as there are places."""
+
+SILENT = scene(
+    ONE_SLOT,
+    calls=(
+        call(0.01, "long", max_tokens=700, timeout_ms=60_000),
+        call(0.02, "patient", stream=True, timeout_ms=60_000),
+    ),
+)
+"""A streaming caller waits for fourteen seconds."""
+
+PREEMPTED = scene(
+    ONE_SLOT,
+    calls=(
+        call(0.01, "low", priority=2, max_tokens=30),
+        call(0.20, "high", priority=0),
+    ),
+)
+"""An urgent request takes the slot of a less urgent one."""
+
+LOST = scene(
+    calls=(call(0.01, "first", max_tokens=30), call(0.01, "second", max_tokens=30, stream=True)),
+    happenings=(Happening(at=0.3, what="crash"),),
+)
+"""The engine ends once, with two requests aboard."""
+
+STOPPED = scene(
+    ONE_SLOT,
+    calls=(call(0.01, "running", max_tokens=60), call(0.02, "waiting", max_tokens=60)),
+    happenings=(Happening(at=0.2, what="stop"),),
+)
+"""A stop while one request runs and one waits."""
+
+CRITICAL = scene(
+    "worker.resource_limits.check_interval_ms=100",
+    calls=(call(0.01, "before"), call(0.5, "during"), call(1.5, "after")),
+    happenings=(
+        Happening(at=0.3, what="memory", value=10_300),
+        Happening(at=1.0, what="memory", value=100),
+    ),
+)
+"""Memory is critical from 0.3 s to 1.0 s."""
+
+AGED = scene(
+    ONE_SLOT,
+    "worker.request_queue.priority_levels=2",
+    "worker.request_queue.aging_ms=1000",
+    "worker.continuous_batching.preempt=false",
+    calls=(
+        call(0.01, "running", max_tokens=100, priority=0),
+        call(0.10, "low", priority=1),
+        call(1.50, "late", priority=0),
+    ),
+    levels=2,
+    aging_s=1.0,
+)
+"""A request of the lower level has waited for longer than one level is worth."""
+
+
+@dataclass(frozen=True)
+class Found:
+    bug: Callable[[], Patch]
+    by: Plan
+    says: str
+    """Part of what is then said."""
+
+
+FOUND = (
+    Found(scheduler_withdraw_forgotten, CANCELLED, "at stage ended of victim"),
+    Found(queue_withdraw_forgotten, CROWDED, "at stage ended"),
+    Found(place_leaked_on_cancel, CROWDED, "places: 1"),
+    Found(terminal_message_twice, CANCELLED, "2 terminal messages"),
+    Found(message_after_the_terminal_one, CANCELLED, "messages after the terminal one"),
+    Found(deadline_ignored_in_the_queue, CROWDED, "after its deadline"),
+    Found(aging_off_by_one_level, AGED, "the bound is 1 s"),
+    Found(duplicate_id_accepted, CROWDED, "not what was admitted"),
+    Found(admission_while_critical, CRITICAL, "was admitted at 10300 MB"),
+    Found(full_a_place_too_early, FILLED, "QUEUE_FULL"),
+    Found(stranger_s_503_accepted, CROWDED, "CANCELLED"),
+    Found(residents_kept_on_finish, CANCELLED, "the engine holds"),
+    Found(keep_alive_numbers_reused, SILENT, "was sent the numbers"),
+    Found(drain_forgets_the_waiting, STOPPED, "went on to wait"),
+    Found(preempted_loses_its_tokens, PREEMPTED, "was told"),
+    Found(resumed_loses_its_tokens, LOST, "was told"),
+    Found(reservation_never_released, PREEMPTED, "holds a reservation already"),
+    Found(refusal_names_a_control_subject, CROWDED, "admitted"),
+    Found(rubbish_is_not_answered, CROWDED, "were answered"),
+    Found(
+        nothing_planted,
+        replace(CANCELLED, faults=Faults(wrong_token=0.2), seed=7),
+        "was told",
+    ),
+    Found(
+        nothing_planted,
+        replace(CANCELLED, faults=Faults(duplicate_output=0.2), seed=7),
+        "was told",
+    ),
+)
+
+
+@pytest.mark.parametrize("found", FOUND, ids=lambda found: found.bug.__name__)
+def test_a_planted_bug_is_found_and_without_it_there_is_nothing_to_find(found: Found) -> None:
+    with found.bug():
+        said = "\n".join(violations(found.by, simulate(found.by)))
+    assert found.says in said
+    healthy = replace(found.by, faults=Faults())
+    assert not violations(healthy, simulate(healthy))
+
+
+SEEDS_THAT_FIND = {
+    terminal_message_twice: range(3),
+    queue_withdraw_forgotten: range(12),
+    place_leaked_on_cancel: range(12),
+    duplicate_id_accepted: range(12),
+    deadline_ignored_in_the_queue: range(12),
+    scheduler_withdraw_forgotten: range(12),
+}
+"""The commoner bugs need no scene of their own."""
+
+
+@pytest.mark.parametrize("bug", SEEDS_THAT_FIND, ids=lambda bug: bug.__name__)
+def test_a_common_bug_is_found_by_the_first_seeds(bug: Callable[[], Patch]) -> None:
+    with bug():
+        for seed in SEEDS_THAT_FIND[bug]:
+            plan = make_plan(seed)
+            if violations(plan, simulate(plan)):
+                return
+    pytest.fail("no seed finds it")
+
+
+@pytest.mark.parametrize("pick", [one_request(0), whole_run], ids=["one request", "whole run"])
+def test_a_terminal_message_after_an_await_is_found_by_cancelling_everywhere(pick: Any) -> None:
+    """Nothing but a cancel of the whole run shows it: a request's own scope has ended by then."""
+    plan = replace(CANCELLED, disturbed=True)
+    with terminal_message_after_an_await():
+        found = [k for k, wrong in sweep(plan, pick, stride=3) if wrong]
+    assert bool(found) is (pick is whole_run)

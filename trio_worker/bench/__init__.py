@@ -1,0 +1,1 @@
+"""Measuring a worker: throughput, latency, and its own cost."""

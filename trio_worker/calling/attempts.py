@@ -1,0 +1,286 @@
+"""One request as its caller drives it: what to send and when, and what each message means.
+
+Pure: `now` is passed in, in seconds of any clock. `on_trio` and `on_asyncio` do the sending
+and the waiting.
+
+Rule 1: one deadline holds for all attempts; each tells the worker what is left of it.
+Rule 2: once content has been handed out, the request is not sent again.
+Rule 3: every attempt carries the same request id, so that no worker runs it twice at a time.
+Rule 4: a worker that has no room says nothing of the others: where any may answer, the first retry
+goes out at once, since the queue group picks its member anew. Later ones wait as they are told.
+Rule 5: where nobody listens a worker may be starting again, so it is asked for again and again, but
+not for longer than a grace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import msgspec
+
+from trio_worker.errors import (
+    BY_CODE,
+    ErrorCode,
+    InternalError,
+    MessageLost,
+    NoWorker,
+    RequestTimeout,
+    WorkerError,
+)
+from trio_worker.wire import native, subjects
+
+NOBODY_LISTENS_RETRY_S = 0.25
+"""On average: the wait before asking again where no worker listens."""
+NOBODY_LISTENS_GRACE_S = 5.0
+"""How long no worker may listen before the caller is told: a restart with a small model's load."""
+LAST_WORD_S = 1.0
+"""How long after the deadline the worker's own word about it may take to arrive."""
+CANCEL_BODY = b"cancel"
+NO_ROOM_HERE = frozenset(
+    {ErrorCode.QUEUE_FULL, ErrorCode.WORKER_DRAINING, ErrorCode.RESOURCE_LIMIT_EXCEEDED}
+)
+"""What one worker says of itself, and another need not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One message of an answer."""
+
+    text: str
+    finish_reason: str | None
+    usage: Mapping[str, Any] | None
+    """With the last message: token counts as OpenAI names them."""
+    worker: Mapping[str, Any] | None
+    """With the last message: what the worker says about how it served the request."""
+    body: Mapping[str, Any]
+    """The whole message."""
+    headers: Mapping[str, str]
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """The last chunk with the text of all."""
+    return replace(chunks[-1], text="".join(chunk.text for chunk in chunks))
+
+
+class Call:
+    """One request, from the first attempt to the end of its answer.
+
+    Args:
+        request: the fields of the wire format. One without a `request_id` gets `request_id`, one
+            without a `timeout_ms` gets `timeout_ms`.
+        timeout_ms: None leaves it to the worker; then nothing but the caller bounds the wait.
+        attempts: how often the request is sent while workers answer that it may be; asking again
+            where nobody listens does not count.
+        nobody_listens_grace_s: how long it is asked again where nobody listens; 0 is never, and
+            infinite until the deadline.
+    """
+
+    def __init__(
+        self,
+        request: Mapping[str, Any],
+        *,
+        request_id: str,
+        worker_id: str | None,
+        timeout_ms: int | None,
+        attempts: int,
+        nobody_listens_grace_s: float,
+        rng: Random,
+        now: float,
+    ) -> None:
+        self._request = dict(request)
+        self._rng = rng
+        self._attempts_left = attempts
+        self._another_may_have_room = worker_id is None
+        self._grace_s = nobody_listens_grace_s
+        self._nobody_since: float | None = None
+        """When the server first said that nobody listens, with no worker's word after it."""
+        self._timeout_s = self._settle_timeout(timeout_ms)
+        self._deadline = now + self._timeout_s
+        self._next_sequence = 0
+        self._content_was_handed_out = False
+        self._at_work = False
+        """A worker may have the request."""
+        self.subject = subjects.for_request(worker_id=worker_id, model=request.get("model"))
+        self.request_id = self._settle_id(request_id)
+        self.control_subject: str | None = None
+        """Known from a worker's first message on."""
+        self.ended = False
+        """Nothing more will come, for better or worse."""
+        self.resend_at: float | None = now
+        """When to send `body` (again)."""
+
+    @property
+    def gives_up_at(self) -> float:
+        """When waiting for the next message is over; infinite without a timeout."""
+        return self._deadline + LAST_WORD_S
+
+    def body(self, now: float) -> bytes:
+        """The request as it is to be sent now."""
+        if math.isfinite(self._deadline):
+            left_ms = math.ceil(1000 * (self._deadline - now))
+            self._request["timeout_ms"] = max(1, left_ms)
+        self.resend_at = None
+        self._at_work = True
+        self._next_sequence = 0
+        return msgspec.json.encode(self._request)
+
+    def take(
+        self, body: bytes, headers: Mapping[str, str], reply: str | None, now: float
+    ) -> Chunk | None:
+        """What a message says; None if the request is to be sent again at `resend_at`.
+
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
+        grace or until the deadline, and `MessageLost` if one is missing.
+        """
+        if headers.get("Status") == "503":
+            self._at_work = False
+            self._ask_again_or_end(now)
+            return None
+        self._nobody_since = None
+        self.control_subject = reply or self.control_subject
+        terminal = headers.get(native.HEADER_TERMINAL)
+        if terminal is not None:
+            self._at_work = False
+        try:
+            decoded = msgspec.json.decode(body, type=dict[str, Any])
+            if terminal == "error":
+                self._fail(_error(decoded), now)
+                return None
+            sequence = int(headers.get(native.HEADER_SEQUENCE, -1))
+            chunk = _chunk(decoded, headers)
+        except (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise self._end(
+                InternalError(f"what came on {self.subject} is no answer: {exc}")
+            ) from exc
+        if sequence != self._next_sequence:
+            raise self._end(
+                MessageLost(
+                    f"message {self._next_sequence} of the answer was lost; {sequence} came instead"
+                )
+            )
+        self._next_sequence += 1
+        self.ended = terminal is not None
+        if chunk.text or chunk.body["choices"][0].get("logprobs"):
+            self._content_was_handed_out = True
+        return chunk
+
+    def give_up(self) -> WorkerError:
+        """What to raise when nothing has come until `gives_up_at`."""
+        return self._end(
+            RequestTimeout(
+                f"no answer on {self.subject} within {self._timeout_s:g} s, nor a worker's word "
+                "about it: it may be gone, or the server may not let this account ask",
+                details={"stage": "client"},
+            )
+        )
+
+    def cancel_message(self) -> tuple[str, bytes] | None:
+        """The subject and body that end the request; None if no worker can have it.
+
+        By its id where no message of the worker has named its control subject yet.
+        """
+        if not self._at_work:
+            return None
+        if self.control_subject is not None:
+            return self.control_subject, CANCEL_BODY
+        return subjects.CANCEL, msgspec.json.encode({"request_id": self.request_id})
+
+    def _ask_again_or_end(self, now: float) -> None:
+        """Plan to send what nobody has taken, or raise `NoWorker`."""
+        if self._nobody_since is None:
+            self._nobody_since = now
+        delay_s = NOBODY_LISTENS_RETRY_S * self._rng.uniform(0.5, 1.5)
+        if now + delay_s >= min(self._nobody_since + self._grace_s, self._deadline):
+            raise self._end(
+                NoWorker(
+                    f"nobody listens on {self.subject} (asked for "
+                    f"{now - self._nobody_since:.1f} s): no worker runs there, or none is ready yet"
+                )
+            )
+        self.resend_at = now + delay_s
+
+    def _fail(self, error: WorkerError, now: float) -> None:
+        """Plan another attempt, or raise the error if there is none."""
+        self._attempts_left -= 1
+        if error.retryable and self._attempts_left > 0 and not self._content_was_handed_out:
+            # Not before the worker's estimate, and not all callers at the same moment.
+            delay_s = (error.retry_after_ms or 1000) / 1000 * self._rng.uniform(1.0, 1.5)
+            if self._another_may_have_room and error.code in NO_ROOM_HERE:
+                self._another_may_have_room = False
+                delay_s = 0.0
+            if now + delay_s < self._deadline:
+                self.resend_at = now + delay_s
+                self.control_subject = None
+                return
+        raise self._end(error)
+
+    def _end(self, error: WorkerError) -> WorkerError:
+        self.ended = True
+        return error
+
+    def _settle_timeout(self, timeout_ms: int | None) -> float:
+        asked = self._request.get("timeout_ms")
+        if asked is None:
+            asked = timeout_ms
+        # What is no time is the worker's to refuse.
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            return math.inf
+        return asked / 1000
+
+    def _settle_id(self, request_id: str) -> str:
+        for spelling in ("request_id", "requestId"):
+            if self._request.get(spelling) is not None:
+                return str(self._request[spelling])
+        self._request.pop("requestId", None)
+        self._request["request_id"] = request_id
+        return request_id
+
+
+class AnswerOf:
+    """What the answer to a call tells of it, in every flavour of the client."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    @property
+    def request_id(self) -> str:
+        return self._call.request_id
+
+    @property
+    def control_subject(self) -> str | None:
+        """Known from the first message on; publishing `cancel` there ends the request."""
+        return self._call.control_subject
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return self._call.ended
+
+
+def _error(body: Mapping[str, Any]) -> WorkerError:
+    fields = body["error"]
+    cls = BY_CODE.get(fields["code"], InternalError)
+    error = cls(
+        fields.get("message", "an error without a message"),
+        details=fields.get("details"),
+        retryable=fields.get("retryable"),
+    )
+    error.retry_after_ms = fields.get("retry_after_ms")
+    return error
+
+
+def _chunk(body: Mapping[str, Any], headers: Mapping[str, str]) -> Chunk:
+    choice = body["choices"][0]
+    content = choice.get("delta") or choice.get("message") or {}
+    return Chunk(
+        text=choice.get("text") or content.get("content") or "",
+        finish_reason=choice.get("finish_reason"),
+        usage=body.get("usage"),
+        worker=body.get("worker"),
+        body=body,
+        headers=headers,
+    )

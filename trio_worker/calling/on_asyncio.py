@@ -1,0 +1,219 @@
+"""Calling a worker from Python, on asyncio, with nats-py alone. `client` is the same for Trio.
+
+    async with open_client("nats://127.0.0.1:4222") as client:
+        async with client.ask({"prompt": "Hello", "stream": True}) as answer:
+            async for chunk in answer:
+                print(chunk.text, end="", flush=True)
+
+        whole = await client.complete({"prompt": "Hello"})
+        print(whole.text, whole.usage)
+
+An error reply is raised as the class of `trio_worker.errors` that belongs to its code. One that
+may be retried is retried first: at once where another worker may have room, then after the time
+it names, within the request's deadline, and only while no text has been handed out. What the
+connection meets is raised as nats-py raises it.
+
+This module imports no Trio, and nothing that changes asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from random import Random
+from typing import Any
+
+import nats
+from nats import errors as nats_errors
+from nats.aio.client import Client as Connection
+from nats.aio.msg import Msg
+
+from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
+from trio_worker.errors import PayloadTooLarge
+
+__all__ = ["Answer", "Chunk", "Client", "open_client"]
+
+INBOX_MESSAGES = 8192
+"""Messages of one answer that may wait to be read: more than any answer has by default."""
+LEAVE_S = 1.0
+"""How long leaving an answer, or a client, may take."""
+
+
+class Answer(AnswerOf):
+    """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
+
+    def __init__(
+        self, connection: Connection, call: Call, inbox: str, messages: asyncio.Queue[Msg]
+    ) -> None:
+        super().__init__(call)
+        self._connection = connection
+        self._inbox = inbox
+        self._messages = messages
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next message.
+
+        Sends the request again where that is allowed. Then the opening chunk of a stream, which
+        has no text, may come again, and `Sequence` begins anew.
+
+        Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
+        grace or until the deadline, `RequestTimeout` a second after the deadline if not even an
+        error has come, and `MessageLost` for a gap in the numbering, which core NATS allows.
+        Cancelled: nothing is lost; the next call goes on.
+        """
+        call = self._call
+        if call.ended:
+            raise StopAsyncIteration
+        loop = asyncio.get_running_loop()
+        bound = call.gives_up_at if math.isfinite(call.gives_up_at) else None
+        while True:
+            if call.resend_at is not None:
+                await asyncio.sleep(call.resend_at - loop.time())
+                await self.send()
+            try:
+                async with asyncio.timeout_at(bound):
+                    message = await self._messages.get()
+            except TimeoutError:
+                raise call.give_up() from None
+            chunk = call.take(
+                message.data, message.headers or {}, message.reply or None, loop.time()
+            )
+            if chunk is not None:
+                return chunk
+
+    async def text(self) -> str:
+        """The whole text; reads to the end."""
+        return "".join([chunk.text async for chunk in self])
+
+    async def cancel(self) -> None:
+        """Ask the worker to end the request; `RequestCancelled` follows if it was not too late."""
+        if (cancel := self._call.cancel_message()) is not None:
+            await self._connection.publish(*cancel)
+
+    async def send(self) -> None:
+        """Send the request now; `ask` does it first, and then the iteration where it must."""
+        body = self._call.body(asyncio.get_running_loop().time())
+        try:
+            await self._connection.publish(self._call.subject, body, reply=self._inbox)
+        except nats_errors.MaxPayloadError as exc:
+            limit = int(self._connection.max_payload)
+            raise PayloadTooLarge(
+                f"the request has {len(body)} bytes; the NATS server takes {limit}",
+                details={"bytes": len(body), "limit": limit},
+            ) from exc
+
+
+class Client:
+    """Asks over a nats-py connection, which stays yours; any number of answers at a time.
+
+    Args:
+        timeout_ms: for requests that name none; None leaves it to the worker, and the wait to a
+            timeout of your own.
+        attempts: how often a request is sent in all while the answer is an error that may be
+            retried; 1 is never again.
+        nobody_listens_grace_s: for how long it is sent again where no worker listens, as while
+            one restarts, within the deadline; 0 is never again.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        timeout_ms: int | None = 30_000,
+        attempts: int = 3,
+        nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+    ) -> None:
+        self._connection = connection
+        self._timeout_ms = timeout_ms
+        self._attempts = attempts
+        self._grace_s = nobody_listens_grace_s
+        self._rng = Random()  # noqa: S311 - spreads retries; no secret
+
+    @asynccontextmanager
+    async def ask(
+        self, request: Mapping[str, Any], *, worker_id: str | None = None
+    ) -> AsyncIterator[Answer]:
+        """Send a request; yields its answer, which arrives meanwhile.
+
+        Leaving the context before the end, also by cancellation, cancels the request at the
+        worker.
+
+        Args:
+            request: the fields of the wire format, such as `messages` or `prompt`. With a
+                `model`, it goes to the workers that serve that one.
+            worker_id: a certain worker; None for any of the fleet.
+        """
+        call = Call(
+            request,
+            request_id=secrets.token_hex(16),
+            worker_id=worker_id,
+            timeout_ms=self._timeout_ms,
+            attempts=self._attempts,
+            nobody_listens_grace_s=self._grace_s,
+            rng=self._rng,
+            now=asyncio.get_running_loop().time(),
+        )
+        messages: asyncio.Queue[Msg] = asyncio.Queue(INBOX_MESSAGES)
+        # nats-py counts its inboxes up: who has seen two of them would know the others.
+        inbox = f"{self._connection.new_inbox()}{secrets.token_hex(16)}"
+
+        async def take(message: Msg) -> None:
+            # What does not fit shows as a gap in the numbering.
+            with suppress(asyncio.QueueFull):
+                messages.put_nowait(message)
+
+        # The server reads one connection in order: the interest is there before the request.
+        subscription = await self._connection.subscribe(inbox, cb=take)
+        answer = Answer(self._connection, call, inbox, messages)
+        try:
+            await answer.send()
+            yield answer
+        finally:
+            with suppress(TimeoutError, nats_errors.Error):
+                async with asyncio.timeout(LEAVE_S):
+                    await answer.cancel()
+                    await subscription.unsubscribe()
+
+    async def complete(self, request: Mapping[str, Any], *, worker_id: str | None = None) -> Chunk:
+        """The whole answer in one piece, streamed or not. Raises as iterating it does.
+
+        Cancelled: the request is cancelled at the worker.
+        """
+        async with self.ask(request, worker_id=worker_id) as answer:
+            return join([chunk async for chunk in answer])
+
+
+@asynccontextmanager
+async def open_client(
+    url: str,
+    *,
+    timeout_ms: int | None = 30_000,
+    attempts: int = 3,
+    nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+    **options: Any,
+) -> AsyncIterator[Client]:
+    """A client on a connection of its own. Raises as `nats.connect` does.
+
+    `timeout_ms`, `attempts` and `nobody_listens_grace_s` are as `Client` says; `options` go to
+    `nats.connect`: `user`, `password`, `token`, `user_credentials`, `tls`, `inbox_prefix` and so
+    on.
+    """
+    connection = await nats.connect(url, **{"name": "trio-worker client", **options})
+    try:
+        yield Client(
+            connection,
+            timeout_ms=timeout_ms,
+            attempts=attempts,
+            nobody_listens_grace_s=nobody_listens_grace_s,
+        )
+    finally:
+        with suppress(TimeoutError, nats_errors.Error):
+            async with asyncio.timeout(LEAVE_S):
+                await connection.flush()
+        await connection.close()

@@ -1,0 +1,412 @@
+"""What is said once about each key of a configuration, read from msgspec structs.
+
+A struct's annotations hold type, range, default and meaning of each key. From them come: the
+check of one value and its message, the nearest key to a misspelt one, a JSON Schema, and the
+tables of the reference.
+
+In `Meta(extra=…)` stands what a type cannot say: `secret`, whose value is never shown; `login`,
+whose value may hold a user and a password, which are not shown either; and `derived`, from what
+the value is taken when the key is null (the struct's field is never null).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeAlias
+
+from msgspec import Struct
+from msgspec import inspect as shape
+
+from trio_worker.config import strict_yaml
+
+SUBJECT_TOKEN = r"\A[A-Za-z0-9_-]{1,64}\Z"  # noqa: S105 - a token of a subject
+SUBJECT = r"\A[^\s.*>]+(\.([^\s.*>]+|\*))*(\.>)?\Z"
+SUBJECT_PREFIX = r"\A[^\s.*>]+(\.[^\s.*>]+)*\.?\Z"
+STREAM_NAME = r"\A[^\s.*>/\\]{1,255}\Z"
+
+_PATTERNS: dict[str | None, str] = {
+    None: "text",
+    SUBJECT_TOKEN: "1 to 64 of the characters A-Z a-z 0-9 _ -",
+    SUBJECT: "a NATS subject",
+    SUBJECT_PREFIX: "the beginning of a subject, without wildcards",
+    STREAM_NAME: "a name without blanks, dots, slashes and wildcards",
+}
+
+_Number: TypeAlias = shape.IntType | shape.FloatType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One leaf of the configuration."""
+
+    path: str
+    """With dots, from the root struct."""
+    type: shape.Type
+    default: Any
+    """As it would be written in the file: null where the value is derived."""
+    nullable: bool
+    description: str
+    examples: tuple[str, ...] = ()
+    secret: bool = False
+    login: bool = False
+    derived: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.type, shape.StrType)
+
+    @property
+    def expected(self) -> str:
+        return f"{_kind(self.type)}{' or null' if self.nullable else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A struct of the configuration, and what is inside."""
+
+    path: str
+    nullable: bool
+    description: str
+    children: dict[str, Key | Section]
+
+    def leaves(self) -> Iterator[Key]:
+        for child in self.children.values():
+            if isinstance(child, Key):
+                yield child
+            else:
+                yield from child.leaves()
+
+    def sections(self) -> Iterator[Section]:
+        """Itself, and every section below."""
+        yield self
+        for child in self.children.values():
+            if isinstance(child, Section):
+                yield from child.sections()
+
+
+def describe(
+    struct: type[Struct], *, path: str = "", nullable: bool = False, description: str = ""
+) -> Section:
+    """Read what the struct's annotations say."""
+    info = shape.type_info(struct)
+    assert isinstance(info, shape.StructType)
+    children: dict[str, Key | Section] = {}
+    for member in info.fields:
+        inner = f"{path}.{member.name}".removeprefix(".")
+        bare, said, marks, optional = _unwrap(member.type)
+        meaning = str(said.get("description", ""))
+        if isinstance(bare, shape.StructType):
+            children[member.name] = describe(
+                bare.cls, path=inner, nullable=optional, description=meaning
+            )
+            continue
+        derived = marks.get("derived")
+        children[member.name] = Key(
+            path=inner,
+            type=bare,
+            default=None if derived else member.default,
+            nullable=optional or derived is not None,
+            description=meaning,
+            examples=tuple(said.get("examples", ())),
+            secret=bool(marks.get("secret")),
+            login=bool(marks.get("login")),
+            derived=derived,
+        )
+    return Section(path=path, nullable=nullable, description=description, children=children)
+
+
+def _unwrap(kind: shape.Type) -> tuple[shape.Type, dict[str, Any], dict[str, Any], bool]:
+    """The type itself, what is said about it, our own marks, and whether null is allowed."""
+    if isinstance(kind, shape.Metadata):
+        bare, said, marks, optional = _unwrap(kind.type)
+        return bare, said | (kind.extra_json_schema or {}), marks | (kind.extra or {}), optional
+    if isinstance(kind, shape.UnionType):
+        (member,) = (each for each in kind.types if not isinstance(each, shape.NoneType))
+        bare, said, marks, _ = _unwrap(member)
+        return bare, said, marks, True
+    return kind, {}, {}, False
+
+
+def _item(kind: shape.VarTupleType) -> shape.Type:
+    return _unwrap(kind.item_type)[0]
+
+
+# --- one value ------------------------------------------------------------------------------
+
+_PYTHON_TYPES: dict[type[shape.Type], type] = {
+    shape.BoolType: bool,
+    shape.IntType: int,
+    shape.FloatType: float,
+    shape.LiteralType: str,
+    shape.StrType: str,
+}
+
+
+def check(key: Key, value: object) -> tuple[object, str | None]:
+    """The value as the struct holds it, or what is wrong with it."""
+    if value is None and key.nullable:
+        return None, None
+    accepted, fault = _fault(key.type, value)
+    if fault is None:
+        return accepted, None
+    return (
+        None,
+        f"{'the value' if key.secret else shown(value)} {fault}; expected {key.description}",
+    )
+
+
+def _fault(kind: shape.Type, value: object) -> tuple[object, str | None]:
+    """The value in the type's own form, or how it differs from `kind`."""
+    if isinstance(kind, shape.VarTupleType):
+        return _fault_of_list(kind, value)
+    if isinstance(kind, shape.FloatType) and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    wanted = _PYTHON_TYPES[type(kind)]
+    if type(value) is not wanted:
+        quotes = wanted is str and isinstance(value, bool | int | float)
+        return None, (
+            f"is {named(value)}, not {_kind(kind)}{'; put it in quotes' if quotes else ''}"
+        )
+    if isinstance(kind, shape.IntType | shape.FloatType):
+        fits = kind.ge <= value <= kind.le  # type: ignore[operator]
+        return value, None if fits else f"is not in {_range(kind)}"
+    if isinstance(kind, shape.LiteralType):
+        return value, None if value in kind.values else f"is not {_kind(kind)}"
+    if isinstance(kind, shape.StrType):
+        assert isinstance(value, str)
+        return value, _fault_of_text(kind, value)
+    return value, None
+
+
+def _fault_of_text(kind: shape.StrType, value: str) -> str | None:
+    if kind.max_length is not None and len(value) > kind.max_length:
+        return f"is longer than {kind.max_length} characters"
+    if kind.min_length is not None and len(value) < kind.min_length:
+        return "is empty"
+    if kind.pattern is not None and re.match(kind.pattern, value) is None:
+        return f"is not {_kind(kind)}"
+    # Neither can be passed on to a system call or encoded for the wire.
+    if "\0" in value or any("\ud800" <= each <= "\udfff" for each in value):
+        return "holds a NUL or half a character"
+    return None
+
+
+def _fault_of_list(kind: shape.VarTupleType, value: object) -> tuple[object, str | None]:
+    if not isinstance(value, list):
+        return None, f"is {named(value)}, not {_kind(kind)}"
+    assert kind.min_length is not None
+    assert kind.max_length is not None
+    if not kind.min_length <= len(value) <= kind.max_length:
+        return None, f"has {len(value)} entries, not {kind.min_length} to {kind.max_length}"
+    accepted: list[object] = []
+    for each in value:
+        item, fault = _fault(_item(kind), each)
+        if fault is not None:
+            return None, f"has an entry {shown(each)} that {fault}"
+        if item in accepted:
+            return None, f"has {shown(each)} twice"
+        accepted.append(item)
+    return tuple(accepted), None
+
+
+# --- words ----------------------------------------------------------------------------------
+
+_NAMES: dict[type, str] = {
+    type(None): "nothing",
+    bool: "a truth value",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def named(value: object) -> str:
+    """What kind of value it is."""
+    return _NAMES[type(value)]
+
+
+def without_login(url: str) -> str:
+    """`url` without the user and the password or token that may be part of it."""
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else url
+
+
+def shown(value: object) -> str:
+    """A value as it would be written in the file: on one line, and not longer than that."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        entries = ", ".join(map(shown, value[:4]))
+        return f"[{entries}]" if len(value) <= 4 and len(entries) <= 80 else "a list"
+    if isinstance(value, str):
+        value = without_login(value)
+        cut = value if len(value) <= 80 else value[:77] + "…"
+        return json.dumps(cut, ensure_ascii=not cut.isprintable())
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a very large number"
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _kind(kind: shape.Type) -> str:
+    """What a value of this type is called in a sentence."""
+    if isinstance(kind, shape.IntType):
+        return f"a whole number in {_range(kind)}"
+    if isinstance(kind, shape.FloatType):
+        return f"a number in {_range(kind)}"
+    if isinstance(kind, shape.LiteralType):
+        return f"one of {', '.join(map(str, kind.values))}"
+    if isinstance(kind, shape.VarTupleType):
+        return f"a list of {kind.min_length} to {kind.max_length}, each {_kind(_item(kind))}"
+    return _PATTERNS[kind.pattern] if isinstance(kind, shape.StrType) else "true or false"
+
+
+def _range(kind: _Number) -> str:
+    return f"{kind.ge}…{kind.le}"
+
+
+def nearest(written: str, paths: Iterable[str]) -> str | None:
+    """The path that was probably meant: the same name elsewhere, then a similar one."""
+    parent, _, name = written.rpartition(".")
+    # The nearer ones last, so that of two equal names the nearer one stays in a dict.
+    ordered = sorted(paths, key=lambda path: _common_parents(path, parent))
+    everywhere = {_plain(path.rpartition(".")[2]): path for path in ordered}
+    siblings = {
+        name: path for name, path in everywhere.items() if path.rpartition(".")[0] == parent
+    }
+    plain = _plain(name)
+    if plain in everywhere:
+        return everywhere[plain]
+    for candidates, cutoff in ((siblings, 0.6), (everywhere, 0.75)):
+        found = difflib.get_close_matches(plain, candidates, n=1, cutoff=cutoff)
+        if found:
+            return candidates[found[0]]
+    return None
+
+
+def _common_parents(path: str, other: str) -> int:
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _plain(name: str) -> str:
+    """A key without what differs between ways of spelling it."""
+    return name[:100].replace("_", "").replace("-", "").lower()
+
+
+# --- what is generated ----------------------------------------------------------------------
+
+
+def schema(section: Section) -> dict[str, Any]:
+    """The JSON Schema of a section. A section that is null has its defaults."""
+    return {
+        **({"description": section.description} if section.description else {}),
+        "type": ["object", "null"],
+        "properties": {
+            name: _schema_of_key(child) if isinstance(child, Key) else schema(child)
+            for name, child in section.children.items()
+        },
+        "additionalProperties": False,
+    }
+
+
+def _schema_of_key(key: Key) -> dict[str, Any]:
+    of_type = _schema_of_type(key.type)
+    if key.nullable:
+        of_type["type"] = [of_type["type"], "null"]
+    return {
+        "description": key.description + (f"; default: {key.derived}" if key.derived else ""),
+        **of_type,
+        "default": list(key.default) if isinstance(key.default, tuple) else key.default,
+        **({"examples": list(key.examples)} if key.examples else {}),
+    }
+
+
+def _schema_of_type(kind: shape.Type) -> dict[str, Any]:
+    if isinstance(kind, shape.BoolType):
+        return {"type": "boolean"}
+    if isinstance(kind, shape.IntType | shape.FloatType):
+        name = "integer" if isinstance(kind, shape.IntType) else "number"
+        return {"type": name, "minimum": kind.ge, "maximum": kind.le}
+    if isinstance(kind, shape.LiteralType):
+        return {"type": "string", "enum": list(kind.values)}
+    if isinstance(kind, shape.VarTupleType):
+        return {
+            "type": "array",
+            "items": _schema_of_type(_item(kind)),
+            "minItems": kind.min_length,
+            "maxItems": kind.max_length,
+            "uniqueItems": True,
+        }
+    assert isinstance(kind, shape.StrType)
+    limits = {
+        "minLength": kind.min_length,
+        "maxLength": kind.max_length,
+        # JSON Schema has the patterns of ECMAScript, where `$` is the very end.
+        "pattern": kind.pattern and kind.pattern.replace(r"\A", "^").replace(r"\Z", "$"),
+    }
+    return {"type": "string"} | {name: each for name, each in limits.items() if each is not None}
+
+
+def filled(root: Section, values: Struct, remark: Callable[[str], str]) -> str:
+    """cluster.yaml with every key, its value in `values`, and the remark on its path."""
+    return "\n".join(["cluster:", *_filled(root, values, remark, "  "), ""])
+
+
+def _filled(
+    section: Section, values: Struct, remark: Callable[[str], str], indent: str
+) -> Iterator[str]:
+    for name, child in section.children.items():
+        value = getattr(values, name)
+        if isinstance(child, Section) and value is not None:
+            yield f"{indent}{name}:"
+            yield from _filled(child, value, remark, f"{indent}  ")
+            continue
+        visible = _visible(child, value) if isinstance(child, Key) else value
+        hidden = "" if visible == value else ", hidden"
+        written = f"{indent}{name}: {strict_yaml.written(visible)}"
+        yield f"{written:<{_REMARK_COLUMN}}  # {remark(child.path)}{hidden}"
+
+
+def _visible(key: Key, value: Any) -> Any:
+    if key.secret and value is not None:
+        return "***"
+    return without_login(value) if key.login else value
+
+
+_REMARK_COLUMN = 44
+
+
+def markdown(root: Section) -> str:
+    """Every key with its values, default and meaning, in one table per section."""
+    blocks = []
+    for section in root.sections():
+        rows = [_row(child) for child in section.children.values() if isinstance(child, Key)]
+        if rows:
+            note = [f"{_sentence(section.description)}\n"] if section.description else []
+            head = ["| key | value | default | meaning |", "|---|---|---|---|"]
+            blocks.append("\n".join([f"### {section.path}\n", *note, *head, *rows]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _row(key: Key) -> str:
+    cells = (f"`{key.path}`", key.expected, _default(key), _sentence(key.description))
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _default(key: Key) -> str:
+    if key.derived:
+        return key.derived
+    if isinstance(key.default, str):
+        return f"`{key.default}`"
+    return f"`{shown(key.default)}`"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,1 @@
+"""What makes the model's arithmetic quick on a CPU."""

@@ -1,0 +1,61 @@
+"""The engine's ends of the two lines to the worker, and the end of the process when it hangs up.
+
+Imports nothing slow: the process must notice a vanished worker while it still imports MLX.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from typing import NoReturn
+
+from trio_worker.errors import ExitStatus
+from trio_worker.protocol.frames import FrameBuffer, FromEngine, ToEngine, decode_to_engine, encode
+
+
+class Line:
+    """One end of a socket pair, in whole frames."""
+
+    def __init__(self, file_descriptor: int) -> None:
+        self._socket = socket.socket(fileno=file_descriptor)
+        self._socket.setblocking(True)
+        self._buffer = FrameBuffer()
+
+    def receive(self) -> ToEngine:
+        """The next frame; the process ends here if the worker has gone."""
+        while (body := self._buffer.take()) is None:
+            try:
+                data = self._socket.recv(2**18)
+            except OSError:
+                data = b""
+            if not data:
+                leave(ExitStatus.OK)
+            self._buffer.feed(data)
+        return decode_to_engine(body)
+
+    def send(self, frame: FromEngine) -> None:
+        try:
+            self._socket.sendall(encode(frame))
+        except OSError:
+            leave(ExitStatus.OK)
+
+    def leave_when_hung_up(self) -> None:
+        """From now on the process ends with the worker, whatever its other threads do."""
+        threading.Thread(target=self._watch, name="hang-up", daemon=True).start()
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        # Only errors and hang-ups, which are reported without being asked for.
+        poll.register(self._socket, 0)
+        while not poll.poll():
+            pass
+        leave(ExitStatus.OK)
+
+
+def leave(status: ExitStatus) -> NoReturn:
+    """End the process now, from whatever thread, in the middle of whatever the others do."""
+    logging.shutdown()
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""What flows between tasks: core's decisions with the waiting that belongs to them."""

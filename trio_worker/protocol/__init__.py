@@ -1,0 +1,1 @@
+"""What the worker and the engine process say to each other: one vocabulary for both."""

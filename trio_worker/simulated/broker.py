@@ -1,0 +1,423 @@
+"""A message system in the event loop: the broker port without a network, on any clock.
+
+`MemoryServer` routes as nats-server does: wildcards, queue groups, the no-responders status.
+`open_memory_broker` opens one connection to it. Rules:
+
+1. A sink is never called inside the call that published: messages go through one queue, and
+   whichever connection's task wakes first carries all of it, in order. So what happens does
+   not depend on the order in which Trio runs its tasks.
+2. Everything is bounded as in the real adapter: the outbox, and what is under way to one
+   subscription.
+3. A connection that is down neither sends nor receives; its outbox waits, its subscriptions
+   come back, and what was under way to it is lost.
+"""
+
+# ruff: noqa: SLF001 - the server and its connections are one mechanism
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+from loguru import logger
+
+from trio_worker.exception_groups import sole_exceptions
+from trio_worker.nats.outbox import Outbox, Parcel, Sendable, Share, ShareOutlet, seal
+from trio_worker.ports import BrokerStatistics, Message, Outlet
+
+Sink = Callable[[Message], None]
+
+_BATCH = 256
+"""Messages carried between two chances for the other tasks to run."""
+
+
+def subject_matches(pattern: str, subject: str) -> bool:
+    """Whether interest in `pattern` takes in `subject`: `*` is one token, `>` the rest."""
+    wanted, given = pattern.split("."), subject.split(".")
+    if wanted[-1] == ">":
+        wanted.pop()
+        if len(given) <= len(wanted):
+            return False
+        given = given[: len(wanted)]
+    return len(wanted) == len(given) and all(
+        token in {"*", name} for token, name in zip(wanted, given, strict=True)
+    )
+
+
+class MemoryServer:
+    """The message system. Its state: connections, interest, and what is under way.
+
+    Args:
+        random: chooses the member of a queue group.
+        max_payload: as the real server's limit.
+        delay_s: how long each delivery takes. May be changed at any time; the messages of one
+            subscription stay in order.
+    """
+
+    def __init__(
+        self, *, random: random.Random, max_payload: int = 1024 * 1024, delay_s: float = 0.0
+    ) -> None:
+        self.max_payload = max_payload
+        self.delay_s = delay_s
+        self._random = random
+        self._subscriptions: list[MemorySubscription] = []
+        self._outgoing: deque[MemoryBroker] = deque()
+        """One entry per published message, in the order of publishing, whoever published."""
+        self._under_way: list[_Delivery] = []
+        """A heap."""
+        self._numbers = itertools.count()
+        self._work = trio.Event()
+
+    async def _carry(self) -> None:
+        """Run until cancelled: route and deliver. Any number of tasks may do this."""
+        while True:
+            for _ in range(_BATCH):
+                if not self._step():
+                    break
+            else:
+                await trio.lowlevel.checkpoint()
+                continue
+            due = self._under_way[0].due if self._under_way else float("inf")
+            with trio.move_on_at(due):
+                await self._work.wait()
+
+    def _step(self) -> bool:
+        """Route one message or deliver one; False if there is nothing to do now."""
+        if self._outgoing:
+            broker = self._outgoing.popleft()
+            parcel = broker._next()
+            if parcel is not None:
+                self._route(parcel, broker)
+            return True
+        if self._under_way and self._under_way[0].due <= trio.current_time():
+            heapq.heappop(self._under_way).arrive()
+            return True
+        if self._work.is_set():
+            self._work = trio.Event()
+        return False
+
+    def _wake(self) -> None:
+        self._work.set()
+
+    def _route(self, parcel: Parcel, sender: MemoryBroker) -> None:
+        message = Message(
+            subject=parcel.subject,
+            body=parcel.body,
+            reply=parcel.reply or None,
+            headers=parcel.headers or {},
+        )
+        groups: dict[str, list[MemorySubscription]] = {}
+        takers: list[MemorySubscription] = []
+        for subscription in self._subscriptions:
+            if not subscription.takes(message.subject):
+                continue
+            if subscription.group is None:
+                takers.append(subscription)
+            else:
+                groups.setdefault(subscription.group, []).append(subscription)
+        takers += [self._random.choice(members) for members in groups.values()]
+        for subscription in takers:
+            self._send(subscription, message)
+        if not takers and message.reply is not None:
+            self._report_no_responders(message.subject, message.reply, sender)
+
+    def _report_no_responders(self, subject: str, reply: str, sender: MemoryBroker) -> None:
+        """As the real one: to the sender's own subscription on the reply subject, if any."""
+        status = Message(subject=reply, headers={"Status": "503", "Nats-Subject": subject})
+        for subscription in self._subscriptions:
+            if subscription.broker is sender and subscription.takes(reply):
+                self._send(subscription, status)
+                return
+
+    def _send(self, subscription: MemorySubscription, message: Message) -> None:
+        if subscription.under_way >= subscription.broker.subscription_limit:
+            subscription.broker.slow_consumers += 1
+            return
+        self._post(subscription, lambda: subscription.deliver(message))
+
+    def _post(self, subscription: MemorySubscription, arrival: Callable[[], None]) -> None:
+        subscription.under_way += 1
+        broker = subscription.broker
+        # One connection is one stream: nothing in it overtakes.
+        broker.last_due = max(broker.last_due, trio.current_time() + self.delay_s)
+        heapq.heappush(
+            self._under_way,
+            _Delivery(
+                due=broker.last_due,
+                number=next(self._numbers),
+                subscription=subscription,
+                line=broker.line,
+                arrival=arrival,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Delivery:
+    """Something on its way to a connection."""
+
+    due: float
+    number: int
+    subscription: MemorySubscription = field(compare=False)
+    line: int = field(compare=False)
+    """Which of the connection's successive lines it is on; on a broken one it is lost."""
+    arrival: Callable[[], None] = field(compare=False)
+
+    def arrive(self) -> None:
+        subscription = self.subscription
+        subscription.under_way -= 1
+        if self.line == subscription.broker.line and subscription.broker.is_up:
+            self.arrival()
+        if not subscription.under_way:
+            subscription.empty.set()
+
+
+@asynccontextmanager
+async def open_memory_broker(
+    server: MemoryServer,
+    *,
+    name: str = "memory",
+    close_timeout_s: float = 2.0,
+    outbox_limit_bytes: int = 64 * 1024 * 1024,
+    subscription_limit: int = 16_384,
+) -> AsyncIterator[MemoryBroker]:
+    """A connection to `server`, for as long as the block.
+
+    Leaving publishes what is in the outbox, in at most `close_timeout_s` and only while
+    connected, and ends every subscription. Exceptions leave the block as they were raised.
+    """
+    broker = MemoryBroker(
+        server,
+        name=name,
+        outbox_limit_bytes=outbox_limit_bytes,
+        subscription_limit=subscription_limit,
+    )
+    with sole_exceptions():
+        async with trio.open_nursery() as nursery:
+            # The task outlives the block's cancellation until the outbox has been published.
+            nursery.start_soon(_carry_until, server, broker.closed)
+            try:
+                yield broker
+            finally:
+                with trio.move_on_after(close_timeout_s, shield=True):
+                    if broker.is_up:
+                        await broker.flush()
+                broker.close()
+
+
+async def _carry_until(server: MemoryServer, closed: trio.Event) -> None:
+    with trio.CancelScope(shield=True) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server._carry)
+            await closed.wait()
+            scope.cancel()
+
+
+class MemoryBroker:
+    """The port, and what a test does to a connection."""
+
+    def __init__(
+        self,
+        server: MemoryServer,
+        *,
+        name: str,
+        outbox_limit_bytes: int,
+        subscription_limit: int,
+    ) -> None:
+        self.subscription_limit = subscription_limit
+        self.is_up = True
+        self.line = 0
+        self.last_due = 0.0
+        self.slow_consumers = 0
+        self.received = 0
+        self.closed = trio.Event()
+        self._server = server
+        self._name = name
+        self._outbox = Outbox(loose_limit_bytes=outbox_limit_bytes)
+        self._up = trio.Event()
+        self._up.set()
+        self._moved = trio.Event()
+        """Something has left the outbox."""
+        self._lost = trio.Event()
+        self._lost_reason = ""
+        self._inboxes = itertools.count(1)
+        self._published = 0
+        self._dropped = 0
+        self._reconnects = 0
+
+    @property
+    def max_payload(self) -> int:
+        return self._server.max_payload
+
+    def new_inbox(self) -> str:
+        return f"_INBOX.{self._name}{next(self._inboxes):012d}"
+
+    def publish(self, message: Message) -> None:
+        """As the port says. Raises `ValueError` for what is no subject or no header name."""
+        if self._outbox.put(seal(message, max_payload=self.max_payload)):
+            self._announce(1)
+
+    def open_outlet(self) -> Outlet:
+        return ShareOutlet(self._outbox.open_share(), self._put)
+
+    def _put(self, message: Sendable, share: Share) -> None:
+        share.put(seal(message, max_payload=self.max_payload))
+        self._announce(1)
+
+    def _announce(self, messages: int) -> None:
+        """Line up for the server, once per message; while the line is broken, not at all."""
+        if self.is_up and messages:
+            self._server._outgoing.extend([self] * messages)
+            self._server._wake()
+
+    def _next(self) -> Parcel | None:
+        if not self.is_up:
+            return None
+        parcel = self._outbox.take()
+        if parcel is not None:
+            self._published += 1
+        self._moved.set()
+        self._moved = trio.Event()
+        return parcel
+
+    async def subscribe(
+        self, subject: str, sink: Sink, *, group: str | None = None
+    ) -> MemorySubscription:
+        """As the port says; while the connection is down it waits.
+
+        Cancelled: there is no subscription. Raises `ValueError` if `subject` is not one.
+        """
+        _check_pattern(subject)
+        await self._up.wait()
+        subscription = MemorySubscription(self, subject, sink, group)
+        self._server._subscriptions.append(subscription)
+        return subscription
+
+    async def flush(self) -> None:
+        """As the port says. Waits while the connection is down. Cancelled: nothing is lost."""
+        mark = self._outbox.mark()
+        while not self._outbox.is_past(mark):
+            await self._moved.wait()
+        while True:
+            await self._up.wait()
+            answered = MemorySubscription(self, "", _ignore, None)
+            self._server._post(answered, answered.answered.set)
+            self._server._wake()
+            await answered.empty.wait()
+            if answered.answered.is_set():
+                return
+
+    async def wait_lost(self) -> str:
+        await self._lost.wait()
+        return self._lost_reason
+
+    def statistics(self) -> BrokerStatistics:
+        return BrokerStatistics(
+            url="memory://",
+            connected=self.is_up,
+            reconnects=self._reconnects,
+            received=self.received,
+            published=self._published,
+            dropped=self._dropped + self._outbox.dropped,
+            unpublished_bytes=self._outbox.unpublished_bytes,
+            slow_consumers=self.slow_consumers,
+        )
+
+    # --- what a test does -----------------------------------------------------------------
+
+    def disconnect(self) -> None:
+        """Break the line: what is under way to this connection is lost, the outbox waits."""
+        if self.is_up:
+            self.is_up = False
+            self.line += 1
+            self._up = trio.Event()
+
+    def reconnect(self) -> None:
+        """Mend the line: subscriptions hold again, and what waited in the outbox leaves."""
+        if self.is_up or self._lost.is_set() or self.closed.is_set():
+            return
+        self.is_up = True
+        self._reconnects += 1
+        self._up.set()
+        self._announce(len(self._outbox))
+
+    def close_for_good(self, reason: str) -> None:
+        """End the connection as a server does that will not have this client back."""
+        self.disconnect()
+        self._lost_reason = reason
+        self._lost.set()
+
+    def close(self) -> None:
+        """What leaving the context does at its end."""
+        self.disconnect()
+        self._dropped += len(self._outbox)
+        server = self._server
+        server._subscriptions = [
+            subscription
+            for subscription in server._subscriptions
+            if subscription.broker is not self
+        ]
+        self.closed.set()
+        server._wake()  # whoever carries from now on has to look at the clock itself
+
+
+class MemorySubscription:
+    """Interest in one subject."""
+
+    def __init__(self, broker: MemoryBroker, pattern: str, sink: Sink, group: str | None) -> None:
+        self.broker = broker
+        self.group = group
+        self.under_way = 0
+        self.empty = trio.Event()
+        """Nothing is under way any more; set anew by each delivery that is the last."""
+        self.answered = trio.Event()
+        self._pattern = pattern
+        self._sink = sink
+        self._ended = False
+
+    def takes(self, subject: str) -> bool:
+        return self.broker.is_up and subject_matches(self._pattern, subject)
+
+    def deliver(self, message: Message) -> None:
+        if self._ended:
+            return
+        self.broker.received += 1
+        try:
+            self._sink(message)
+        except Exception:  # noqa: BLE001 - as the real adapter: the subscription goes on
+            logger.exception("taking a message on {!r} failed", message.subject)
+
+    async def drain(self) -> None:
+        """As the port says. Cancelled: the sink is not called again."""
+        subscriptions = self.broker._server._subscriptions
+        if self in subscriptions:
+            subscriptions.remove(self)
+        try:
+            while self.under_way:
+                self.empty = trio.Event()
+                await self.empty.wait()
+            await trio.lowlevel.checkpoint()
+        finally:
+            self._ended = True
+
+
+def _check_pattern(pattern: str) -> None:
+    tokens = pattern.split(".")
+    if (
+        re.search(r"[ \t\r\n]", pattern)
+        or any(not token for token in tokens)
+        or ">" in tokens[:-1]
+        or any(("*" in token or ">" in token) and len(token) > 1 for token in tokens)
+    ):
+        raise ValueError(f"{pattern!r} cannot be subscribed to")
+
+
+def _ignore(_message: Message) -> None:
+    """The sink of what is no subscription of anybody's: the answer to a flush."""

@@ -1,0 +1,545 @@
+"""An engine that needs no model: words that depend on the prompt and the seed, on Trio's clock.
+
+It keeps the contract of the engine port to the letter, so the whole worker runs with it, in tests
+on the mock clock and from the command line with `--engine simulated`. A token is a word and a
+space; the prompt has a token for each word between white space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random as randomness
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import trio
+from trio_util import AsyncBool
+
+from trio_worker.config import SimulatedConfig
+from trio_worker.core.request import Request
+from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, WorkerFault
+from trio_worker.ports import EngineStatistics
+from trio_worker.protocol.turn import (
+    Admit,
+    EngineInfo,
+    EngineMemory,
+    FinishReason,
+    Output,
+    Prefill,
+    Report,
+    RequestId,
+    SequenceFailure,
+    TokenLogprob,
+    Work,
+)
+
+CACHE_BYTES_PER_TOKEN = 4096
+MODEL_BYTES = 64 * 2**20
+PREFIX_CACHE_TOKENS = 32_768
+SHORTEST_PREFIX = 16
+"""As in the real one: fewer tokens are computed as fast as they are copied."""
+_SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "so", "tu")
+
+
+def word(token: int) -> str:
+    """The word of a token: its digits as syllables."""
+    return "".join(_SYLLABLES[int(digit)] for digit in str(token))
+
+
+def answer_tokens(prompt: tuple[int, ...], seed: int, count: int, vocabulary: int) -> list[int]:
+    """The first `count` tokens of the answer to `prompt` under `seed`."""
+    base = hashlib.blake2b(repr((prompt, seed)).encode(), digest_size=8).digest()
+    return [
+        zlib.crc32(base + position.to_bytes(8, "big")) % vocabulary for position in range(count)
+    ]
+
+
+class _KeptCaches:
+    """Token strings whose caches are kept after their sequence has left; bounded, LRU."""
+
+    def __init__(self, limit_tokens: int) -> None:
+        self._limit = limit_tokens
+        self._entries: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self.tokens = 0
+
+    def find(self, wanted: tuple[int, ...]) -> int:
+        """How many of the first tokens need not be computed; the last one always is."""
+        best: tuple[int, ...] = ()
+        length = SHORTEST_PREFIX - 1
+        for entry in self._entries:
+            if entry[0] == wanted[0]:
+                common = _common(entry, wanted[:-1])
+                if common > length:
+                    best, length = entry, common
+        if not best:
+            return 0
+        self._entries.move_to_end(best)
+        return length
+
+    def keep(self, tokens: tuple[int, ...]) -> None:
+        if not SHORTEST_PREFIX <= len(tokens) <= self._limit:
+            return
+        if tokens in self._entries:
+            self._entries.move_to_end(tokens)
+            return
+        self._entries[tokens] = None
+        self.tokens += len(tokens)
+        while self.tokens > self._limit:
+            oldest, _ = self._entries.popitem(last=False)
+            self.tokens -= len(oldest)
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.tokens = 0
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(at for at in range(length) if one[at] != other[at])
+
+
+class _Resident:
+    """A sequence in the engine: how far its prefill is, and what it will say."""
+
+    def __init__(self, admit: Admit, vocabulary: int, kept: _KeptCaches) -> None:
+        self.admit = admit
+        self.to_prefill = len(admit.prompt) + len(admit.produced)
+        self.cached = kept.find(admit.prompt + admit.produced)
+        self.prefilled = self.cached
+        self.position = len(admit.produced)
+        self._tokens = answer_tokens(
+            admit.prompt, admit.sampling.seed, admit.max_tokens, vocabulary
+        )
+        self._text = "".join(f"{word(token)} " for token in admit.produced)
+        self._shown = self._safe_end()
+
+    @property
+    def held(self) -> int:
+        """Tokens in its cache."""
+        return self.prefilled + self.position - len(self.admit.produced)
+
+    def computed(self) -> tuple[int, ...]:
+        """Those tokens."""
+        everything = (*self.admit.prompt, *self.admit.produced)
+        if not self.decoding:
+            return everything[: self.prefilled]
+        return everything + tuple(self._tokens[len(self.admit.produced) : self.position])
+
+    @property
+    def decoding(self) -> bool:
+        return self.prefilled == self.to_prefill
+
+    def step(self) -> Output:
+        """The next token."""
+        token = self._tokens[self.position]
+        self.position += 1
+        self._text += f"{word(token)} "
+        finish = FinishReason.LENGTH if self.position == self.admit.max_tokens else None
+        stops = [at for stop in self.admit.stop if (at := self._text.find(stop)) >= 0]
+        end = self._safe_end()
+        if stops:
+            finish, end = FinishReason.STOP, min(stops)
+        elif finish is not None:
+            end = len(self._text)
+        text, self._shown = self._text[self._shown : end], end
+        return Output(
+            request_id=self.admit.request_id,
+            token=token,
+            text=text,
+            finish=finish,
+            logprob=self._logprob(token) if self.admit.sampling.logprobs else None,
+        )
+
+    def _safe_end(self) -> int:
+        """Where the text ends that no stop string can reach back into."""
+        held = 0
+        for stop in self.admit.stop:
+            for length in range(min(len(stop) - 1, len(self._text)), held, -1):
+                if self._text.endswith(stop[:length]):
+                    held = length
+                    break
+        return len(self._text) - held
+
+    def _logprob(self, token: int) -> TokenLogprob:
+        value = -math.log(2)
+        others = range(token, token + self.admit.sampling.top_logprobs)
+        return TokenLogprob(
+            token=f"{word(token)} ",
+            logprob=value,
+            top=tuple((f"{word(other)} ", value * (1 + other - token)) for other in others),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """What shall go wrong: on certain words, and with certain probabilities.
+
+    Each probability is asked for once per turn, per sequence that enters, or per prompt to be
+    tokenised.
+    """
+
+    deadly_words: frozenset[str] = frozenset()
+    """A turn with a sequence whose prompt holds one of these ends the engine."""
+    failing_words: frozenset[str] = frozenset()
+    """A sequence whose prompt holds one of these fails by itself."""
+    slow_turn: float = 0.0
+    slow_turn_s: float = 1.0
+    """How much longer a slow turn takes."""
+    hang: float = 0.0
+    """A turn never returns; `turn_timeout_s` ends this incarnation of the engine."""
+    crash: float = 0.0
+    """The engine ends somewhere in a turn."""
+    fail_sequence: float = 0.0
+    """A sequence that enters fails by itself."""
+    out_of_memory: float = 0.0
+    """The engine ends over a sequence that enters."""
+    refuse_tokenise: float = 0.0
+    """As a chat template does that does not know a role."""
+    crash_tokenise: float = 0.0
+    """Tokenising this prompt brings the engine down."""
+    hang_tokenise: float = 0.0
+    """There is no answer before the engine has been restarted."""
+    slow_tokenise: float = 0.0
+    slow_tokenise_s: float = 0.2
+    wrong_token: float = 0.0
+    """A broken engine, for checks that must notice: a token that is not the sequence's."""
+    duplicate_output: float = 0.0
+    """A broken engine, as above: a token is handed out twice."""
+
+
+class SimulatedEngine:
+    """See `open_simulated_engine`."""
+
+    def __init__(
+        self,
+        config: SimulatedConfig,
+        *,
+        model_name: str,
+        context_length: int,
+        faults: Faults,
+        random: randomness.Random,
+        turn_timeout_s: float,
+        prefix_cache_tokens: int,
+        model_bytes: int,
+        cache_bytes_per_token: int,
+    ) -> None:
+        self._config = config
+        self._faults = faults
+        self._random = random
+        self._turn_timeout_s = turn_timeout_s
+        self._model_bytes = model_bytes
+        self._info = EngineInfo(
+            model=model_name,
+            context_length=context_length,
+            cache_bytes_per_token=cache_bytes_per_token,
+            vocabulary_size=config.vocabulary,
+            device="simulated",
+        )
+        self._residents: dict[RequestId, _Resident] = {}
+        self._kept = _KeptCaches(prefix_cache_tokens)
+        self._ready = AsyncBool(value=False)
+        self._lost = trio.Event()
+        self._end_reason = "load"
+        self._loaded_once = False
+        self._turning = False
+        self._hangs_next = False
+        self._deaths = 0
+        """Ends that count against `max_restarts`."""
+        self._restarts: Counter[str] = Counter()
+        """By the reason of the end before it."""
+        self.largest_batch = 0
+        """The most sequences that got a token in one turn."""
+
+    @property
+    def ready(self) -> AsyncBool:
+        return self._ready
+
+    @property
+    def residents(self) -> frozenset[RequestId]:
+        return frozenset(self._residents)
+
+    def crash(self) -> None:
+        """End as a killed process would: at once, with all it holds."""
+        self._end("crash")
+
+    def hang(self) -> None:
+        """Let the next turn not return: `turn_timeout_s` ends it, and the engine with it."""
+        self._hangs_next = True
+
+    def recycle(self) -> None:
+        self._end("planned")
+
+    def pardon(self, crashes: int) -> None:
+        self._deaths = max(0, self._deaths - crashes)
+
+    def _end(self, reason: str) -> None:
+        self._residents.clear()
+        self._kept.clear()
+        if self._ready.value:
+            self._end_reason = reason
+            self._ready.value = False
+            self._lost.set()
+
+    async def run(self, *, load_s: float, restart_s: float, max_restarts: int) -> None:
+        """Load, and come back `restart_s` after each end, as a supervisor would make it."""
+        await trio.sleep(load_s)
+        while True:
+            self._lost = trio.Event()
+            self._loaded_once = True
+            self._ready.value = True
+            await self._lost.wait()
+            if self._end_reason != "planned":
+                self._deaths += 1
+            if self._deaths > max_restarts:
+                raise WorkerFault(f"the simulated engine ended {self._deaths} times")
+            self._restarts[self._end_reason] += 1
+            await trio.sleep(restart_s)
+
+    async def wait_ready(self) -> EngineInfo:
+        # It may have gone down again before the waiting task runs.
+        while not self._ready.value:
+            await self._ready.wait_value(True)
+        await trio.lowlevel.checkpoint()
+        return self._info
+
+    async def tokenise(self, request: Request) -> tuple[int, ...]:
+        await self.wait_ready()
+        if self._chance(self._faults.slow_tokenise):
+            await trio.sleep(self._faults.slow_tokenise_s)
+            await self.wait_ready()
+        if self._chance(self._faults.hang_tokenise):
+            await self._lost.wait()
+            await self.wait_ready()
+        if self._chance(self._faults.crash_tokenise):
+            self.crash()
+            raise EngineFailed("tokenising this request brought the engine down")
+        if self._chance(self._faults.refuse_tokenise):
+            raise InvalidRequest(
+                "the template refuses these messages", details={"field": request.text_field}
+            )
+        if request.prompt is not None:
+            text = request.prompt
+        else:
+            text = " ".join(message.content for message in request.messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequest(
+                "the prompt has a lone surrogate, which is no text",
+                details={"field": request.text_field},
+            ) from exc
+        tokens = tuple(self._token(each) for each in text.split())
+        return tokens or (0,)
+
+    async def turn(self, work: Work) -> Report:
+        assert not self._turning, "one turn at a time"
+        self._turning = True
+        try:
+            return await self._turn(work)
+        finally:
+            self._turning = False
+
+    async def _turn(self, work: Work) -> Report:
+        await trio.lowlevel.checkpoint()
+        if not self._ready.value:
+            raise EngineLost("the simulated engine is not running", reason=self._end_reason)
+        self._take_in(work)
+        if self._hit_by(self._faults.deadly_words):
+            self.crash()
+            raise EngineLost("the simulated engine met a deadly prompt", reason="crash")
+        if any(self._chance(self._faults.out_of_memory) for _ in work.admit):
+            self.crash()
+            raise EngineLost("the simulated engine ran out of memory", reason="crash")
+        failures = tuple(
+            SequenceFailure(request_id=request_id, message="a word that cannot be computed")
+            for request_id in self._failing(work)
+        )
+        for failure in failures:
+            del self._residents[failure.request_id]
+        began_at = trio.current_time()
+        decoding = [each for each in self._residents.values() if each.decoding]
+        prefills = self._prefill(work.prefill_tokens)
+        prefilled = sum(count for _, count in prefills)
+        await self._spend(decoding=bool(decoding), prefilled=prefilled)
+        outputs = tuple(each.step() for each in decoding)
+        self.largest_batch = max(self.largest_batch, len(outputs))
+        for output in outputs:
+            if output.finish is not None:
+                self._let_go(output.request_id)
+        return Report(
+            outputs=self._spoil(outputs),
+            prefills=tuple(progress for progress, _ in prefills),
+            failures=failures,
+            residents=self.residents,
+            memory=self._memory(),
+            seconds=trio.current_time() - began_at,
+            prefill_tokens=prefilled,
+            prefill_calls=int(prefilled > 0),
+            prefill_seconds=self._config.prefill_ms_per_token * prefilled / 1000,
+        )
+
+    def _take_in(self, work: Work) -> None:
+        # Sorted: what is kept, and so what a later prefill costs, is not left to a set's order.
+        for request_id in sorted(work.remove):
+            self._let_go(request_id)
+        if work.trim_caches:
+            self._kept.clear()
+        for admit in work.admit:
+            assert admit.request_id not in self._residents, f"{admit.request_id} is here already"
+            self._residents[admit.request_id] = _Resident(
+                admit, self._config.vocabulary, self._kept
+            )
+
+    def _let_go(self, request_id: RequestId) -> None:
+        if (resident := self._residents.pop(request_id, None)) is not None:
+            self._kept.keep(resident.computed())
+
+    def _failing(self, work: Work) -> list[RequestId]:
+        hit = self._hit_by(self._faults.failing_words)
+        unlucky = [
+            admit.request_id for admit in work.admit if self._chance(self._faults.fail_sequence)
+        ]
+        return list(dict.fromkeys(hit + unlucky))
+
+    @property
+    def restarts(self) -> int:
+        return self._restarts.total()
+
+    def statistics(self) -> EngineStatistics:
+        state = "ready" if self._ready.value else "restarting" if self._loaded_once else "loading"
+        info = self._info if self._loaded_once else None
+        return EngineStatistics(
+            state=state,
+            pid=None,
+            restarts=self.restarts,
+            info=info,
+            restarts_by_reason=dict(self._restarts),
+        )
+
+    async def _spend(self, *, decoding: bool, prefilled: int) -> None:
+        """Let the time of a turn pass, unless the engine is lost meanwhile."""
+        turn_ms = self._config.turn_ms if decoding or not prefilled else 0.0
+        duration_s = (turn_ms + self._config.prefill_ms_per_token * prefilled) / 1000
+        if self._chance(self._faults.slow_turn):
+            duration_s += self._faults.slow_turn_s
+        crash_s = math.inf
+        if self._chance(self._faults.crash):
+            crash_s = duration_s * self._random.random()
+        if self._hangs_next or self._chance(self._faults.hang):
+            self._hangs_next = False
+            duration_s = math.inf
+        lost = self._lost
+        with trio.move_on_after(min(duration_s, crash_s, self._turn_timeout_s)):
+            await lost.wait()
+        if not lost.is_set() and min(duration_s, crash_s) > self._turn_timeout_s:
+            self._end("hang")
+        elif not lost.is_set() and crash_s <= duration_s:
+            self._end("crash")
+        if lost.is_set():
+            raise EngineLost("the simulated engine was lost in a turn", reason=self._end_reason)
+
+    def _spoil(self, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        spoilt: list[Output] = []
+        for output in outputs:
+            if self._chance(self._faults.wrong_token):
+                other = (output.token + 1) % self._config.vocabulary
+                spoilt.append(replace(output, token=other, text=f"{word(other)} "))
+            else:
+                spoilt.append(output)
+            if output.finish is None and self._chance(self._faults.duplicate_output):
+                spoilt.append(output)
+        return tuple(spoilt)
+
+    def _chance(self, probability: float) -> bool:
+        return probability > 0 and self._random.random() < probability
+
+    def _prefill(self, budget: int) -> list[tuple[Prefill, int]]:
+        """Spend the budget on the residents in order; returns each one's progress and share."""
+        shares: list[tuple[Prefill, int]] = []
+        for each in self._residents.values():
+            count = min(budget, each.to_prefill - each.prefilled)
+            if count:
+                budget -= count
+                each.prefilled += count
+                progress = Prefill(
+                    request_id=each.admit.request_id,
+                    done=each.prefilled,
+                    total=each.to_prefill,
+                    cached=each.cached,
+                )
+                shares.append((progress, count))
+        return shares
+
+    def _memory(self) -> EngineMemory:
+        tokens = sum(each.held for each in self._residents.values()) + self._kept.tokens
+        active = self._model_bytes + tokens * self._info.cache_bytes_per_token
+        return EngineMemory(active=active, cache=0)
+
+    def _token(self, text: str) -> int:
+        return zlib.crc32(text.encode()) % self._config.vocabulary
+
+    def _hit_by(self, words: frozenset[str]) -> list[RequestId]:
+        tokens = {self._token(each) for each in words}
+        return [
+            request_id
+            for request_id, each in self._residents.items()
+            if tokens.intersection(each.admit.prompt)
+        ]
+
+
+@asynccontextmanager
+async def open_simulated_engine(
+    config: SimulatedConfig,
+    *,
+    model_name: str = "simulated",
+    context_length: int = 8192,
+    load_s: float = 0.0,
+    restart_s: float = 0.5,
+    max_restarts: int = 1_000_000,
+    faults: Faults | None = None,
+    random: randomness.Random | None = None,
+    turn_timeout_s: float = math.inf,
+    prefix_cache_tokens: int = PREFIX_CACHE_TOKENS,
+    model_bytes: int = MODEL_BYTES,
+    cache_bytes_per_token: int = CACHE_BYTES_PER_TOKEN,
+) -> AsyncIterator[SimulatedEngine]:
+    """A running engine; returns while it loads, as the real one does.
+
+    Args:
+        config: what a turn costs.
+        model_name: its name on the wire.
+        context_length: tokens of prompt and answer together.
+        load_s: how long the first start takes.
+        restart_s: how long each later one takes.
+        max_restarts: the end after so many that were not planned is a `WorkerFault`.
+        faults: what shall go wrong.
+        random: decides where `faults` has probabilities.
+        turn_timeout_s: a turn that takes longer ends the engine, for the reason `hang`.
+        prefix_cache_tokens: so many tokens of sequences that have left are kept, the latest used;
+            a sequence that begins with them pays prefill for the rest only.
+        model_bytes: what the engine holds with no sequence in it.
+        cache_bytes_per_token: what each token of residents and of kept caches takes.
+    """
+    engine = SimulatedEngine(
+        config,
+        model_name=model_name,
+        context_length=context_length,
+        faults=faults or Faults(),
+        random=random or randomness.Random(0),  # noqa: S311 - no secrets
+        turn_timeout_s=turn_timeout_s,
+        prefix_cache_tokens=prefix_cache_tokens,
+        model_bytes=model_bytes,
+        cache_bytes_per_token=cache_bytes_per_token,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            lambda: engine.run(load_s=load_s, restart_s=restart_s, max_restarts=max_restarts)
+        )
+        yield engine
+        nursery.cancel_scope.cancel(reason="closed")

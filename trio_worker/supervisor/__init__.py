@@ -1,0 +1,1 @@
+"""The engine process from the worker's side: started, watched, restarted."""

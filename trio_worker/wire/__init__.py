@@ -1,0 +1,1 @@
+"""What callers and the worker say to each other on NATS."""

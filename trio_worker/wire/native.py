@@ -1,0 +1,523 @@
+"""The worker's own wire: JSON with OpenAI's names, in both directions. Pure: bytes in, bytes out.
+
+Reading goes in three steps, so that an error reply can name the request's id whenever the body
+had a usable one: `parse_body` (bytes → fields under their canonical names), `request_id_of`, and
+`to_request` (fields → a checked `Request`). Whatever the bytes are, the outcome is a value or a
+`WorkerError`; nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from trio_worker.core.priority import NAMES, level_of
+from trio_worker.core.request import ChatMessage, Request
+from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge, WorkerError
+from trio_worker.protocol.turn import FinishReason, RequestId, Sampling, TokenLogprob
+
+SEED_END = 2**53
+"""Seeds are below this: the largest range that JSON numbers carry exactly everywhere."""
+
+Fields: TypeAlias = dict[str, Any]
+
+_REQUEST_ID = re.compile(r"\A[A-Za-z0-9_-]{1,128}\Z")
+_HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_OTHER_SPELLINGS = {
+    "maxTokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "modelId": "model",
+    "requestId": "request_id",
+    "topP": "top_p",
+}
+_LOGIT_BIAS_MAX = 1024
+_QUOTED_MAX = 256
+"""Characters of a fault's description, which may quote what the caller sent."""
+
+# --- reading ------------------------------------------------------------------------------
+
+
+class _TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class _ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[_TextPart]
+
+
+_StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every field a request may have; the order is the one of the documentation."""
+
+    request_id: Annotated[str, Meta(pattern=_REQUEST_ID.pattern)] | None = None
+    model: str | None = None
+    messages: Annotated[list[_ChatMessage], Meta(min_length=1)] | None = None
+    prompt: Annotated[str, Meta(min_length=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Meta(ge=0, lt=SEED_END)] | None = None
+    stop: _StopString | Annotated[list[_StopString], Meta(max_length=16)] | None = None
+    stream: bool = False
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    priority: int | str | None = None
+    timeout_ms: Annotated[int, Meta(ge=1)] | None = None
+
+
+FIELD_NAMES = _Fields.__struct_fields__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What this worker allows and assumes; taken from the configuration once."""
+
+    model_name: str
+    max_tokens_limit: int
+    default_timeout_ms: int
+    timeout_limit_ms: int
+    max_body_bytes: int
+    priority_levels: int
+    default_buffered: int
+    """The level of a request with `stream: false` that names none."""
+    default_streaming: int
+
+
+def parse_body(body: bytes, limits: RequestLimits) -> Fields:
+    """The fields of a request under their canonical names, nulls left out.
+
+    Raises `PayloadTooLarge` before looking at a body over the limit, and `InvalidRequest` if it
+    is not a JSON object, or spells one field twice.
+    """
+    if len(body) > limits.max_body_bytes:
+        raise PayloadTooLarge(
+            f"the request has {len(body)} bytes; this worker takes {limits.max_body_bytes}",
+            details={"bytes": len(body), "limit": limits.max_body_bytes},
+        )
+    try:
+        decoded: Any = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        hint = ""
+        if _HALF_SURROGATE.search(body):
+            hint = " (half of a surrogate pair, \\ud800 to \\udfff by itself, is not text)"
+        raise InvalidRequest(f"the request is not JSON: {exc}{hint}") from exc
+    except RecursionError:
+        raise InvalidRequest(
+            "the request is not usable: its brackets are nested too deep"
+        ) from None
+    if not isinstance(decoded, dict):
+        raise InvalidRequest(f"the request is {_json_name(decoded)}; expected a JSON object")
+    fields: Fields = {}
+    spelled: dict[str, str] = {}
+    key: str
+    for key, value in decoded.items():
+        name = _OTHER_SPELLINGS.get(key, key)
+        if name in spelled:
+            raise InvalidRequest(
+                f"{spelled[name]} and {key} are spellings of one field; send one of them",
+                details={"field": name},
+            )
+        spelled[name] = key
+        if value is not None:
+            fields[name] = value
+    return fields
+
+
+def request_id_of(fields: Fields) -> RequestId | None:
+    """The request's id if it has one that may be used as a subject token."""
+    value = fields.get("request_id")
+    if isinstance(value, str) and _REQUEST_ID.match(value):
+        return RequestId(value)
+    return None
+
+
+def to_request(
+    fields: Fields, limits: RequestLimits, *, request_id: RequestId, draw_seed: Callable[[], int]
+) -> Request:
+    """The checked request. Raises `InvalidRequest`, with `details.field`, or `ModelNotFound`.
+
+    `request_id` is used where the caller sent none, and `draw_seed` where there is no seed.
+    """
+    for name in fields:
+        if name not in FIELD_NAMES:
+            raise _unknown_field(name)
+    try:
+        asked = msgspec.convert(fields, _Fields)
+    except msgspec.ValidationError as exc:
+        raise _invalid_field(exc) from exc
+    if asked.model is not None and asked.model != limits.model_name:
+        raise ModelNotFound(
+            f"this worker serves the model {limits.model_name}, not {asked.model[:128]}",
+            details={"model": limits.model_name},
+        )
+    if (asked.prompt is None) == (asked.messages is None):
+        how = "neither is" if asked.prompt is None else "both are"
+        raise InvalidRequest(
+            f"send exactly one of messages and prompt; {how} there", details={"field": "messages"}
+        )
+    return Request(
+        request_id=request_id,
+        prompt=asked.prompt,
+        messages=tuple(
+            ChatMessage(role=message.role, content=_text_of(message.content))
+            for message in asked.messages or ()
+        ),
+        max_tokens=_at_most("max_tokens", asked.max_tokens, limits.max_tokens_limit),
+        sampling=Sampling(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=_logit_bias(asked.logit_bias or {}),
+            seed=asked.seed if asked.seed is not None else draw_seed(),
+            logprobs=asked.logprobs,
+            top_logprobs=_top_logprobs(asked),
+        ),
+        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+        stream=asked.stream,
+        priority=_level(asked, limits),
+        timeout_s=(
+            _at_most("timeout_ms", asked.timeout_ms, limits.timeout_limit_ms)
+            or limits.default_timeout_ms
+        )
+        / 1000,
+    )
+
+
+def _unknown_field(name: str) -> InvalidRequest:
+    known = (*FIELD_NAMES, *_OTHER_SPELLINGS)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidRequest(
+        f"{name[:64]} is not a field of a request{hint}", details={"field": name[:64]}
+    )
+
+
+def _invalid_field(exc: msgspec.ValidationError) -> InvalidRequest:
+    """`Expected … - at $.a[0].b`, with the path first and without the dollar sign."""
+    # The last such words: those before it may be the caller's own.
+    what, _, path = str(exc).rpartition(" - at `$.")
+    where = path.removesuffix("`")
+    return InvalidRequest(
+        f"{where}: {what[:_QUOTED_MAX]}", details={"field": re.split(r"[.\[]", where)[0]}
+    )
+
+
+def _json_name(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _text_of(content: str | list[_TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _at_most(name: str, value: int | None, limit: int) -> int | None:
+    if value is not None and value > limit:
+        raise InvalidRequest(
+            f"{name}: {value} is over this worker's limit of {limit}",
+            details={"field": name, "limit": limit},
+        )
+    return value
+
+
+def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    if len(bias) > _LOGIT_BIAS_MAX:
+        raise InvalidRequest(
+            f"logit_bias: {len(bias)} entries; at most {_LOGIT_BIAS_MAX} are taken",
+            details={"field": "logit_bias", "limit": _LOGIT_BIAS_MAX},
+        )
+    for token in bias:
+        if not (token.isascii() and token.isdigit() and len(token) <= 10):
+            raise InvalidRequest(
+                f"logit_bias: {token[:64]!r} is not the number of a token",
+                details={"field": "logit_bias"},
+            )
+    return tuple(sorted((int(token), value) for token, value in bias.items()))
+
+
+def _top_logprobs(asked: _Fields) -> int:
+    if asked.top_logprobs and not asked.logprobs:
+        raise InvalidRequest(
+            "top_logprobs: needs logprobs: true beside it", details={"field": "top_logprobs"}
+        )
+    return asked.top_logprobs
+
+
+def _level(asked: _Fields, limits: RequestLimits) -> int:
+    priority, levels = asked.priority, limits.priority_levels
+    if priority is None:
+        return limits.default_streaming if asked.stream else limits.default_buffered
+    if isinstance(priority, str):
+        if priority in NAMES:
+            return level_of(priority, levels)
+    elif 0 <= priority < levels:
+        return priority
+    raise InvalidRequest(
+        f"priority: {str(priority)[:64]!r} is none of high, medium, low, 0…{levels - 1}",
+        details={"field": "priority", "levels": levels},
+    )
+
+
+# --- writing ------------------------------------------------------------------------------
+
+HEADER_REQUEST_ID = "Request-Id"
+HEADER_WORKER_ID = "Worker-Id"
+HEADER_SEQUENCE = "Sequence"
+HEADER_TERMINAL = "Terminal"
+HEADER_ERROR = "Nats-Service-Error"
+HEADER_ERROR_NUMBER = "Nats-Service-Error-Code"
+
+
+class _PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of tokens, as OpenAI names them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: _PromptTokensDetails
+
+    @classmethod
+    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=_PromptTokensDetails(cached_tokens=cached),
+        )
+
+
+class WorkerNote(msgspec.Struct, frozen=True, kw_only=True):
+    """What the worker says about how it served the request."""
+
+    id: str
+    request_id: str
+    seed: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    priority: str
+    resumed: int
+    degraded: tuple[str, ...]
+
+
+class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class _Alternative(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+
+
+class _TokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    top_logprobs: tuple[_Alternative, ...]
+
+
+class _Logprobs(msgspec.Struct, frozen=True):
+    content: tuple[_TokenLogprob, ...]
+
+
+class _ChatMessageOut(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class _Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `delta`, `message` and `text` is set; the others are left out."""
+
+    index: int = 0
+    delta: _Delta | msgspec.UnsetType = msgspec.UNSET
+    message: _ChatMessageOut | msgspec.UnsetType = msgspec.UNSET
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: tuple[_Choice]
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    worker: WorkerNote | msgspec.UnsetType = msgspec.UNSET
+
+
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerWriter:
+    """Writes the bodies of one request's answer."""
+
+    request_id: RequestId
+    model: str
+    created: int
+    """Seconds since the epoch."""
+    chat: bool
+
+    def opening(self) -> bytes:
+        """The first chunk of a stream: the request has been admitted."""
+        return self._chunk(_Delta(role="assistant"), "")
+
+    def keep_alive(self) -> bytes:
+        """An empty chunk: the request is alive and nothing can be shown yet."""
+        return self._chunk(_Delta(), "")
+
+    def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
+        return self._chunk(_Delta(content=text), text, logprobs=logprobs)
+
+    def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
+        """The last chunk of a stream."""
+        return self._chunk(_Delta(), "", finish=finish, usage=usage, note=note)
+
+    def whole(
+        self,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...] | None,
+        finish: FinishReason,
+        usage: Usage,
+        note: WorkerNote,
+    ) -> bytes:
+        """The only message of an answer that is not streamed."""
+        if self.chat:
+            message = _ChatMessageOut(role="assistant", content=text)
+            choice = _Choice(message=message, logprobs=_logprobs(logprobs), finish_reason=finish)
+        else:
+            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._encode(kind, choice, usage, note)
+
+    def _chunk(
+        self,
+        delta: _Delta,
+        text: str,
+        *,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        finish: FinishReason | None = None,
+        usage: Usage | msgspec.UnsetType = msgspec.UNSET,
+        note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
+    ) -> bytes:
+        if self.chat:
+            choice = _Choice(delta=delta, logprobs=_logprobs(logprobs), finish_reason=finish)
+        else:
+            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return self._encode(kind, choice, usage, note)
+
+    def _encode(
+        self,
+        kind: str,
+        choice: _Choice,
+        usage: Usage | msgspec.UnsetType,
+        note: WorkerNote | msgspec.UnsetType,
+    ) -> bytes:
+        return _encoder.encode(
+            _Answer(
+                id=f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
+                object=kind,
+                created=self.created,
+                model=self.model,
+                choices=(choice,),
+                usage=usage,
+                worker=note,
+            )
+        )
+
+
+def _logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> _Logprobs | None:
+    if logprobs is None:
+        return None
+    return _Logprobs(
+        content=tuple(
+            _TokenLogprob(
+                token=each.token,
+                logprob=each.logprob,
+                top_logprobs=tuple(_Alternative(token, value) for token, value in each.top),
+            )
+            for each in logprobs
+        )
+    )
+
+
+def error_body(error: WorkerError, retry_after_ms: int | None) -> bytes:
+    """The body of an error reply; `retry_after_ms` is null where retrying would not help."""
+    return _encoder.encode(
+        {
+            "error": {
+                "code": error.code,
+                "message": error.message,
+                "retryable": error.retryable,
+                "retry_after_ms": retry_after_ms if error.retryable else None,
+                "details": error.details,
+            }
+        }
+    )
+
+
+def headers(
+    *,
+    request_id: RequestId,
+    worker_id: str,
+    sequence: int,
+    terminal: bool,
+    error: WorkerError | None = None,
+) -> dict[str, str]:
+    """The headers of one message of an answer; `sequence` counts 0, 1, 2 and so on."""
+    values = {
+        HEADER_REQUEST_ID: request_id,
+        HEADER_WORKER_ID: worker_id,
+        HEADER_SEQUENCE: str(sequence),
+    }
+    if terminal:
+        values[HEADER_TERMINAL] = "error" if error else "done"
+    if error:
+        values[HEADER_ERROR_NUMBER] = str(error.number)
+        values[HEADER_ERROR] = f"{error.code}: {error.message}"[:512]
+    return values
+
+
+# --- the control subject ------------------------------------------------------------------
+
+
+class _CancelBody(msgspec.Struct):
+    request_id: str
+
+
+def cancelled_id(body: bytes) -> RequestId | None:
+    """The id in a message on `inference.cancel`; None if there is none to be found."""
+    try:
+        return RequestId(msgspec.json.decode(body, type=_CancelBody).request_id)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def cancel_reply(request_id: RequestId, *, cancelled: bool) -> bytes:
+    return _encoder.encode({"request_id": request_id, "cancelled": cancelled})
