@@ -12,7 +12,14 @@ from trio_worker.core.formation import Formation, Trigger, Wait
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.errors import QueueFull, RequestTimeout
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.monitoring.counters import BatchCounters, RequestCounters, Samples, Throughput
+from trio_worker.monitoring.counters import (
+    BatchCounters,
+    Latency,
+    RequestCounters,
+    Samples,
+    Throughput,
+)
+from trio_worker.monitoring.metrics import QUEUE_WAIT, HistogramMetric
 from trio_worker.monitoring.snapshot import Percentiles
 from trio_worker.protocol.turn import EngineMemory
 
@@ -28,6 +35,15 @@ def test_percentiles_are_the_nearest_ranks_of_the_last_1024() -> None:
         samples.add(float(value))
     # Of 1…1024: the first two have gone.
     assert samples.percentiles() == Percentiles(p50=513.0, p95=973.0, p99=1014.0)
+
+
+def test_a_latency_is_kept_in_ms_for_the_snapshot_and_in_seconds_for_the_histogram() -> None:
+    histogram = HistogramMetric(QUEUE_WAIT)
+    latency = Latency(histogram)
+    latency.observe(0.25, "high")
+    latency.observe(0.5, "low")
+    assert latency.percentiles_ms() == Percentiles(p50=500.0, p95=500.0, p99=500.0)
+    assert histogram.sums == {("high",): 0.25, ("low",): 0.5}
 
 
 @given(st.lists(st.tuples(st.floats(0, 15), st.integers(0, 9)), max_size=60))

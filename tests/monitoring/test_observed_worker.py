@@ -198,17 +198,17 @@ def count(parts: Parts) -> None:
     for _ in range(2):
         counters.answer("inference", InvalidRequest("wrong"))
     counters.dropped = 4
-    for start, samples in enumerate(
+    for start, latency in enumerate(
         (
-            counters.queue_wait_ms,
-            counters.time_to_first_token_ms,
-            counters.inter_token_ms,
-            counters.request_ms,
-            counters.cancel_ms,
+            counters.queue_wait,
+            counters.time_to_first_token,
+            counters.inter_token,
+            counters.request,
+            counters.cancel,
         )
     ):
         for value in range(200):
-            samples.add(1000.0 * start + value)
+            latency.observe(start + value / 1000)
     counters.throughput.add(25, now=trio.current_time())
 
 

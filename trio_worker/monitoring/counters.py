@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 
 from trio_worker.errors import WorkerError
-from trio_worker.monitoring.metrics import Metrics
+from trio_worker.monitoring.metrics import HistogramMetric, Metrics
 from trio_worker.monitoring.snapshot import Percentiles
 from trio_worker.protocol.turn import EngineMemory
 
@@ -32,6 +32,23 @@ class Samples:
             return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
         return Percentiles(p50=rank(0.50), p95=rank(0.95), p99=rank(0.99))
+
+
+class Latency:
+    """One kind of waiting, kept for both who ask: the latest values, and the histogram of all."""
+
+    def __init__(self, histogram: HistogramMetric) -> None:
+        self._histogram = histogram
+        self._latest_ms = Samples()
+
+    def observe(self, seconds: float, *labels: str) -> None:
+        """It has taken `seconds` once; `labels` are the histogram's."""
+        self._latest_ms.add(1000 * seconds)
+        self._histogram.observe(seconds, labels)
+
+    def percentiles_ms(self) -> Percentiles:
+        """Of the last 1024 values, in milliseconds."""
+        return self._latest_ms.percentiles()
 
 
 class Throughput:
@@ -73,11 +90,11 @@ class RequestCounters:
         self.by_outcome: Counter[str] = Counter()
         """`ok` or the error's code."""
         self.dropped = 0
-        self.queue_wait_ms = Samples()
-        self.time_to_first_token_ms = Samples()
-        self.inter_token_ms = Samples()
-        self.request_ms = Samples()
-        self.cancel_ms = Samples()
+        self.queue_wait = Latency(self.metrics.queue_wait)
+        self.time_to_first_token = Latency(self.metrics.time_to_first_token)
+        self.inter_token = Latency(self.metrics.inter_token)
+        self.request = Latency(self.metrics.request_seconds)
+        self.cancel = Latency(self.metrics.cancel_latency)
         """From the end of a request before its answer's end to its slot being free."""
         self.throughput = Throughput()
 

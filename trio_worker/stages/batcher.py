@@ -232,8 +232,7 @@ class _Batcher:
                 head.degraded.append(DegradationStep.CAP_TOKENS)
             self._queue.take_nowait(head)
             if head.batched_at is None:
-                self._counters.queue_wait_ms.add(1000 * (now - head.arrived_at))
-                self._metrics.queue_wait.observe(now - head.arrived_at, self._label(head))
+                self._counters.queue_wait.observe(now - head.arrived_at, self._priority(head))
             self._scheduler.enter(head, now=now)
             self._door.batched(head)
             entered.append(head)
@@ -329,7 +328,6 @@ class _Batcher:
                 logger.bind(request_id=admit.request_id).debug(
                     "Resumes after {} tokens", len(admit.produced)
                 )
-        counters = self._counters
         began_at = trio.current_time()
         if trim:
             self._trimmed_at = began_at
@@ -338,8 +336,7 @@ class _Batcher:
         self._metrics.turn_seconds.observe(now - began_at)
         for sequence in self._scheduler.removed:
             if sequence.left_at is not None:
-                counters.cancel_ms.add(1000 * (now - sequence.left_at))
-                self._metrics.cancel_latency.observe(now - sequence.left_at)
+                self._counters.cancel.observe(now - sequence.left_at)
         sampled = set[RequestId]()
         for output in report.outputs:
             self._sample(output, now, again=output.request_id in sampled)
@@ -425,12 +422,9 @@ class _Batcher:
             logger.bind(request_id=sequence.request_id).debug(
                 "First token after {} ms", round(1000 * first_s)
             )
-            self._counters.time_to_first_token_ms.add(1000 * first_s)
-            self._metrics.time_to_first_token.observe(first_s, self._label(sequence))
+            self._counters.time_to_first_token.observe(first_s, self._priority(sequence))
         else:
-            gap_s = now - last_at
-            self._counters.inter_token_ms.add(1000 * gap_s)
-            self._metrics.inter_token.observe(gap_s)
+            self._counters.inter_token.observe(now - last_at)
 
     def _log_turn(self, deliveries: list[Delivery]) -> None:
         """Who has come to an end in this turn, and whether the batch has."""
@@ -439,8 +433,8 @@ class _Batcher:
             left = len(self._scheduler.running)
             logger.debug("Batch completed {}: {} running", _ids(ended), left)
 
-    def _label(self, sequence: Sequence) -> tuple[str]:
-        return (name_of(sequence.level, self._rules.levels),)
+    def _priority(self, sequence: Sequence) -> str:
+        return name_of(sequence.level, self._rules.levels)
 
     def _hand_out(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:

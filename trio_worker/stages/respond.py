@@ -270,7 +270,7 @@ def _count(
     counters.answer(sequence.subject, error, after_s=now - sequence.arrived_at)
     metrics = counters.metrics
     metrics.requests.add(labels=(outcome, priority))
-    metrics.request_seconds.observe(now - sequence.arrived_at, (outcome,))
+    counters.request.observe(now - sequence.arrived_at, outcome)
     if sequence.ending is not None:
         metrics.cancellations.add(labels=(sequence.ending.value, stage.value))
     if sequence.batched_at is not None:
@@ -279,7 +279,6 @@ def _count(
     metrics.generated_tokens.add(len(sequence.produced))
     if sequence.resumed:
         metrics.resumed.add()
-    counters.request_ms.add(1000 * (now - sequence.arrived_at))
     if error is None and sequence.batched_at is not None:
         rate.record(now - sequence.batched_at)
 
