@@ -24,7 +24,7 @@ from trio_worker.core.prefill import CHUNK_FIRST, CHUNK_MIN, PrefillBudget
 from trio_worker.core.priority import level_of, name_of
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.scheduler import PROOF_TOKENS, Scheduler
+from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import (
     TRANSITIONS,
     Ending,
@@ -33,6 +33,7 @@ from trio_worker.core.sequence import (
     Stage,
     queue_key,
 )
+from trio_worker.core.trial import PROOF_TOKENS
 from trio_worker.errors import (
     DuplicateRequest,
     QueueFull,
@@ -550,7 +551,11 @@ def test_which_reply_subjects_may_be_answered(subject: str | None, *, permitted:
 
 
 def make_scheduler(slots: int = 4) -> Scheduler:
-    return Scheduler(slots=slots, prefill=PrefillBudget(chunk_max=64, gap_target_s=0.2))
+    return Scheduler(
+        slots=slots,
+        prefill=PrefillBudget(chunk_max=64, gap_target_s=0.2),
+        ledger=ReservationLedger(limit_bytes=0),
+    )
 
 
 def enter(scheduler: Scheduler, *request_ids: str) -> list[Sequence]:

@@ -10,14 +10,9 @@ from support.factories import make_report, make_sequence
 
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
-from trio_worker.core.scheduler import (
-    PREEMPTIONS_MAX,
-    PROOF_TOKENS,
-    SUSPECT_CRASHES,
-    Delivery,
-    Scheduler,
-)
+from trio_worker.core.scheduler import PREEMPTIONS_MAX, Delivery, Scheduler
 from trio_worker.core.sequence import Event, Sequence, Stage
+from trio_worker.core.trial import PROOF_TOKENS, SUSPECT_CRASHES
 from trio_worker.protocol.turn import (
     Admit,
     FinishReason,
@@ -178,16 +173,19 @@ def test_under_pressure_there_are_half_the_slots_but_one_and_half_the_prefill_bu
     scheduler.shrunk = True
     assert scheduler.free_slots == 0, "never less than none"
     assert scheduler.plan().prefill_tokens == 50
-    few = Scheduler(slots=2, prefill=PrefillBudget(chunk_max=12, gap_target_s=0.2))
+    few = Scheduler(
+        slots=2,
+        prefill=PrefillBudget(chunk_max=12, gap_target_s=0.2),
+        ledger=ReservationLedger(limit_bytes=0),
+    )
     enter(few, "a")
     few.shrunk = True
     assert few.plan().prefill_tokens == 8
 
 
-def test_without_a_ledger_everything_fits() -> None:
-    scheduler = Scheduler(slots=1, prefill=SpokenBudget())
+def test_before_the_model_is_loaded_everything_fits() -> None:
+    scheduler = make_scheduler(1, bytes_per_token=0)
     enter(scheduler, "a")
-    assert scheduler.ledger.limit_bytes == 0
     assert scheduler.ledger.reserved_bytes == 0
 
 

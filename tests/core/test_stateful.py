@@ -21,8 +21,9 @@ from trio_worker.core.memory import MB, MemoryReading, PressureGauge, Reservatio
 from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.scheduler import PROOF_TOKENS, Delivery, Scheduler
+from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Event, Sequence, Stage
+from trio_worker.core.trial import PROOF_TOKENS
 from trio_worker.errors import DuplicateRequest, QueueFull, ResourceLimitExceeded, WorkerDraining
 from trio_worker.protocol.turn import (
     EngineMemory,

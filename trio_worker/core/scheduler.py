@@ -3,9 +3,8 @@
 Rule 1: the engine holds exactly the running sequences, and those withdrawn since the last plan.
 Rule 2: a sequence that left the running set gets no further output.
 Rule 3: every running sequence holds a reservation, from when it enters until it leaves.
-Rule 4: after a loss of the engine every running sequence comes back with the tokens it has; when
-two crashes in a row had the same sequences aboard, these return alone, newest first, each until
-it is `PROOF_TOKENS` past where it was, so that only the one that brings the engine down fails.
+Rule 4: after a loss of the engine every running sequence comes back with the tokens it has, on
+trial alone (core/trial.py) if it may be what the engine was lost for.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.prefill import CHUNK_MIN, PrefillBudget
 from trio_worker.core.sequence import Event, Sequence, Stage
+from trio_worker.core.trial import Trial
 from trio_worker.protocol.turn import Admit, Output, Report, RequestId, SequenceFailure, Work
 
-SUSPECT_CRASHES = 2
-PROOF_TOKENS = 16
 PREEMPTIONS_MAX = 2
-"""A request gives its slot to a more urgent one at most so often."""
+"""How often at most a request gives its slot to a more urgent one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +30,11 @@ class Delivery:
 
 
 class Scheduler:
-    """All its state: the running sequences, which of them are resident, and who is on trial."""
+    """All its state: the running sequences, which of them are resident, and the trial."""
 
-    def __init__(
-        self, *, slots: int, prefill: PrefillBudget, ledger: ReservationLedger | None = None
-    ) -> None:
+    def __init__(self, *, slots: int, prefill: PrefillBudget, ledger: ReservationLedger) -> None:
         self.slots = slots
-        self.ledger = ledger or ReservationLedger(limit_bytes=0)
+        self.ledger = ledger
         self.shrunk = False
         """Under pressure: half the slots, half the prefill."""
         self.freed_at = float("-inf")
@@ -50,15 +46,12 @@ class Scheduler:
         self._prefill = prefill
         self._resident: set[RequestId] = set()
         self._leaving: dict[RequestId, Sequence] = {}
-        self._trial: list[Sequence] = []
-        """Suspects still to be tried, the one being tried last."""
-        self._trial_until = 0
-        """The number of produced tokens at which the one being tried is cleared."""
+        self._trial = Trial()
 
     @property
     def free_slots(self) -> int:
         """How many sequences may enter now: none while suspects are on trial."""
-        return 0 if self._trial else max(0, self.slots_now - len(self.running))
+        return 0 if self._trial.is_on else max(0, self.slots_now - len(self.running))
 
     @property
     def slots_now(self) -> int:
@@ -97,7 +90,7 @@ class Scheduler:
         None if there is none, or if those have been preempted often enough. Since keys age, one
         that has waited its bound cannot be pushed aside.
         """
-        if self._trial:
+        if self._trial.is_on:
             return None
         candidates = [
             each
@@ -141,7 +134,8 @@ class Scheduler:
         self.removed = tuple(self._leaving.values())
         self._resident.difference_update(removed)
         self._leaving.clear()
-        active = self._trial[-1:] or list(self.running.values())
+        tried = self._trial.tried
+        active = list(self.running.values()) if tried is None else [tried]
         admitted = [each for each in active if each.request_id not in self._resident]
         for each in admitted:
             if each.stage is Stage.RESUMING:
@@ -216,7 +210,7 @@ class Scheduler:
         sequence.last_token_at = now
         if ended:
             self._forget(sequence)
-        elif sequence in self._trial and len(sequence.produced) >= self._trial_until:
+        elif self._trial.has_proof(sequence):
             self._acquit(sequence)
         return Delivery(sequence=sequence, output=output)
 
@@ -232,9 +226,8 @@ class Scheduler:
     def lost(self, *, blameless: bool) -> list[Delivery]:
         """The engine is gone with all it held; returns the failure of the guilty, if found.
 
-        The guilty's `crashes` are then those that it caused.
-
-        `blameless`: the loss was planned, and no sequence can have caused it.
+        The guilty's `crashes` are then those that it caused. `blameless`: the loss was planned,
+        and no sequence can have caused it.
         """
         aboard = [each for each in self.running.values() if each.request_id in self._resident]
         self._resident.clear()
@@ -243,28 +236,15 @@ class Scheduler:
         for each in aboard:
             each.advance(Event.ENGINE_LOST)
             each.resumed += 1
-        if blameless:
+        guilty = None if blameless else self._trial.crashed(aboard)
+        if guilty is None:
             return []
-        if self._trial:
-            guilty = self._trial[-1]
-            if guilty not in aboard:
-                return []
-            crashes = guilty.crashes + 1
-            for each in self._trial:
-                each.crashes = 0
-            self._trial.clear()
-            self._forget(guilty)
-            guilty.crashes = crashes
-            failure = SequenceFailure(
-                request_id=guilty.request_id,
-                message="the engine ended each time it computed this request, the last time alone",
-            )
-            return [Delivery(sequence=guilty, output=failure)]
-        for each in aboard:
-            each.crashes += 1
-        self._trial = [each for each in aboard if each.crashes >= SUSPECT_CRASHES]
-        self._call_next()
-        return []
+        self._forget(guilty)
+        failure = SequenceFailure(
+            request_id=guilty.request_id,
+            message="the engine ended each time it computed this request, the last time alone",
+        )
+        return [Delivery(sequence=guilty, output=failure)]
 
     def abandon(self) -> None:
         """Forget everybody: a fault may have left anything half done. The engine has to go too."""
@@ -272,24 +252,15 @@ class Scheduler:
         self.removed = ()
         self._resident.clear()
         self._leaving.clear()
-        self._trial.clear()
+        self._trial = Trial()
         self.ledger.release_all()
         self._prefill.restarted()
 
     def _acquit(self, sequence: Sequence) -> None:
-        """This sequence is no suspect any more, if it was one; its successor is tried next."""
-        if sequence not in self._trial:
-            return
-        sequence.crashes = 0
-        was_tried = sequence is self._trial[-1]
-        self._trial.remove(sequence)
-        if was_tried and self._trial:
-            self._call_next()
-            if sequence.request_id in self.running and sequence.request_id in self._resident:
-                # The next one is tried alone; the acquitted come back when all have been tried.
-                self._leaving[sequence.request_id] = sequence
-                sequence.advance(Event.ENGINE_LOST)
-
-    def _call_next(self) -> None:
-        if self._trial:
-            self._trial_until = len(self._trial[-1].produced) + PROOF_TOKENS
+        """It is no suspect any more; it makes room if the next one is to be tried alone."""
+        another_is_tried = self._trial.acquit(sequence)
+        is_aboard = sequence.request_id in self.running and sequence.request_id in self._resident
+        if another_is_tried and is_aboard:
+            # The acquitted come back when all have been tried.
+            self._leaving[sequence.request_id] = sequence
+            sequence.advance(Event.ENGINE_LOST)
