@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import trio
@@ -17,6 +16,7 @@ from trio_worker import launch
 from trio_worker.nats.broker import open_nats_broker
 from trio_worker.ports import Message
 from trio_worker.wire import native
+from trio_worker.worker import World
 
 WORDS = 624
 """Of 32 bits: as many as the state of a Mersenne Twister has."""
@@ -51,16 +51,15 @@ def words_of(request_id: str) -> list[int]:
 
 async def production_source(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """What `launch` gives a worker to draw from."""
-    given: dict[str, Any] = {}
+    given: list[World] = []
 
-    async def run_worker(_config: object, **options: Any) -> None:
+    async def run_worker(_config: object, world: World) -> None:
         await trio.lowlevel.checkpoint()
-        given.update(options)
+        given.append(world)
 
     monkeypatch.setattr(launch, "run_worker", run_worker)
     await launch.launch(make_config(), engine="simulated", stops=_never())
-    source: random.Random = given["rng"]
-    return source
+    return given[0].rng
 
 
 class _never:  # noqa: N801 - an iterator that yields nothing

@@ -130,6 +130,9 @@ class ResourceLimitExceeded(WorkerError):
     retryable = True
 
 
+SHUTTING_DOWN = "this worker is shutting down; ask another one"
+
+
 class WorkerDraining(WorkerError):
     """The worker is shutting down; another one may serve the request."""
 

@@ -24,7 +24,7 @@ from trio_worker.ports import Broker, Engine, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
 from trio_worker.supervisor.engine_process import open_engine
-from trio_worker.worker import run_worker
+from trio_worker.worker import World, run_worker
 
 EngineKind: TypeAlias = Literal["mlx", "simulated"]
 
@@ -51,8 +51,7 @@ async def launch(
             on_progress(step, done, total, unit)
 
     with open_service_manager(os.environ) as service_manager, open_stack_sampler() as sampler:
-        await run_worker(
-            config,
+        world = World(
             stops=stops,
             open_broker=lambda: open_configured_broker(
                 config, name=f"trio-worker {config.worker.id}"
@@ -70,6 +69,7 @@ async def launch(
             standing=standing,
             sampler=sampler,
         )
+        await run_worker(config, world)
 
 
 @asynccontextmanager

@@ -70,16 +70,16 @@ def test_the_state_follows_whatever_decides_about_it_at_once() -> None:
     happens("closed", door.close)
     happens("lost", lambda: door.set_engine_ready(ready=False))
     assert story == [
-        ("new", "shut"),
+        ("new", "paused"),
         ("ready", "open"),
-        ("lost", "shut"),
+        ("lost", "paused"),
         ("back", "open"),
-        ("critical", "shut"),
+        ("critical", "paused"),
         ("normal", "open"),
         ("one in", "open"),
         ("more in", "open"),
-        ("more in", "shut"),
-        ("in the batch", "shut"),
+        ("more in", "paused"),
+        ("in the batch", "paused"),
         ("gone", "open"),
         ("gone", "open"),
         ("closed", "closed"),

@@ -22,7 +22,7 @@ from trio_worker.core.memory import MemoryReading
 from trio_worker.ports import Broker, Engine, Message
 from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
 from trio_worker.simulated.engine import Faults, open_simulated_engine
-from trio_worker.worker import run_worker
+from trio_worker.worker import World, run_worker
 
 from .harness import run_deterministic
 from .plan import WORDS
@@ -115,8 +115,7 @@ def soak(*, hours: float, rate: float, seed: int) -> tuple[Ledger, list[Sample]]
                 yield engine
 
         async def run() -> None:
-            await run_worker(
-                config,
+            world = World(
                 stops=stops,
                 open_broker=open_broker,
                 open_engine=open_engine,
@@ -125,6 +124,7 @@ def soak(*, hours: float, rate: float, seed: int) -> tuple[Ledger, list[Sample]]
                 wall_clock=lambda: 1_700_000_000.0,
                 on_ready=lambda _: ready.set(),
             )
+            await run_worker(config, world)
 
         async with open_memory_broker(server, name="caller") as caller:
             await caller.subscribe("_INBOX.soak.*", ledger.take)

@@ -25,7 +25,6 @@ from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.errors import DuplicateRequest, ResourceLimitExceeded, WorkerError
-from trio_worker.flow.door import Door
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.request_channel import PrioritySendChannel
 from trio_worker.protocol.turn import Report
@@ -191,11 +190,7 @@ def keep_alive_numbers_reused() -> Patch:
 
 
 def drain_forgets_the_waiting() -> Patch:
-    async def forgetful(door: Door, intake_ended: trio.Event, *_more: Any) -> None:
-        door.close()
-        await intake_ended.wait()
-
-    return mock.patch.object(worker_module, "_drain", forgetful)
+    return mock.patch.object(worker_module, "_end_without_a_token")
 
 
 def preempted_loses_its_tokens() -> Patch:

@@ -17,6 +17,7 @@ import trio
 from trio_worker import worker as worker_module
 from trio_worker.config import Config, load_config
 from trio_worker.flow import reply_stream as reply
+from trio_worker.flow import serving
 from trio_worker.ports import Broker, Engine, Message
 from trio_worker.simulated.broker import (
     MemoryBroker,
@@ -132,7 +133,7 @@ def watching(record: Record) -> Iterator[None]:
     """Let `record` know the parts that a worker makes for itself."""
     with ExitStack() as stack:
         for name in ("Admission", "Scheduler", "RequestQueue"):
-            real = getattr(worker_module, name)
+            real = getattr(serving, name)
             watch = getattr(
                 record,
                 {
@@ -142,7 +143,7 @@ def watching(record: Record) -> Iterator[None]:
                 }[name],
             )
             made = partial(_make_watched, real, watch)
-            stack.enter_context(mock.patch.object(worker_module, name, made))
+            stack.enter_context(mock.patch.object(serving, name, made))
         yield
 
 
@@ -191,8 +192,7 @@ async def _run(world: World, stops: trio.MemoryReceiveChannel[None]) -> None:
     how = "ok"
     try:
         with world.scope:
-            await worker_module.run_worker(
-                config,
+            given = worker_module.World(
                 stops=stops,
                 open_broker=open_broker,
                 open_engine=open_engine,
@@ -201,6 +201,7 @@ async def _run(world: World, stops: trio.MemoryReceiveChannel[None]) -> None:
                 wall_clock=lambda: 1_700_000_000.0,
                 on_ready=lambda _: record.note_ready(),
             )
+            await worker_module.run_worker(config, given)
     except Exception as exc:
         how = _described(exc)
         if "trio.Cancelled" in how:

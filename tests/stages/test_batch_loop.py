@@ -14,8 +14,10 @@ from support.worker_rig import Reply, Rig, running_worker
 from trio.testing import MockClock
 
 from trio_worker import worker as worker_module
+from trio_worker.core.batching import Batching
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
+from trio_worker.flow import serving
 from trio_worker.flow.request_channel import PrioritySendChannel, open_priority_channel
 from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS, CounterMetric
 from trio_worker.stages.batcher import _Batcher, run_batcher
@@ -97,7 +99,7 @@ def errors() -> Iterator[list[Any]]:
 @pytest.mark.parametrize("at_call", [1, 2, 7])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Scheduler, "plan"), (Scheduler, "book"), (Scheduler, "enter"), (_Batcher, "fill")],
+    [(Scheduler, "plan"), (Scheduler, "book"), (Scheduler, "enter"), (Batching, "fill")],
     ids=lambda each: each if isinstance(each, str) else each.__name__,
 )
 async def test_after_a_fault_every_request_goes_on_where_it_was(
@@ -226,7 +228,7 @@ async def test_when_the_queue_ends_the_loop_does(autojump_clock: MockClock) -> N
         codes.append((await rig.ask(prompt="x", max_tokens=50)).code)
 
     with (
-        mock.patch.object(worker_module, "open_priority_channel", opened),
+        mock.patch.object(serving, "open_priority_channel", opened),
         mock.patch.object(worker_module, "run_batcher", run),
     ):
         async with running_worker(ONE_SLOT) as rig:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from support.factories import make_admission, make_sequence
 from support.worker_rig import running_worker, subject_of
 from trio.testing import MockClock
@@ -138,7 +139,9 @@ def test_the_first_reason_to_end_is_the_one_that_counts() -> None:
     assert scene.endings == {"meant": Ending.CANCELLED}
 
 
-@pytest.mark.parametrize("buffer", ["has room", "is full", "is closed", "has ended"])
+@pytest.mark.parametrize(
+    "buffer", ["has room", "is full", "is closed", "has ended", "is let go of at the drain"]
+)
 @pytest.mark.parametrize("subject", ["inference.w1.ctl.*", "inference.cancel"])
 async def test_it_listens_until_cancelled_and_acts_itself_only_where_intake_cannot(
     autojump_clock: MockClock, buffer: str, subject: str
@@ -159,6 +162,7 @@ async def test_it_listens_until_cancelled_and_acts_itself_only_where_intake_cann
                 partial(
                     run_control,
                     broker=broker,
+                    door=scene.door,
                     worker_id="w1",
                     intake=send,
                     heartbeat=Heartbeat("intake", bound_s=10.0),
@@ -166,6 +170,9 @@ async def test_it_listens_until_cancelled_and_acts_itself_only_where_intake_cann
                 scene.control,
             )
             assert set(scene.broker.sinks) == {"inference.w1.ctl.*", "inference.cancel"}
+            if buffer == "is let go of at the drain":
+                scene.door.close()
+                await trio.testing.wait_all_tasks_blocked()
             scene.broker.sinks[subject](message)  # type: ignore[operator]
             if buffer == "has room":
                 assert scene.endings == {}, "it must not overtake its request"

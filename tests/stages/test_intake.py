@@ -208,7 +208,7 @@ async def test_what_a_subscription_still_brings_after_the_drain_is_refused(
         late = await rig.ask(prompt="x", max_tokens=1)
         assert late.error is not None
         assert (late.code, late.error.retryable) == ("WORKER_DRAINING", True)
-        assert late.error.message == "this worker is shutting down"
+        assert late.error.message == "this worker is shutting down; ask another one"
         await rig.finished.wait()
         monkeypatch.undo()
         rig.server._subscriptions.clear()

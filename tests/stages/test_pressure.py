@@ -428,7 +428,7 @@ async def test_what_the_engine_counts_decides_from_the_next_turn_on(
         await trio.sleep(0.05)
         assert rig.snapshot().resources.memory_mb == 2100.0
         assert not rig.overview.readiness().ok
-        assert rig.overview._door.state.value is DoorState.SHUT
+        assert rig.overview._door.state.value is DoorState.PAUSED
         assert not rig.overview._scheduler.ledger.fits(1)
         nursery.cancel_scope.cancel()
 

@@ -21,7 +21,7 @@ from trio_worker.ports import Broker, Message, ProgressSink, ServiceManager
 from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
 from trio_worker.simulated.engine import Faults, SimulatedEngine, open_simulated_engine
 from trio_worker.wire import subjects
-from trio_worker.worker import run_worker
+from trio_worker.worker import World, run_worker
 
 MB = 2**20
 WORKER_ID = "w1"
@@ -180,8 +180,7 @@ async def running_worker(
 
     async def run() -> None:
         try:
-            await run_worker(
-                config,
+            world = World(
                 stops=stops,
                 open_broker=open_broker,
                 open_engine=open_engine,
@@ -192,6 +191,7 @@ async def running_worker(
                 on_progress=on_progress,
                 service_manager=service_manager,
             )
+            await run_worker(config, world)
         finally:
             finished.set()
 

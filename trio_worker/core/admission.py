@@ -18,6 +18,7 @@ from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Event, Key, Sequence, Stage
 from trio_worker.errors import (
+    SHUTTING_DOWN,
     DuplicateRequest,
     QueueFull,
     RequestTimeout,
@@ -82,7 +83,7 @@ class Admission:
         """What speaks against taking this request now, if anything does."""
         request_id = sequence.request_id
         if self.draining:
-            return WorkerDraining("this worker is shutting down; ask another one")
+            return WorkerDraining(SHUTTING_DOWN)
         if request_id in self.in_flight:
             return DuplicateRequest(
                 f"a request with the id {request_id} is in flight on this worker",

@@ -57,3 +57,31 @@ class Formation:
             if now + patience_s < deadline:
                 return Wait(until=now + patience_s, trigger=Trigger.SINGLE)
         return Wait(until=deadline, trigger=Trigger.TIMEOUT)
+
+
+class RoomSince:
+    """Since when there has been room in the batch for the head of the queue, as far as is known.
+
+    Its state: when the engine became ready, and when a look at the queue last left somebody there.
+    """
+
+    def __init__(self) -> None:
+        self._ready_at = float("-inf")
+        self._blocked_at: float | None = None
+
+    def engine_ready(self, now: float) -> None:
+        """The engine has been waited for, and can take a turn."""
+        self._ready_at = now
+
+    def looked(self, now: float, *, somebody_is_left: bool) -> None:
+        """The head of the queue got what room there was; whoever is left found none."""
+        self._blocked_at = now if somebody_is_left else None
+
+    def at(self, now: float, *, freed_at: float) -> float:
+        """If the last look found no room, since a request was withdrawn after it (at `freed_at`).
+
+        Or else only since now: a turn has just ended, or there is memory again.
+        """
+        if self._blocked_at is None:
+            return self._ready_at
+        return max(self._ready_at, freed_at if freed_at > self._blocked_at else now)

@@ -19,7 +19,7 @@ from trio_worker.protocol.turn import RequestId
 class DoorState(StrEnum):
     OPEN = "open"
     """Callers should come here."""
-    SHUT = "shut"
+    PAUSED = "paused"
     """Callers had better ask elsewhere for the moment; who asks all the same may be let in."""
     CLOSED = "closed"
     """For good: the worker drains."""
@@ -30,7 +30,7 @@ class Door:
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
-        self.state: AsyncValue[DoorState] = AsyncValue(DoorState.SHUT)
+        self.state: AsyncValue[DoorState] = AsyncValue(DoorState.PAUSED)
         self.changed = trio.Event()
         """Set at the next change of anything that decides about admission, memory included."""
         self._places: dict[RequestId, trio.Event] = {}
@@ -46,11 +46,15 @@ class Door:
         self._changed()
 
     async def wait_place(self, sequence: Sequence) -> None:
-        """Return once the request holds a place. Cancelled: it holds none, or is given one yet.
+        """Return once the request holds a place; a checkpoint.
 
-        Either way `leave` puts things right.
+        Cancelled: it holds none, or has been given one meanwhile. Either way `leave` puts things
+        right.
         """
-        if (place := self._places.get(sequence.request_id)) is not None:
+        place = self._places.get(sequence.request_id)
+        if place is None:
+            await trio.lowlevel.checkpoint()
+        else:
             await place.wait()
 
     def batched(self, sequence: Sequence) -> None:
@@ -95,4 +99,4 @@ class Door:
         if self.admission.draining:
             self.state.value = DoorState.CLOSED
         else:
-            self.state.value = DoorState.OPEN if accepting else DoorState.SHUT
+            self.state.value = DoorState.OPEN if accepting else DoorState.PAUSED

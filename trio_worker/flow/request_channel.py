@@ -1,14 +1,14 @@
 """The request queue as a channel: core's sorted queue with two ends like a Trio memory channel's.
 
 `send_nowait` never has to wait, because a place was taken at admission; closing the sending end
-ends the receiving one with `EndOfChannel` once the queue is empty. What a memory channel has not:
-whoever receives waits for a depth, looks at the first and takes it or not, and a sequence can be
-taken out wherever it stands.
+ends the receiving one with `EndOfChannel` once the queue is empty. Unlike a memory channel it
+hands nothing out: whoever receives waits for a depth, and what is then taken, or left, or put
+back, is decided on the queue itself (core/batching.py). A sequence that ends early is withdrawn
+wherever it stands.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
@@ -82,30 +82,14 @@ class PrioritySendChannel(_End):
 
 @final
 class PriorityReceiveChannel(_End):
-    """The end that takes sequences, the most urgent first."""
+    """The end of who takes sequences out of the queue, and waits until there are some."""
 
     def __len__(self) -> int:
         return len(self._state.queue)
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._state.queue
-
-    def first(
-        self, *, hold_level: int | None = None, held_after: float = -math.inf
-    ) -> Sequence | None:
-        """The most urgent sequence, left where it is.
-
-        Those of `hold_level` that arrived after `held_after` are passed over.
-        """
-        return self._state.queue.first(hold_level=hold_level, held_after=held_after)
-
-    def take_nowait(self, sequence: Sequence) -> None:
-        """Take the sequence that `first` has just shown."""
-        self._state.queue.take(sequence)
-
-    def put_back_nowait(self, sequence: Sequence) -> None:
-        """Return a sequence to the place that its key gives it."""
-        self._state.queue.add(sequence)
+    def first(self) -> Sequence | None:
+        """The most urgent sequence, left where it is."""
+        return self._state.queue.first()
 
     async def wait_depth(self, depth: int) -> None:
         """Return once at least `depth` sequences are queued; nothing is taken.

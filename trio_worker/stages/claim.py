@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
-
 import trio
 from loguru import logger
 
@@ -15,7 +13,7 @@ CLAIM_S = 1.0
 """How long an answer may take. Where nobody listens, the server says so at once."""
 
 
-async def claim_id(broker: Broker, worker_id: str, reply_prefixes: Many[str]) -> None:
+async def claim_id(broker: Broker, worker_id: str, reply_prefixes: tuple[str, ...]) -> None:
     """Return once the id is ours. Raises `ConfigError` if another worker answers to it."""
     subject = subjects.ping(worker_id)
     inbox = broker.new_inbox()

@@ -6,13 +6,11 @@ buffer all the same, while there is one with room: a cancel message must not ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
-
 import trio
 from loguru import logger
 
 from trio_worker.core.sequence import Ending
-from trio_worker.flow.door import Door
+from trio_worker.flow.door import Door, DoorState
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Broker, Message
 from trio_worker.protocol.turn import RequestId
@@ -24,7 +22,7 @@ CANCEL_BODY = b"cancel"
 class Control:
     """Acts on messages about requests in flight."""
 
-    def __init__(self, broker: Broker, door: Door, reply_prefixes: Many[str]) -> None:
+    def __init__(self, broker: Broker, door: Door, reply_prefixes: tuple[str, ...]) -> None:
         self._broker = broker
         self._door = door
         self._reply_prefixes = reply_prefixes
@@ -60,6 +58,7 @@ async def run_control(
     control: Control,
     *,
     broker: Broker,
+    door: Door,
     worker_id: str,
     intake: trio.MemorySendChannel[Message],
     heartbeat: Heartbeat,
@@ -67,8 +66,9 @@ async def run_control(
 ) -> None:
     """Listen until cancelled. Started when the subscriptions stand.
 
-    Messages go into `intake`, whose owner closes it; from then on, and while it is full, they are
-    acted on here. `heartbeat` is intake's.
+    Messages go into `intake`, a clone of its own, until the door closes; from then on, and while
+    it is full, they are acted on here: a request that such a message may overtake is refused
+    anyhow. `heartbeat` is intake's.
     """
 
     def take(message: Message) -> None:
@@ -78,7 +78,9 @@ async def run_control(
         except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
             control.act(message)
 
-    await broker.subscribe(subjects.control(worker_id, "*"), take)
-    await broker.subscribe(subjects.CANCEL, take)
-    task_status.started()
+    with intake:
+        await broker.subscribe(subjects.control(worker_id, "*"), take)
+        await broker.subscribe(subjects.CANCEL, take)
+        task_status.started()
+        await door.state.wait_value(lambda state: state is DoorState.CLOSED)
     await trio.sleep_forever()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Awaitable, Callable
-from collections.abc import Sequence as Many
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -19,9 +18,10 @@ from loguru import logger
 from trio_util import move_on_when
 
 from trio_worker.core.sequence import Sequence, queue_key
-from trio_worker.errors import QueueFull, WorkerDraining, WorkerError
+from trio_worker.errors import SHUTTING_DOWN, QueueFull, WorkerDraining, WorkerError
 from trio_worker.flow.door import Door, DoorState
 from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.ports import Broker, Message, Subscription
@@ -49,15 +49,13 @@ def open_intake_buffer() -> IntakeBuffer:
 async def run_intake(
     requests: trio.Nursery,
     *,
+    serving: Serving,
     broker: Broker,
-    door: Door,
     respond: Respond,
     buffer: IntakeBuffer,
     act_on_control: Callable[[Message], None],
-    limits: native.RequestLimits,
     worker_id: str,
-    reply_prefixes: Many[str],
-    aging_s: float | None,
+    reply_prefixes: tuple[str, ...],
     counters: RequestCounters,
     rng: random.Random,
     heartbeat: Heartbeat,
@@ -70,14 +68,12 @@ async def run_intake(
     in the buffer are lost, as they would be in the network.
     """
     reception = _Reception(
+        serving,
         broker=broker,
-        limits=limits,
         worker_id=worker_id,
-        reply_prefixes=tuple(reply_prefixes),
-        aging_s=aging_s,
+        reply_prefixes=reply_prefixes,
         counters=counters,
         rng=rng,
-        door=door,
     )
     send, receive = buffer
 
@@ -88,14 +84,14 @@ async def run_intake(
         except trio.WouldBlock:
             reception.refuse(message, QueueFull("more requests arrive than this worker can read"))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
-            reception.refuse(message, WorkerDraining("this worker is shutting down"))
+            reception.refuse(message, WorkerDraining(SHUTTING_DOWN))
 
     async with receive, trio.open_nursery() as nursery:
         await nursery.start(
             partial(_hold_subscriptions, worker_id=worker_id, offer=offer, send=send),
             broker,
-            door,
-            limits.model_name,
+            serving.door,
+            serving.limits.model_name,
         )
         task_status.started()
         heartbeat.rest(Awaited.WORK)
@@ -126,11 +122,11 @@ async def _hold_subscriptions(
         held: list[Subscription] = [await broker.subscribe(subjects.direct(worker_id), offer)]
         try:
             task_status.started()
-            while await door.state.wait_value(_not_shut) is DoorState.OPEN:
-                # While NATS is away subscribing waits; the door may shut or close meanwhile.
+            while await door.state.wait_value(_not_paused) is DoorState.OPEN:
+                # While NATS is away subscribing waits; the door may pause or close meanwhile.
                 async with move_on_when(door.state.wait_value, _not_open):
                     await _hold_shared(broker, model_name, offer, held)
-                if door.state.value is DoorState.SHUT:
+                if door.state.value is DoorState.PAUSED:
                     shared, held = held[1:], held[:1]
                     with trio.move_on_after(SUBSCRIPTION_DRAIN_S):
                         await _drain(shared)
@@ -151,15 +147,15 @@ async def _hold_shared(
     await trio.sleep_forever()
 
 
-def _not_shut(state: DoorState) -> bool:
-    return state is not DoorState.SHUT
+def _not_paused(state: DoorState) -> bool:
+    return state is not DoorState.PAUSED
 
 
 def _not_open(state: DoorState) -> bool:
     return state is not DoorState.OPEN
 
 
-async def _drain(subscriptions: Many[Subscription]) -> None:
+async def _drain(subscriptions: Iterable[Subscription]) -> None:
     async with trio.open_nursery() as nursery:
         for subscription in subscriptions:
             nursery.start_soon(subscription.drain)
@@ -170,22 +166,18 @@ class _Reception:
 
     def __init__(
         self,
+        serving: Serving,
         *,
         broker: Broker,
-        door: Door,
-        limits: native.RequestLimits,
         worker_id: str,
         reply_prefixes: tuple[str, ...],
-        aging_s: float | None,
         counters: RequestCounters,
         rng: random.Random,
     ) -> None:
+        self._serving = serving
         self._broker = broker
-        self._door = door
-        self._limits = limits
         self._worker_id = worker_id
         self._reply_prefixes = reply_prefixes
-        self._aging_s = aging_s
         self._counters = counters
         self._rng = rng
         self._arrivals = itertools.count()
@@ -200,11 +192,11 @@ class _Reception:
             return None
         request_id: RequestId | None = None
         try:
-            fields = native.parse_body(message.body, self._limits)
+            fields = native.parse_body(message.body, self._serving.limits)
             request_id = native.request_id_of(fields)
             request = native.to_request(
                 fields,
-                self._limits,
+                self._serving.limits,
                 request_id=request_id or self._draw_id(),
                 draw_seed=lambda: self._rng.randrange(native.SEED_END),
             )
@@ -221,19 +213,19 @@ class _Reception:
                 key=queue_key(
                     enqueued_at=now,
                     level=request.priority,
-                    aging_s=self._aging_s,
+                    aging_s=self._serving.aging_s,
                     arrival=arrival,
                 ),
             )
-            self._door.admit(sequence)
+            self._serving.door.admit(sequence)
         except WorkerError as error:
             self._answer(message, reply_subject, request_id or self._draw_id(), error)
             return None
         logger.bind(request_id=request.request_id).debug(
             "Request admitted: model {}, priority {}, depth {}",
-            self._limits.model_name,
+            self._serving.limits.model_name,
             request.priority,
-            self._door.admission.depth,
+            self._serving.door.admission.depth,
         )
         reply = ReplyStream(
             self._broker.open_outlet(),
@@ -250,7 +242,7 @@ class _Reception:
             self._answer(message, subject, self._draw_id(), error)
 
     def _reply_subject(self, message: Message) -> str | None:
-        """Where to answer, or None, counted, if there is nowhere: the caller aims us nowhere."""
+        """Where to answer. None, and counted, where the caller names nothing that is permitted."""
         if subjects.may_reply_to(message.reply, self._reply_prefixes):
             return message.reply
         self._counters.dropped += 1
@@ -271,7 +263,7 @@ class _Reception:
             control_subject=None,
             request_id=request_id,
             worker_id=self._worker_id,
-        ).fail(error, retry_after_ms=self._door.admission.retry_after_ms())
+        ).fail(error, retry_after_ms=self._serving.door.admission.retry_after_ms())
 
     def _draw_id(self) -> RequestId:
         return RequestId(f"{self._rng.getrandbits(128):032x}")

@@ -17,9 +17,9 @@ from loguru import logger
 from trio_worker.core.memory import MB, ReservationLedger
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ServiceRate
-from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
 from trio_worker.errors import (
+    SHUTTING_DOWN,
     ContextLengthExceeded,
     EngineFailed,
     InternalError,
@@ -29,16 +29,15 @@ from trio_worker.errors import (
     WorkerDraining,
     WorkerError,
 )
-from trio_worker.flow.door import Door
+from trio_worker.exception_groups import sole_exceptions
 from trio_worker.flow.reply_stream import ReplyStream
-from trio_worker.flow.request_channel import PrioritySendChannel
+from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
-from trio_worker.ports import Engine
 from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure, TokenLogprob
 from trio_worker.wire.native import AnswerWriter, Usage, WorkerNote
 
 KEEP_ALIVE_S = 5.0
-"""A streaming caller hears something at least so often."""
+"""How often at least a streaming caller hears something."""
 
 _T = TypeVar("_T")
 
@@ -48,16 +47,9 @@ async def respond(
     scope: trio.CancelScope,
     reply: ReplyStream,
     *,
-    engine: Engine,
-    door: Door,
-    queue: PrioritySendChannel,
-    scheduler: Scheduler,
+    serving: Serving,
     counters: RequestCounters,
-    rate: ServiceRate,
     worker_id: str,
-    model_name: str,
-    priority_levels: int,
-    default_max_tokens: int,
     wall_clock: Callable[[], float],
 ) -> None:
     """Serve one admitted request; returns after its terminal message.
@@ -66,51 +58,51 @@ async def respond(
     `WORKER_DRAINING`. A fault in here is answered `INTERNAL` and logged; it stays with this
     request, whose state is released like any other's.
     """
-    answer = _Answer(
-        sequence,
-        reply,
-        AnswerWriter(
-            request_id=sequence.request_id,
-            model=model_name,
-            created=int(wall_clock()),
-            chat=sequence.request.is_chat,
-        ),
-        worker_id=worker_id,
-        priority=name_of(sequence.level, priority_levels),
+    writer = AnswerWriter(
+        request_id=sequence.request_id,
+        model=serving.limits.model_name,
+        created=int(wall_clock()),
+        chat=sequence.request.is_chat,
     )
-    error: WorkerError | None = WorkerDraining("this worker is shutting down; ask another one")
+    priority = name_of(sequence.level, serving.levels)
+    answer = _Answer(sequence, reply, writer, worker_id=worker_id, priority=priority)
+    # Unless the request comes to an end of its own, it has been cancelled from outside.
+    error: WorkerError | None = WorkerDraining(SHUTTING_DOWN)
     with logger.contextualize(request_id=sequence.request_id):
         try:
-            with scope:
-                await _serve(
-                    sequence,
-                    answer,
-                    engine=engine,
-                    door=door,
-                    queue=queue,
-                    ledger=scheduler.ledger,
-                    default_max_tokens=default_max_tokens,
-                )
-            error = (
-                _ended_early(sequence, answer, scheduler.ledger) if scope.cancelled_caught else None
-            )
-        except WorkerError as exc:
-            error = exc
-        except Exception as exc:  # noqa: BLE001 - the boundary of one request
-            logger.opt(exception=exc).error("Request failed inside the worker")
-            error = InternalError("the worker failed on this request; its log says why")
+            error = await _serve(sequence, scope, answer, serving)
         finally:
             stage = sequence.stage
-            sequence.left_at = trio.current_time()
-            sequence.advance(Event.END)
-            queue.withdraw(sequence)
-            scheduler.withdraw(sequence)
-            door.leave(sequence)
+            _release(sequence, serving)
             if error is not None and not reply.ended:
-                reply.fail(error, retry_after_ms=door.admission.retry_after_ms())
-            _count(sequence, error, counters, rate, stage=stage, priority=answer.priority)
+                reply.fail(error, retry_after_ms=serving.admission.retry_after_ms())
+            _count(sequence, error, counters, serving.rate, stage=stage, priority=priority)
             _log_end(sequence, error, stage)
             answer.trace_text()
+
+
+async def _serve(
+    sequence: Sequence, scope: trio.CancelScope, answer: _Answer, serving: Serving
+) -> WorkerError | None:
+    """Returns what the request has failed with; None: its answer is complete."""
+    try:
+        with scope:
+            await _complete(sequence, answer, serving)
+    except WorkerError as error:
+        return error
+    except Exception as exc:  # noqa: BLE001 - the boundary of one request
+        logger.opt(exception=exc).error("Request failed inside the worker")
+        return _internal()
+    return _ended_early(sequence, answer, serving.ledger) if scope.cancelled_caught else None
+
+
+def _release(sequence: Sequence, serving: Serving) -> None:
+    """It leaves the queue, the batch and the door in one step."""
+    sequence.left_at = trio.current_time()
+    sequence.advance(Event.END)
+    serving.queue_in.withdraw(sequence)
+    serving.scheduler.withdraw(sequence)
+    serving.door.leave(sequence)
 
 
 def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> None:
@@ -133,51 +125,54 @@ def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> Non
     )
 
 
-async def _serve(
-    sequence: Sequence,
-    answer: _Answer,
-    *,
-    engine: Engine,
-    door: Door,
-    queue: PrioritySendChannel,
-    ledger: ReservationLedger,
-    default_max_tokens: int,
-) -> None:
+async def _complete(sequence: Sequence, answer: _Answer, serving: Serving) -> None:
+    """From a place in the queue to the last token. Raises the `WorkerError` that prevents it."""
     answer.open()
     answer.trace_prompt()
-    await answer.alive_while(door.wait_place, sequence)
-    info = await answer.alive_while(engine.wait_ready)
+    if sequence.stage is Stage.WAITING:
+        await answer.alive_while(serving.door.wait_place, sequence)
+    info = await answer.alive_while(serving.engine.wait_ready)
     sequence.request.check_vocabulary(info.vocabulary_size)
-    prompt = await answer.alive_while(engine.tokenise, sequence.request)
+    prompt = await answer.alive_while(serving.engine.tokenise, sequence.request)
     sequence.prompt = prompt
     sequence.max_tokens = _fit(
-        len(prompt), sequence.request.max_tokens, default_max_tokens, info.context_length
+        len(prompt),
+        sequence.request.max_tokens,
+        serving.default_max_tokens,
+        info.context_length,
     )
-    _check_memory(sequence, ledger)
+    _check_memory(sequence, serving.ledger)
     # One output a token, and one failure: the batcher never has to wait for a caller.
     send, receive = trio.open_memory_channel[Output | SequenceFailure](sequence.max_tokens + 1)
     sequence.outputs = send
     sequence.advance(Event.TOKENISED)
     sequence.queued_at = trio.current_time()
     with send, receive:
-        queue.send_nowait(sequence)
+        serving.queue_in.send_nowait(sequence)
         logger.debug(
             "Request queued: {} prompt tokens, up to {} more",
             len(sequence.prompt),
             sequence.max_tokens,
         )
-        while True:
-            with trio.move_on_at(answer.last_sent_at + KEEP_ALIVE_S) as quiet:
-                output = await receive.receive()
-            if quiet.cancelled_caught:
-                answer.keep_alive()
-                continue
-            if isinstance(output, SequenceFailure):
-                raise EngineFailed(output.message)
-            answer.add(output)
-            if output.finish is not None:
-                answer.close(output.finish)
-                return
+        await _pass_on(receive, answer)
+
+
+async def _pass_on(
+    outputs: trio.MemoryReceiveChannel[Output | SequenceFailure], answer: _Answer
+) -> None:
+    """Token after token; while none comes, a streaming caller hears that we are still here."""
+    while True:
+        with trio.move_on_at(answer.last_sent_at + KEEP_ALIVE_S) as quiet:
+            output = await outputs.receive()
+        if quiet.cancelled_caught:
+            answer.keep_alive()
+            continue
+        if isinstance(output, SequenceFailure):
+            raise EngineFailed(output.message)
+        answer.add(output)
+        if output.finish is not None:
+            answer.close(output.finish)
+            return
 
 
 def _fit(prompt: int, asked: int | None, default: int, context_length: int) -> int:
@@ -233,14 +228,18 @@ def _ended_early(sequence: Sequence, answer: _Answer, ledger: ReservationLedger)
             answer.reply.discard_unsent()
             error = RequestCancelled("NATS was unreachable for so long that the answer piled up")
         case Ending.DRAINING:
-            error = WorkerDraining("this worker is shutting down; ask another one")
+            error = WorkerDraining(SHUTTING_DOWN)
         case Ending.FAULT:
-            error = InternalError("the worker failed on this request; its log says why")
+            error = _internal()
         case Ending.TOO_LARGE:
             error = _too_large(sequence, ledger)
         case None:
             error = _too_late(sequence, answer)
     return error
+
+
+def _internal() -> InternalError:
+    return InternalError("the worker failed on this request; its log says why")
 
 
 def _too_late(sequence: Sequence, answer: _Answer) -> RequestTimeout:
@@ -364,14 +363,15 @@ class _Answer:
         if not self._stream:
             return await call(*args)
         failure: WorkerError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_alive)
-            try:
-                result = await call(*args)
-            except WorkerError as error:
-                # Raised below: inside the nursery it would come out in an exception group.
-                failure = error
-            nursery.cancel_scope.cancel(reason="the wait is over")
+        with sole_exceptions():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_alive)
+                try:
+                    result = await call(*args)
+                except WorkerError as error:
+                    # Raised below: beside a `Cancelled` it would come out in an exception group.
+                    failure = error
+                nursery.cancel_scope.cancel(reason="the wait is over")
         if failure is not None:
             raise failure
         return result
