@@ -18,7 +18,7 @@ from pathlib import Path
 import quotes
 
 from trio_worker import config, errors
-from trio_worker.__main__ import make_parser
+from trio_worker.cli.command_line import make_parser
 from trio_worker.monitoring.metrics import all_descriptions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from trio_worker import config
-from trio_worker.__main__ import make_parser
+from trio_worker.cli.command_line import make_parser
 from trio_worker.config import strict_yaml
 from trio_worker.errors import ErrorCode
 from trio_worker.monitoring.metrics import PREFIX, Description, all_descriptions

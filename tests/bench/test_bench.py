@@ -11,10 +11,10 @@ from support.commands import command
 from support.worker_rig import make_config, running_worker
 from trio.testing import MockClock
 
-from trio_worker.__main__ import BENCH_PARTS
 from trio_worker.bench import measurements, scheduling
 from trio_worker.bench.measurements import PARTS, Bench, _compare, _p95, _Worker, run_bench
 from trio_worker.bench.scheduling import PARTS as SCHEDULING
+from trio_worker.cli.command_line import BENCH_PARTS
 from trio_worker.simulated.engine import PREFIX_CACHE_TOKENS
 
 

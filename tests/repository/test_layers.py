@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "launch": EVERYTHING,
-    "__main__": EVERYTHING,
+    "__main__": {"cli"},
 }
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),

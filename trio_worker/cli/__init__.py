@@ -1,0 +1,1 @@
+"""What `trio-worker` does: one command a file."""
