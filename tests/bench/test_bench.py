@@ -14,13 +14,13 @@ from trio.testing import MockClock
 from trio_worker.bench import measurements, scheduling
 from trio_worker.bench.measurements import PARTS, Bench, _compare, _p95, _Worker, run_bench
 from trio_worker.bench.scheduling import PARTS as SCHEDULING
-from trio_worker.cli.command_line import BENCH_PARTS
+from trio_worker.cli.bench import PARTS_OF
 from trio_worker.simulated.engine import PREFIX_CACHE_TOKENS
 
 
 def test_the_command_line_knows_every_part() -> None:
-    assert tuple(PARTS) == BENCH_PARTS["engine"]
-    assert tuple(SCHEDULING) == BENCH_PARTS["scheduling"]
+    assert tuple(PARTS) == PARTS_OF["engine"]
+    assert tuple(SCHEDULING) == PARTS_OF["scheduling"]
 
 
 @pytest.mark.nats

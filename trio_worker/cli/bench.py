@@ -1,0 +1,56 @@
+"""`trio-worker bench`: a worker is measured on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import trio
+
+from trio_worker.cli.arguments import Commands, add_config, add_engine, loaded_config
+from trio_worker.errors import ExitStatus
+from trio_worker.logs import set_up_logging
+
+PARTS_OF = {
+    "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
+    "scheduling": ("overhead", "priority", "preemption"),
+}
+"""What is measured together under one name."""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser("bench", help="measure a worker on this machine")
+    add_config(parser)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="batching",
+        choices=(*PARTS_OF, *itertools.chain(*PARTS_OF.values())),
+        help="batching: eight requests together against one at a time; bare: against mlx-lm's own "
+        "loop; prefix: with and without reuse; seeds: half of them against none; mixing: against "
+        "greedy requests only; "
+        "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
+        "operations; priority: an urgent request among many; preemption: what it costs; "
+        "scheduling: these three",
+    )
+    add_engine(parser)
+    parser.add_argument("--max-tokens", type=int, metavar="N", default=64)
+    parser.add_argument("--rounds", type=int, metavar="N", default=3)
+    parser.set_defaults(command=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from trio_worker.bench import scheduling  # noqa: PLC0415 - only here
+    from trio_worker.bench.measurements import PARTS, Bench, run_bench  # noqa: PLC0415
+
+    set_up_logging(log_format="human", level="warning")
+    bench = Bench(
+        config=loaded_config(args),
+        engine=args.engine,
+        max_tokens=args.max_tokens,
+        rounds=args.rounds,
+    )
+    parts = {**PARTS, **scheduling.PARTS}
+    names = PARTS_OF.get(args.what, (args.what,))
+    trio.run(run_bench, bench, [parts[name] for name in names])
+    return ExitStatus.OK

@@ -1,0 +1,62 @@
+"""How a command ends: what its exceptions say on standard error, and which status they become."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+from loguru import logger
+
+from trio_worker.errors import ConfigError, ExitStatus, StopWorker
+
+ANSWERED_WITH_AN_ERROR = 1
+"""Of `ask`."""
+INTERRUPTED = 128 + signal.SIGINT
+"""As a shell reports it."""
+
+
+def exit_status_of(command: Callable[[], int]) -> int:
+    """Run the command; returns its status, or that of the exception which ended it.
+
+    Reasons to stop are written to standard error, faults of ours to the log. What is raised
+    outside of any nursery, and is no reason to stop, passes.
+    """
+    try:
+        return command()
+    except StopWorker as reason:
+        _say_why(reason)
+        return reason.status
+    except BaseExceptionGroup as group:
+        return _status_of_group(group)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _status_of_group(group: BaseExceptionGroup[BaseException]) -> int:
+    """The highest status of the reasons to stop; with anything else, that of a fault of ours."""
+    reasons, rest = group.split(StopWorker)
+    if rest is not None:
+        logger.opt(exception=rest).critical("The worker ended by a fault of its own")
+        return ExitStatus.SOFTWARE
+    assert reasons is not None
+    statuses: list[int] = []
+    for reason in _leaves(reasons):
+        assert isinstance(reason, StopWorker)
+        _say_why(reason)
+        statuses.append(reason.status)
+    return max(statuses)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for each in group.exceptions
+        for leaf in (_leaves(each) if isinstance(each, BaseExceptionGroup) else [each])
+    ]
+
+
+def _say_why(reason: StopWorker) -> None:
+    lead = "Configuration error: " if isinstance(reason, ConfigError) else ""
+    for line in str(reason).splitlines():
+        sys.stderr.write(f"{lead}{line}\n")
