@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -49,6 +52,21 @@ async def test_every_part_measures_a_whole_worker() -> None:
     ):
         (figure,) = (line for line in figures if words in line)
         assert required in figure
+
+
+def test_when_nobody_reads_on_it_ends_quietly() -> None:
+    """As in `trio-worker bench overhead | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "trio_worker", "bench", "overhead"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 # --- the figures, in virtual time -----------------------------------------------------------

@@ -11,7 +11,11 @@ from typing import Any
 import trio
 
 from trio_worker.cli.arguments import Commands, add_config, loaded_config
-from trio_worker.cli.exit_statuses import ANSWERED_WITH_AN_ERROR, INTERRUPTED
+from trio_worker.cli.exit_statuses import (
+    ANSWERED_WITH_AN_ERROR,
+    INTERRUPTED,
+    status_without_reader,
+)
 from trio_worker.cli.show_answer import show_answer, show_messages
 from trio_worker.client import open_client
 from trio_worker.config import Config
@@ -74,6 +78,8 @@ def _ask(args: argparse.Namespace) -> int:
         retry = f" (retry after {error.retry_after_ms} ms)" if error.retry_after_ms else ""
         sys.stderr.write(f"{error.code}: {error.message}{retry}\n")
         return ANSWERED_WITH_AN_ERROR
+    except BrokenPipeError:
+        return status_without_reader()
     return ExitStatus.OK
 
 

@@ -8,6 +8,7 @@ import itertools
 import trio
 
 from trio_worker.cli.arguments import Commands, add_config, add_engine, loaded_config
+from trio_worker.cli.exit_statuses import status_without_reader
 from trio_worker.errors import ExitStatus
 from trio_worker.logs import set_up_logging
 
@@ -52,5 +53,9 @@ def _bench(args: argparse.Namespace) -> int:
     )
     parts = {**PARTS, **scheduling.PARTS}
     names = PARTS_OF.get(args.what, (args.what,))
-    trio.run(run_bench, bench, [parts[name] for name in names])
-    return ExitStatus.OK
+    status: int = ExitStatus.OK
+    try:
+        trio.run(run_bench, bench, [parts[name] for name in names])
+    except* BrokenPipeError:
+        status = status_without_reader()
+    return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from trio_worker.errors import ConfigError, ExitStatus, StopWorker
 ANSWERED_WITH_AN_ERROR = 1
 """Of `ask`."""
 INTERRUPTED = 128 + signal.SIGINT
-"""As a shell reports it."""
+"""As a shell reports it; the next one, too."""
+READER_LEFT = 128 + signal.SIGPIPE
+"""Standard output was closed by what reads it, as `head` does."""
 
 
 def exit_status_of(command: Callable[[], int]) -> int:
@@ -31,6 +34,15 @@ def exit_status_of(command: Callable[[], int]) -> int:
         return _status_of_group(group)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def status_without_reader() -> int:
+    """The status after a `BrokenPipeError` of standard output; what is in its buffer is dropped."""
+    # Otherwise the interpreter would try to write it at its end, and complain.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return READER_LEFT
 
 
 def _status_of_group(group: BaseExceptionGroup[BaseException]) -> int:
