@@ -1,6 +1,6 @@
-"""The worker's own wire: JSON with OpenAI's names, in both directions. Pure: bytes in, bytes out.
+"""Reads a request: bytes in, a checked `Request` out.
 
-Reading goes in three steps, so that an error reply can name the request's id whenever the body
+It goes in three steps, so that an error reply can name the request's id whenever the body
 had a usable one: `parse_body` (bytes → fields under their canonical names), `request_id_of`, and
 `to_request` (fields → a checked `Request`). Whatever the bytes are, the outcome is a value or a
 `WorkerError`; nothing else.
@@ -19,8 +19,8 @@ from msgspec import Meta
 
 from trio_worker.core.priority import NAMES, level_of
 from trio_worker.core.request import ChatMessage, Request
-from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge, WorkerError
-from trio_worker.protocol.turn import FinishReason, RequestId, Sampling, TokenLogprob
+from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
+from trio_worker.protocol.turn import RequestId, Sampling
 
 SEED_END = 2**53
 """Seeds are below this: the largest range that JSON numbers carry exactly everywhere."""
@@ -40,8 +40,6 @@ _LOGIT_BIAS_MAX = 1024
 _QUOTED_MAX = 256
 """Characters of a fault's description, which may quote what the caller sent."""
 
-# --- reading ------------------------------------------------------------------------------
-
 
 class _TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["text"]
@@ -56,7 +54,7 @@ class _ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every field a request may have; the order is the one of the documentation."""
 
     request_id: Annotated[str, Meta(pattern=_REQUEST_ID.pattern)] | None = None
@@ -81,7 +79,7 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_ms: Annotated[int, Meta(ge=1)] | None = None
 
 
-FIELD_NAMES = _Fields.__struct_fields__
+FIELD_NAMES = _RequestFields.__struct_fields__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +156,7 @@ def to_request(
         if name not in FIELD_NAMES:
             raise _unknown_field(name)
     try:
-        asked = msgspec.convert(fields, _Fields)
+        asked = msgspec.convert(fields, _RequestFields)
     except msgspec.ValidationError as exc:
         raise _invalid_field(exc) from exc
     if asked.model is not None and asked.model != limits.model_name:
@@ -255,7 +253,7 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(token), value) for token, value in bias.items()))
 
 
-def _top_logprobs(asked: _Fields) -> int:
+def _top_logprobs(asked: _RequestFields) -> int:
     if asked.top_logprobs and not asked.logprobs:
         raise InvalidRequest(
             "top_logprobs: needs logprobs: true beside it", details={"field": "top_logprobs"}
@@ -263,7 +261,7 @@ def _top_logprobs(asked: _Fields) -> int:
     return asked.top_logprobs
 
 
-def _level(asked: _Fields, limits: RequestLimits) -> int:
+def _level(asked: _RequestFields, limits: RequestLimits) -> int:
     priority, levels = asked.priority, limits.priority_levels
     if priority is None:
         return limits.default_streaming if asked.stream else limits.default_buffered
@@ -276,248 +274,3 @@ def _level(asked: _Fields, limits: RequestLimits) -> int:
         f"priority: {str(priority)[:64]!r} is none of high, medium, low, 0…{levels - 1}",
         details={"field": "priority", "levels": levels},
     )
-
-
-# --- writing ------------------------------------------------------------------------------
-
-HEADER_REQUEST_ID = "Request-Id"
-HEADER_WORKER_ID = "Worker-Id"
-HEADER_SEQUENCE = "Sequence"
-HEADER_TERMINAL = "Terminal"
-HEADER_ERROR = "Nats-Service-Error"
-HEADER_ERROR_NUMBER = "Nats-Service-Error-Code"
-
-
-class _PromptTokensDetails(msgspec.Struct, frozen=True):
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of tokens, as OpenAI names them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: _PromptTokensDetails
-
-    @classmethod
-    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
-        return cls(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=_PromptTokensDetails(cached_tokens=cached),
-        )
-
-
-class WorkerNote(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker says about how it served the request."""
-
-    id: str
-    request_id: str
-    seed: int
-    queue_ms: float
-    prefill_ms: float
-    decode_ms: float
-    priority: str
-    resumed: int
-    degraded: tuple[str, ...]
-
-
-class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    role: str | None = None
-    content: str | None = None
-
-
-class _Alternative(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-
-
-class _TokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    top_logprobs: tuple[_Alternative, ...]
-
-
-class _Logprobs(msgspec.Struct, frozen=True):
-    content: tuple[_TokenLogprob, ...]
-
-
-class _ChatMessageOut(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-
-
-class _Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One of `delta`, `message` and `text` is set; the others are left out."""
-
-    index: int = 0
-    delta: _Delta | msgspec.UnsetType = msgspec.UNSET
-    message: _ChatMessageOut | msgspec.UnsetType = msgspec.UNSET
-    text: str | msgspec.UnsetType = msgspec.UNSET
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: tuple[_Choice]
-    usage: Usage | msgspec.UnsetType = msgspec.UNSET
-    worker: WorkerNote | msgspec.UnsetType = msgspec.UNSET
-
-
-_encoder = msgspec.json.Encoder()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerWriter:
-    """Writes the bodies of one request's answer."""
-
-    request_id: RequestId
-    model: str
-    created: int
-    """Seconds since the epoch."""
-    chat: bool
-
-    def opening(self) -> bytes:
-        """The first chunk of a stream: the request has been admitted."""
-        return self._chunk(_Delta(role="assistant"), "")
-
-    def keep_alive(self) -> bytes:
-        """An empty chunk: the request is alive and nothing can be shown yet."""
-        return self._chunk(_Delta(), "")
-
-    def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
-        return self._chunk(_Delta(content=text), text, logprobs=logprobs)
-
-    def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
-        """The last chunk of a stream."""
-        return self._chunk(_Delta(), "", finish=finish, usage=usage, note=note)
-
-    def whole(
-        self,
-        text: str,
-        logprobs: tuple[TokenLogprob, ...] | None,
-        finish: FinishReason,
-        usage: Usage,
-        note: WorkerNote,
-    ) -> bytes:
-        """The only message of an answer that is not streamed."""
-        if self.chat:
-            message = _ChatMessageOut(role="assistant", content=text)
-            choice = _Choice(message=message, logprobs=_logprobs(logprobs), finish_reason=finish)
-        else:
-            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._encode(kind, choice, usage, note)
-
-    def _chunk(
-        self,
-        delta: _Delta,
-        text: str,
-        *,
-        logprobs: tuple[TokenLogprob, ...] | None = None,
-        finish: FinishReason | None = None,
-        usage: Usage | msgspec.UnsetType = msgspec.UNSET,
-        note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
-    ) -> bytes:
-        if self.chat:
-            choice = _Choice(delta=delta, logprobs=_logprobs(logprobs), finish_reason=finish)
-        else:
-            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._encode(kind, choice, usage, note)
-
-    def _encode(
-        self,
-        kind: str,
-        choice: _Choice,
-        usage: Usage | msgspec.UnsetType,
-        note: WorkerNote | msgspec.UnsetType,
-    ) -> bytes:
-        return _encoder.encode(
-            _Answer(
-                id=f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
-                object=kind,
-                created=self.created,
-                model=self.model,
-                choices=(choice,),
-                usage=usage,
-                worker=note,
-            )
-        )
-
-
-def _logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> _Logprobs | None:
-    if logprobs is None:
-        return None
-    return _Logprobs(
-        content=tuple(
-            _TokenLogprob(
-                token=each.token,
-                logprob=each.logprob,
-                top_logprobs=tuple(_Alternative(token, value) for token, value in each.top),
-            )
-            for each in logprobs
-        )
-    )
-
-
-def error_body(error: WorkerError, retry_after_ms: int | None) -> bytes:
-    """The body of an error reply; `retry_after_ms` is null where retrying would not help."""
-    return _encoder.encode(
-        {
-            "error": {
-                "code": error.code,
-                "message": error.message,
-                "retryable": error.retryable,
-                "retry_after_ms": retry_after_ms if error.retryable else None,
-                "details": error.details,
-            }
-        }
-    )
-
-
-def headers(
-    *,
-    request_id: RequestId,
-    worker_id: str,
-    sequence: int,
-    terminal: bool,
-    error: WorkerError | None = None,
-) -> dict[str, str]:
-    """The headers of one message of an answer; `sequence` counts 0, 1, 2 and so on."""
-    values = {
-        HEADER_REQUEST_ID: request_id,
-        HEADER_WORKER_ID: worker_id,
-        HEADER_SEQUENCE: str(sequence),
-    }
-    if terminal:
-        values[HEADER_TERMINAL] = "error" if error else "done"
-    if error:
-        values[HEADER_ERROR_NUMBER] = str(error.number)
-        values[HEADER_ERROR] = f"{error.code}: {error.message}"[:512]
-    return values
-
-
-# --- the control subject ------------------------------------------------------------------
-
-
-class _CancelBody(msgspec.Struct):
-    request_id: str
-
-
-def cancelled_id(body: bytes) -> RequestId | None:
-    """The id in a message on `inference.cancel`; None if there is none to be found."""
-    try:
-        return RequestId(msgspec.json.decode(body, type=_CancelBody).request_id)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def cancel_reply(request_id: RequestId, *, cancelled: bool) -> bytes:
-    return _encoder.encode({"request_id": request_id, "cancelled": cancelled})

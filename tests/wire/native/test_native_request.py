@@ -1,4 +1,4 @@
-"""The native wire: any bytes in are a request or a WorkerError, and what goes out is OpenAI's."""
+"""Reading a request: any bytes are one, or a `WorkerError` that says what is wrong."""
 
 from __future__ import annotations
 
@@ -62,11 +62,6 @@ def test_any_bytes_are_a_request_or_an_error_of_the_wire(body: bytes) -> None:
         assert request.timeout_s > 0
         return
     assert reply["error"]["message"]
-
-
-@given(st.binary(max_size=100))
-def test_any_bytes_on_the_cancel_subject_are_survived(body: bytes) -> None:
-    native.cancelled_id(body)
 
 
 def test_the_defaults_of_a_request() -> None:

@@ -1,0 +1,51 @@
+"""The worker's own dialect: JSON with OpenAI's names. Pure: bytes in, bytes out.
+
+What a caller sends is read by `request` and `control`; what it gets is written by `answer`,
+`error_reply` and `reply_headers`.
+"""
+
+from trio_worker.wire.native.answer import AnswerWriter, Usage, WorkerNote
+from trio_worker.wire.native.control import CANCEL_BODY, cancel_reply, cancelled_id
+from trio_worker.wire.native.error_reply import error_body
+from trio_worker.wire.native.reply_headers import (
+    HEADER_ERROR,
+    HEADER_ERROR_NUMBER,
+    HEADER_REQUEST_ID,
+    HEADER_SEQUENCE,
+    HEADER_TERMINAL,
+    HEADER_WORKER_ID,
+    headers,
+)
+from trio_worker.wire.native.request import (
+    FIELD_NAMES,
+    SEED_END,
+    Fields,
+    RequestLimits,
+    parse_body,
+    request_id_of,
+    to_request,
+)
+
+__all__ = [
+    "CANCEL_BODY",
+    "FIELD_NAMES",
+    "HEADER_ERROR",
+    "HEADER_ERROR_NUMBER",
+    "HEADER_REQUEST_ID",
+    "HEADER_SEQUENCE",
+    "HEADER_TERMINAL",
+    "HEADER_WORKER_ID",
+    "SEED_END",
+    "AnswerWriter",
+    "Fields",
+    "RequestLimits",
+    "Usage",
+    "WorkerNote",
+    "cancel_reply",
+    "cancelled_id",
+    "error_body",
+    "headers",
+    "parse_body",
+    "request_id_of",
+    "to_request",
+]

@@ -1,0 +1,188 @@
+"""Writes the bodies of an answer, chat's and completions'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
+
+
+class _PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of tokens, as OpenAI names them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: _PromptTokensDetails
+
+    @classmethod
+    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=_PromptTokensDetails(cached_tokens=cached),
+        )
+
+
+class WorkerNote(msgspec.Struct, frozen=True, kw_only=True):
+    """What the worker says about how it served the request."""
+
+    id: str
+    request_id: str
+    seed: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    priority: str
+    resumed: int
+    degraded: tuple[str, ...]
+
+
+class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class _Alternative(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+
+
+class _TokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    top_logprobs: tuple[_Alternative, ...]
+
+
+class _Logprobs(msgspec.Struct, frozen=True):
+    content: tuple[_TokenLogprob, ...]
+
+
+class _ChatMessageOut(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class _Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `delta`, `message` and `text` is set; the others are left out."""
+
+    index: int = 0
+    delta: _Delta | msgspec.UnsetType = msgspec.UNSET
+    message: _ChatMessageOut | msgspec.UnsetType = msgspec.UNSET
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: tuple[_Choice]
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    worker: WorkerNote | msgspec.UnsetType = msgspec.UNSET
+
+
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerWriter:
+    """Writes the bodies of one request's answer."""
+
+    request_id: RequestId
+    model: str
+    created: int
+    """Seconds since the epoch."""
+    chat: bool
+
+    def opening(self) -> bytes:
+        """The first chunk of a stream: the request has been admitted."""
+        return self._chunk(_Delta(role="assistant"), "")
+
+    def keep_alive(self) -> bytes:
+        """An empty chunk: the request is alive and nothing can be shown yet."""
+        return self._chunk(_Delta(), "")
+
+    def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
+        return self._chunk(_Delta(content=text), text, logprobs=logprobs)
+
+    def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
+        """The last chunk of a stream."""
+        return self._chunk(_Delta(), "", finish=finish, usage=usage, note=note)
+
+    def whole(
+        self,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...] | None,
+        finish: FinishReason,
+        usage: Usage,
+        note: WorkerNote,
+    ) -> bytes:
+        """The only message of an answer that is not streamed."""
+        if self.chat:
+            message = _ChatMessageOut(role="assistant", content=text)
+            choice = _Choice(message=message, logprobs=_logprobs(logprobs), finish_reason=finish)
+        else:
+            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._encode(kind, choice, usage, note)
+
+    def _chunk(
+        self,
+        delta: _Delta,
+        text: str,
+        *,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        finish: FinishReason | None = None,
+        usage: Usage | msgspec.UnsetType = msgspec.UNSET,
+        note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
+    ) -> bytes:
+        if self.chat:
+            choice = _Choice(delta=delta, logprobs=_logprobs(logprobs), finish_reason=finish)
+        else:
+            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return self._encode(kind, choice, usage, note)
+
+    def _encode(
+        self,
+        kind: str,
+        choice: _Choice,
+        usage: Usage | msgspec.UnsetType,
+        note: WorkerNote | msgspec.UnsetType,
+    ) -> bytes:
+        return _encoder.encode(
+            _Answer(
+                id=f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
+                object=kind,
+                created=self.created,
+                model=self.model,
+                choices=(choice,),
+                usage=usage,
+                worker=note,
+            )
+        )
+
+
+def _logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> _Logprobs | None:
+    if logprobs is None:
+        return None
+    return _Logprobs(
+        content=tuple(
+            _TokenLogprob(
+                token=each.token,
+                logprob=each.logprob,
+                top_logprobs=tuple(_Alternative(token, value) for token, value in each.top),
+            )
+            for each in logprobs
+        )
+    )
