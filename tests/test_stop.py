@@ -18,7 +18,7 @@ from support.tiny_model import write_tiny_model
 
 from trio_worker.nats.broker import NatsBroker, open_nats_broker
 from trio_worker.ports import Message
-from trio_worker.wire.native import HEADER_TERMINAL
+from trio_worker.wire.native import Header
 
 pytestmark = pytest.mark.nats
 
@@ -71,7 +71,7 @@ class Load:
         for messages in self.messages:
             numbers = [int(message.headers["Sequence"]) for message in messages]
             assert numbers == list(range(len(messages)))
-            terminals = [HEADER_TERMINAL in message.headers for message in messages]
+            terminals = [Header.TERMINAL in message.headers for message in messages]
             assert terminals == [False] * (len(messages) - 1) + [True]
             error = messages[-1].headers.get("Nats-Service-Error", "ok")
             found.append(error.partition(":")[0])

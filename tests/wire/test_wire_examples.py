@@ -131,7 +131,7 @@ def test_every_field_header_and_code_is_named() -> None:
     names = [
         *native.FIELD_NAMES,
         *native.WorkerNote.__struct_fields__,
-        *(value for name, value in vars(native).items() if name.startswith("HEADER_")),
+        *native.Header,
         *ErrorCode,
     ]
     assert [name for name in names if f"`{name}`" not in PAGE] == []

@@ -39,7 +39,6 @@ NOBODY_LISTENS_GRACE_S = 5.0
 """How long no worker may listen before the caller is told: a restart with a small model's load."""
 LAST_WORD_S = 1.0
 """How long after the deadline the worker's own word about it may take to arrive."""
-CANCEL_BODY = b"cancel"
 NO_ROOM_HERE = frozenset(
     {ErrorCode.QUEUE_FULL, ErrorCode.WORKER_DRAINING, ErrorCode.RESOURCE_LIMIT_EXCEEDED}
 )
@@ -142,7 +141,7 @@ class Call:
             return None
         self._nobody_since = None
         self.control_subject = reply or self.control_subject
-        terminal = headers.get(native.HEADER_TERMINAL)
+        terminal = headers.get(native.Header.TERMINAL)
         if terminal is not None:
             self._at_work = False
         try:
@@ -150,7 +149,7 @@ class Call:
             if terminal == "error":
                 self._fail(_error(decoded), now)
                 return None
-            sequence = int(headers.get(native.HEADER_SEQUENCE, -1))
+            sequence = int(headers.get(native.Header.SEQUENCE, -1))
             chunk = _chunk(decoded, headers)
         except (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise self._end(
@@ -186,8 +185,8 @@ class Call:
         if not self._at_work:
             return None
         if self.control_subject is not None:
-            return self.control_subject, CANCEL_BODY
-        return subjects.CANCEL, msgspec.json.encode({"request_id": self.request_id})
+            return self.control_subject, native.CANCEL_BODY
+        return subjects.CANCEL, native.cancel_by_id(self.request_id)
 
     def _ask_again_or_end(self, now: float) -> None:
         """Plan to send what nobody has taken, or raise `NoWorker`."""

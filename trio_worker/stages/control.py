@@ -16,8 +16,6 @@ from trio_worker.ports import Broker, Message
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire import native, subjects
 
-CANCEL_BODY = b"cancel"
-
 
 class Control:
     """Acts on messages about requests in flight."""
@@ -36,7 +34,7 @@ class Control:
         request_id = RequestId(message.subject.rpartition(".")[2])
         if message.headers.get("Status") == "503":
             self._caller_gone(request_id, message.headers.get("Nats-Subject"))
-        elif message.body == CANCEL_BODY:
+        elif message.body == native.CANCEL_BODY:
             cancelled = self._door.end(request_id, Ending.CANCELLED)
             if subjects.may_reply_to(message.reply, self._reply_prefixes):
                 body = native.cancel_reply(request_id, cancelled=cancelled)

@@ -5,17 +5,14 @@ What a caller sends is read by `request` and `control`; what it gets is written 
 """
 
 from trio_worker.wire.native.answer import AnswerWriter, Usage, WorkerNote
-from trio_worker.wire.native.control import CANCEL_BODY, cancel_reply, cancelled_id
-from trio_worker.wire.native.error_reply import error_body
-from trio_worker.wire.native.reply_headers import (
-    HEADER_ERROR,
-    HEADER_ERROR_NUMBER,
-    HEADER_REQUEST_ID,
-    HEADER_SEQUENCE,
-    HEADER_TERMINAL,
-    HEADER_WORKER_ID,
-    headers,
+from trio_worker.wire.native.control import (
+    CANCEL_BODY,
+    cancel_by_id,
+    cancel_reply,
+    cancelled_id,
 )
+from trio_worker.wire.native.error_reply import error_body
+from trio_worker.wire.native.reply_headers import Header, headers
 from trio_worker.wire.native.request import (
     FIELD_NAMES,
     SEED_END,
@@ -29,18 +26,14 @@ from trio_worker.wire.native.request import (
 __all__ = [
     "CANCEL_BODY",
     "FIELD_NAMES",
-    "HEADER_ERROR",
-    "HEADER_ERROR_NUMBER",
-    "HEADER_REQUEST_ID",
-    "HEADER_SEQUENCE",
-    "HEADER_TERMINAL",
-    "HEADER_WORKER_ID",
     "SEED_END",
     "AnswerWriter",
     "Fields",
+    "Header",
     "RequestLimits",
     "Usage",
     "WorkerNote",
+    "cancel_by_id",
     "cancel_reply",
     "cancelled_id",
     "error_body",

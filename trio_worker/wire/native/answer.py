@@ -46,8 +46,15 @@ class WorkerNote(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a chunk of a stream adds to the message."""
+
     role: str | None = None
     content: str | None = None
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
 
 
 class _Alternative(msgspec.Struct, frozen=True):
@@ -65,23 +72,18 @@ class _Logprobs(msgspec.Struct, frozen=True):
     content: tuple[_TokenLogprob, ...]
 
 
-class _ChatMessageOut(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-
-
-class _Choice(msgspec.Struct, frozen=True, kw_only=True):
+class _Choice(msgspec.Struct, kw_only=True):
     """One of `delta`, `message` and `text` is set; the others are left out."""
 
     index: int = 0
     delta: _Delta | msgspec.UnsetType = msgspec.UNSET
-    message: _ChatMessageOut | msgspec.UnsetType = msgspec.UNSET
+    message: _Message | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+class _Body(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: str
     created: int
@@ -103,21 +105,22 @@ class AnswerWriter:
     created: int
     """Seconds since the epoch."""
     chat: bool
+    """Whether `messages` were sent; the answer to a `prompt` has a text in their place."""
 
     def opening(self) -> bytes:
         """The first chunk of a stream: the request has been admitted."""
-        return self._chunk(_Delta(role="assistant"), "")
+        return self._body(_Delta(role="assistant"))
 
     def keep_alive(self) -> bytes:
         """An empty chunk: the request is alive and nothing can be shown yet."""
-        return self._chunk(_Delta(), "")
+        return self._body(_Delta())
 
     def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
-        return self._chunk(_Delta(content=text), text, logprobs=logprobs)
+        return self._body(_Delta(content=text), logprobs=logprobs)
 
     def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
         """The last chunk of a stream."""
-        return self._chunk(_Delta(), "", finish=finish, usage=usage, note=note)
+        return self._body(_Delta(), finish=finish, usage=usage, note=note)
 
     def whole(
         self,
@@ -128,40 +131,30 @@ class AnswerWriter:
         note: WorkerNote,
     ) -> bytes:
         """The only message of an answer that is not streamed."""
-        if self.chat:
-            message = _ChatMessageOut(role="assistant", content=text)
-            choice = _Choice(message=message, logprobs=_logprobs(logprobs), finish_reason=finish)
-        else:
-            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._encode(kind, choice, usage, note)
+        message = _Message(role="assistant", content=text)
+        return self._body(message, logprobs=logprobs, finish=finish, usage=usage, note=note)
 
-    def _chunk(
+    def _body(
         self,
-        delta: _Delta,
-        text: str,
+        part: _Delta | _Message,
         *,
         logprobs: tuple[TokenLogprob, ...] | None = None,
         finish: FinishReason | None = None,
         usage: Usage | msgspec.UnsetType = msgspec.UNSET,
         note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
-        if self.chat:
-            choice = _Choice(delta=delta, logprobs=_logprobs(logprobs), finish_reason=finish)
+        choice = _Choice(logprobs=_logprobs(logprobs), finish_reason=finish)
+        if not self.chat:
+            kind = "text_completion"
+            choice.text = part.content or ""
+        elif isinstance(part, _Delta):
+            kind = "chat.completion.chunk"
+            choice.delta = part
         else:
-            choice = _Choice(text=text, logprobs=_logprobs(logprobs), finish_reason=finish)
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._encode(kind, choice, usage, note)
-
-    def _encode(
-        self,
-        kind: str,
-        choice: _Choice,
-        usage: Usage | msgspec.UnsetType,
-        note: WorkerNote | msgspec.UnsetType,
-    ) -> bytes:
+            kind = "chat.completion"
+            choice.message = part
         return _encoder.encode(
-            _Answer(
+            _Body(
                 id=f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
                 object=kind,
                 created=self.created,

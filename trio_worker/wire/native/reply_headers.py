@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from trio_worker.errors import WorkerError
 from trio_worker.protocol.turn import RequestId
 
-HEADER_REQUEST_ID = "Request-Id"
-HEADER_WORKER_ID = "Worker-Id"
-HEADER_SEQUENCE = "Sequence"
-HEADER_TERMINAL = "Terminal"
-HEADER_ERROR = "Nats-Service-Error"
-HEADER_ERROR_NUMBER = "Nats-Service-Error-Code"
+
+class Header(StrEnum):
+    """Every header of an answer."""
+
+    REQUEST_ID = "Request-Id"
+    WORKER_ID = "Worker-Id"
+    SEQUENCE = "Sequence"
+    """The number of the message within the answer: 0, 1, 2 and so on."""
+    TERMINAL = "Terminal"
+    """On the last message alone: `done` or `error`."""
+    ERROR = "Nats-Service-Error"
+    """With the next one, on an error; both are named as the tools of NATS expect it."""
+    ERROR_NUMBER = "Nats-Service-Error-Code"
+
+
+_ERROR_MAX = 512
+"""Characters of the error in its header."""
 
 
 def headers(
@@ -21,15 +34,15 @@ def headers(
     terminal: bool,
     error: WorkerError | None = None,
 ) -> dict[str, str]:
-    """The headers of one message of an answer; `sequence` counts 0, 1, 2 and so on."""
-    values = {
-        HEADER_REQUEST_ID: request_id,
-        HEADER_WORKER_ID: worker_id,
-        HEADER_SEQUENCE: str(sequence),
+    """The headers of one message; `error` is what a terminal message answers, if it is one."""
+    values: dict[str, str] = {
+        Header.REQUEST_ID: request_id,
+        Header.WORKER_ID: worker_id,
+        Header.SEQUENCE: str(sequence),
     }
     if terminal:
-        values[HEADER_TERMINAL] = "error" if error else "done"
+        values[Header.TERMINAL] = "error" if error else "done"
     if error:
-        values[HEADER_ERROR_NUMBER] = str(error.number)
-        values[HEADER_ERROR] = f"{error.code}: {error.message}"[:512]
+        values[Header.ERROR_NUMBER] = str(error.number)
+        values[Header.ERROR] = f"{error.code}: {error.message}"[:_ERROR_MAX]
     return values

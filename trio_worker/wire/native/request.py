@@ -80,6 +80,10 @@ class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 FIELD_NAMES = _RequestFields.__struct_fields__
+_SAMPLING_AS_ASKED = tuple(
+    name for name in Sampling.__annotations__ if name not in {"logit_bias", "seed", "top_logprobs"}
+)
+"""What `Sampling` takes from the field of the same name as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,19 +181,7 @@ def to_request(
             for message in asked.messages or ()
         ),
         max_tokens=_at_most("max_tokens", asked.max_tokens, limits.max_tokens_limit),
-        sampling=Sampling(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
-            logit_bias=_logit_bias(asked.logit_bias or {}),
-            seed=asked.seed if asked.seed is not None else draw_seed(),
-            logprobs=asked.logprobs,
-            top_logprobs=_top_logprobs(asked),
-        ),
+        sampling=_sampling(asked, draw_seed),
         stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
         stream=asked.stream,
         priority=_level(asked, limits),
@@ -236,6 +228,15 @@ def _at_most(name: str, value: int | None, limit: int) -> int | None:
             details={"field": name, "limit": limit},
         )
     return value
+
+
+def _sampling(asked: _RequestFields, draw_seed: Callable[[], int]) -> Sampling:
+    return Sampling(
+        **{name: getattr(asked, name) for name in _SAMPLING_AS_ASKED},
+        logit_bias=_logit_bias(asked.logit_bias or {}),
+        seed=asked.seed if asked.seed is not None else draw_seed(),
+        top_logprobs=_top_logprobs(asked),
+    )
 
 
 def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
