@@ -544,7 +544,7 @@ def test_a_secret_comes_from_its_file(tmp_path: Path, load: Load, end: str) -> N
     assert by_token.nats.password is None
     for loaded in (by_user, by_token):
         assert SECRET not in f"{loaded!r} {loaded.nats!r}"
-        assert config.warnings(loaded, total_memory_bytes=16 * 2**30) == []
+        assert config.warnings_about(loaded, total_memory_bytes=16 * 2**30) == []
 
 
 def test_a_secret_is_left_in_its_file_for_who_does_not_need_it(load: Load) -> None:
@@ -595,9 +595,9 @@ def test_a_secret_that_everybody_can_read_is_warned_about(tmp_path: Path, load: 
     for name in ("token_file", "credentials_file", "nkey_seed_file"):
         loaded = load("cluster: {worker: {}}", f"nats.{name}={path}")
         path.chmod(0o640)
-        assert config.warnings(loaded, total_memory_bytes=16 * 2**30) == []
+        assert config.warnings_about(loaded, total_memory_bytes=16 * 2**30) == []
         path.chmod(0o644)
-        (warning,) = config.warnings(loaded, total_memory_bytes=16 * 2**30)
+        (warning,) = config.warnings_about(loaded, total_memory_bytes=16 * 2**30)
         assert warning.startswith(f"cluster.nats.{name}: ")
         assert str(path) in warning
         assert SECRET not in warning
@@ -873,7 +873,7 @@ def test_a_file_name_cannot_end_its_remark(tmp_path: Path) -> None:
 
 
 def test_the_defaults_raise_no_warning_on_a_machine_that_is_large_enough() -> None:
-    assert config.warnings(DEFAULTS, total_memory_bytes=16 * 2**30) == []
+    assert config.warnings_about(DEFAULTS, total_memory_bytes=16 * 2**30) == []
 
 
 @pytest.mark.parametrize(
@@ -891,12 +891,12 @@ def test_the_defaults_raise_no_warning_on_a_machine_that_is_large_enough() -> No
 )
 def test_what_is_probably_not_meant_is_a_warning(overrides: list[str], path: str) -> None:
     loaded = load_config(None, environ={}, overrides=overrides, hostname="host")
-    (warning,) = config.warnings(loaded, total_memory_bytes=16 * 2**30)
+    (warning,) = config.warnings_about(loaded, total_memory_bytes=16 * 2**30)
     assert path in warning
 
 
 def test_limits_above_the_machine_are_warned_about() -> None:
-    assert len(config.warnings(DEFAULTS, total_memory_bytes=4 * 2**30)) == 2
+    assert len(config.warnings_about(DEFAULTS, total_memory_bytes=4 * 2**30)) == 2
 
 
 # --- the schema -----------------------------------------------------------------------------

@@ -76,7 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),
-    *("calling.attempts", "config.keys", "config.strict_yaml"),
+    *("calling.attempts", "config.catalogue", "config.conflicts", "config.keys"),
+    *("config.sections", "config.strict_yaml", "config.values"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
     *("nats.address", "nats.outbox", "supervisor.load_patience", "supervisor.restart_budget"),
 }
@@ -261,6 +262,7 @@ def test_every_file_keeps_to_its_layer(path: Path) -> None:
         ("config", "import trio"),
         ("config.sections", "from trio_worker.ports import Broker"),
         ("config.keys", "import os"),
+        ("config.conflicts", "from trio_worker.config.secrets import with_secrets"),
         ("ports", "from trio_worker.config import Config"),
         ("flow.door", "from trio_worker.stages.intake import run_intake"),
         ("stages.intake", "from trio_worker.stages.respond import respond"),

@@ -8,7 +8,7 @@ import sys
 import psutil
 
 from trio_worker.cli.arguments import Commands, add_config, loaded_with_sources
-from trio_worker.config import effective_yaml, quoted, warnings
+from trio_worker.config import effective_yaml, quoted, warnings_about
 from trio_worker.errors import ExitStatus
 
 
@@ -24,7 +24,7 @@ def add_parser(commands: Commands) -> None:
 def _check_config(args: argparse.Namespace) -> int:
     loaded = loaded_with_sources(args)
     worker = loaded.config.worker
-    for warning in warnings(loaded.config, total_memory_bytes=psutil.virtual_memory().total):
+    for warning in warnings_about(loaded.config, total_memory_bytes=psutil.virtual_memory().total):
         sys.stderr.write(f"warning: {warning}\n")
     source = quoted(str(args.config)) if args.config else "the defaults"
     # A comment, so that the whole can be kept as a file.

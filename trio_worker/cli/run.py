@@ -15,7 +15,7 @@ from loguru import logger
 from trio_worker.cli.arguments import Commands, add_config, add_engine, loaded_config
 from trio_worker.cli.show_answer import show_answer
 from trio_worker.client import Client
-from trio_worker.config import Config, warnings
+from trio_worker.config import Config, warnings_about
 from trio_worker.errors import ExitStatus, WorkerError
 from trio_worker.launch import launch
 from trio_worker.logs import FORMATS, LEVELS, Terminal, set_up_logging
@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     faulthandler.enable()
     terminal = set_up_logging(log_format=args.log_format, level=args.log_level)
     config = loaded_config(args)
-    for warning in warnings(config, total_memory_bytes=psutil.virtual_memory().total):
+    for warning in warnings_about(config, total_memory_bytes=psutil.virtual_memory().total):
         logger.warning("{}", warning)
     trio.run(_serve, config, args, terminal)
     return ExitStatus.OK

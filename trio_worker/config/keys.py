@@ -254,6 +254,11 @@ def shown(value: object) -> str:
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
+def quoted(name: str) -> str:
+    """A name that somebody wrote, fit for one line of a message."""
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
 def _kind(kind: shape.Type) -> str:
     """What a value of this type is called in a sentence."""
     if isinstance(kind, shape.IntType):

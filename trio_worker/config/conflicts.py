@@ -1,0 +1,124 @@
+"""What is wrong with values that are each allowed: pairs, logins, addresses, reserved names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from msgspec import Struct
+
+from trio_worker.config.keys import shown
+from trio_worker.config.sections import Config, NatsConfig
+from trio_worker.errors import ConfigError
+from trio_worker.nats.address import parse_nats_url
+
+RESERVED_IDS = ("model", "cancel")
+"""Subjects of their own stand where a worker's id would."""
+
+Conflict: TypeAlias = tuple[tuple[str, ...], str]
+"""The keys concerned, the first of which shows the problem, and a sentence."""
+
+
+def conflicts(config: Config) -> Iterator[Conflict]:
+    """What is wrong with values that are each allowed."""
+    yield from _pairs(config)
+    yield from _nats_conflicts(config.nats)
+    if config.worker.id in RESERVED_IDS:
+        yield (
+            ("worker.id",),
+            f"{shown(config.worker.id)} is a subject of its own; expected another name",
+        )
+
+
+def _pairs(config: Config) -> Iterator[Conflict]:
+    """Keys whose value may not be above that of another one."""
+    for low, high in (
+        ("continuous_batching.min_batch_size", "continuous_batching.max_batch_size"),
+        ("engine.token_gap_target_ms", "continuous_batching.turn_timeout_ms"),
+        ("simulated.turn_ms", "continuous_batching.turn_timeout_ms"),
+        ("resource_limits.max_memory_mb", "resource_limits.critical_memory_mb"),
+        ("requests.default_max_tokens", "requests.max_tokens_limit"),
+        ("requests.default_timeout_ms", "requests.timeout_limit_ms"),
+    ):
+        lower, upper = _value_at(config.worker, low), _value_at(config.worker, high)
+        if lower > upper:
+            yield (
+                (f"worker.{low}", f"worker.{high}"),
+                f"{shown(lower)} is above cluster.worker.{high}, which is {shown(upper)}",
+            )
+
+
+def _value_at(config: Struct, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _nats_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
+    yield from _address_conflicts(nats)
+    yield from _login_conflicts(nats)
+    yield from _reply_conflicts(nats.reply_prefixes)
+    if nats.tls is not None and nats.tls.cert_file is not None and nats.tls.key_file is None:
+        yield ("nats.tls.cert_file", "nats.tls.key_file"), "needs cluster.nats.tls.key_file, too"
+    if nats.tls is not None and nats.tls.key_file is not None and nats.tls.cert_file is None:
+        yield ("nats.tls.key_file", "nats.tls.cert_file"), "needs cluster.nats.tls.cert_file, too"
+    if "mlx-serving" in nats.dialects:
+        yield ("nats.dialects",), "mlx-serving is not built yet in this version; expected [native]"
+    if nats.jetstream.enabled:
+        yield (
+            ("nats.jetstream.enabled",),
+            "true is not built yet: this version takes no jobs from JetStream; expected false",
+        )
+
+
+def _address_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
+    if not nats.url.isprintable() or set(nats.url) & set(" ,"):
+        yield ("nats.url",), "it holds a blank or a comma; expected the address of one server"
+        return
+    try:
+        address = parse_nats_url(nats.url)
+    except ConfigError as error:
+        yield ("nats.url",), str(error).removeprefix("nats.url: ")
+        return
+    if nats.embedded == "always" and not address.is_loopback:
+        yield (
+            ("nats.embedded", "nats.url"),
+            "always needs a `url` on this machine, such as nats://127.0.0.1:4222",
+        )
+
+
+def _reply_conflicts(prefixes: tuple[str, ...]) -> Iterator[Conflict]:
+    for prefix in prefixes:
+        for own in ("inference", "worker.", "$"):
+            if prefix.startswith(own) or own.startswith(prefix):
+                allowed = f"{shown(prefix)} allows replies to subjects that begin with {own}"
+                yield ("nats.reply_prefixes",), f"{allowed}; expected the beginning of inboxes"
+
+
+def _login_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
+    passwords = [name for name in ("password", "password_file") if getattr(nats, name) is not None]
+    if nats.user is not None and not passwords:
+        yield (
+            ("nats.user", "nats.password", "nats.password_file"),
+            "needs cluster.nats.password or cluster.nats.password_file, too",
+        )
+    if passwords and nats.user is None:
+        yield (f"nats.{passwords[0]}", "nats.user"), "needs cluster.nats.user, too"
+    for name in ("password", "token"):
+        if getattr(nats, name) is not None and getattr(nats, f"{name}_file") is not None:
+            yield (
+                (f"nats.{name}_file", f"nats.{name}"),
+                f"cluster.nats.{name} is given, too; expected one of them",
+            )
+    logins = (("user",), ("token", "token_file"), ("credentials_file",), ("nkey_seed_file",))
+    given = [
+        f"nats.{names[0]}"
+        for kind in logins
+        if (names := [name for name in kind if getattr(nats, name) is not None])
+    ]
+    if "@" in nats.url:
+        given.insert(0, "nats.url")
+    if len(given) > 1:
+        others = ", ".join(f"cluster.{path}" for path in given[1:])
+        yield tuple(given), f"is a login, and so is {others}; expected one kind of login"
