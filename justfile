@@ -22,7 +22,7 @@ uv := env("UV", "uv")
 @bench *args:
     exec "{{ uv }}" run trio-worker bench "$@"
 
-# run the tests, or some of them: just test tests/config/test_config.py -x
+# run the tests, or some of them: just test tests/config/test_config_loading.py -x
 [no-exit-message]
 @test *args:
     exec "{{ uv }}" run pytest "$@"

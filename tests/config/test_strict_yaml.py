@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trio_worker.config.strict_yaml import DEPTH_MAX, Document, NotYaml, parse
 
@@ -68,3 +72,10 @@ def test_what_is_wrong_and_where(text: bytes, message: str) -> None:
     with pytest.raises(NotYaml) as caught:
         parse(text)
     assert str(caught.value) == message
+
+
+@given(st.text(alphabet="{}[]:,-\"'#&*!|>%@`?<=\n \tab01~.", max_size=60))
+@settings(max_examples=300)
+def test_no_scraps_of_yaml_raise_anything_but_not_yaml(text: str) -> None:
+    with contextlib.suppress(NotYaml):
+        parse(b"cluster: " + text.encode())
