@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.factories import make_sequence
 
 from trio_worker.core.admission import Admission
@@ -18,6 +20,7 @@ from trio_worker.errors import (
     RequestTimeout,
     ResourceLimitExceeded,
     WorkerDraining,
+    WorkerError,
 )
 
 
@@ -250,3 +253,132 @@ def test_a_new_admission_lets_nobody_hope() -> None:
     come(fresh, "x", "y")
     fresh.engine_ready = True
     assert fresh.assess() is False, "what was closed by something else opens at half, too"
+
+
+# --- one rule at a time ---------------------------------------------------------------------
+
+
+def make_admission(
+    *, max_depth: int = 4, slots: int = 2, reject: bool = True, enabled: bool = True
+) -> Admission:
+    admission = Admission(
+        queue_enabled=enabled,
+        max_depth=max_depth,
+        reject_when_full=reject,
+        slots=slots,
+        refuse_unmeetable=True,
+        gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
+        queue=RequestQueue(max_size=max_depth + slots),
+        rate=ServiceRate(),
+        arrivals=ArrivalRate(),
+    )
+    admission.engine_ready = True
+    return admission
+
+
+def admit(admission: Admission, request_id: str) -> Sequence | WorkerError:
+    sequence = make_sequence(request_id)
+    refusal = admission.refusal(sequence)
+    if refusal is not None:
+        return refusal
+    admission.enter(sequence)
+    return sequence
+
+
+def test_each_thing_that_speaks_against_a_request_has_its_code() -> None:
+    admission = make_admission(max_depth=1)
+    assert isinstance(admit(admission, "a"), Sequence)
+    assert isinstance(admit(admission, "a"), DuplicateRequest)
+    assert isinstance(admit(admission, "b"), QueueFull)
+    use_memory(admission, 300)
+    refusal = admit(admission, "c")
+    assert isinstance(refusal, ResourceLimitExceeded)
+    assert refusal.message == "Worker at capacity (memory: 300 MB)"
+    admission.draining = True
+    assert isinstance(admit(admission, "d"), WorkerDraining)
+
+
+def test_a_place_is_held_until_the_batch_or_the_end() -> None:
+    admission = make_admission(max_depth=1)
+    first = admit(admission, "a")
+    assert isinstance(first, Sequence)
+    full = [admission.is_full]
+    assert admission.batched(first) is None
+    assert admission.depth == 0
+    second = admit(admission, "b")
+    assert isinstance(second, Sequence)
+    admission.leave(second)
+    full.append(admission.is_full)
+    assert full == [True, False]
+    assert set(admission.in_flight) == {"a"}
+
+
+def test_who_waits_for_a_place_gets_it_in_the_order_of_the_queue() -> None:
+    admission = make_admission(max_depth=1, reject=False)
+    holder = admit(admission, "holder")
+    assert isinstance(holder, Sequence)
+    low, high = make_sequence("low", level=2), make_sequence("high", level=0)
+    admission.enter(low)
+    assert low.stage is Stage.WAITING
+    assert isinstance(admit(admission, "one too many"), QueueFull), "as many may wait as hold"
+    admission.leave(low)
+    for sequence in (make_sequence("low", level=2),):
+        admission.enter(sequence)
+    admission._max_waiting = 2
+    admission.enter(high)
+    assert admission.batched(holder) is high
+    assert high.stage is Stage.TOKENISING
+    assert admission.depth == 1
+
+
+def test_accepting_ends_before_the_queue_is_full_and_comes_back_at_half() -> None:
+    admission = make_admission(max_depth=8, slots=2)
+    sequences = []
+    states = []
+    for index in range(8):
+        sequence = admit(admission, str(index))
+        assert isinstance(sequence, Sequence)
+        sequences.append(sequence)
+        states.append(admission.assess())
+    assert states == [True] * 5 + [False] * 3, "8 places less a batch of 2"
+    for sequence in sequences:
+        admission.leave(sequence)
+        states.append(admission.assess())
+    assert states[8:] == [False] * 4 + [True] * 4, "back at half of 6"
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abe")), max_size=80))
+def test_places_never_exceed_the_bound(steps: list[tuple[int, str]]) -> None:
+    admission = make_admission(max_depth=3, reject=False)
+    alive: dict[str, Sequence] = {}
+    for number, step in steps:
+        request_id = str(number)
+        if step == "a" and request_id not in alive:
+            outcome = admit(admission, request_id)
+            if isinstance(outcome, Sequence):
+                alive[request_id] = outcome
+        elif step == "b" and request_id in alive:
+            if alive[request_id].stage is Stage.TOKENISING:
+                admission.batched(alive[request_id])
+        elif step == "e" and request_id in alive:
+            admission.leave(alive.pop(request_id))
+        waiting = [each for each in alive.values() if each.stage is Stage.WAITING]
+        assert admission.depth <= 3
+        assert admission.waiting == len(waiting) <= 3
+        assert not waiting or admission.is_full
+        assert set(admission.in_flight) == set(alive)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_an_estimate() -> None:
+    admission = make_admission(max_depth=40, slots=2)
+    for service_s in (4.0, 2.0) * 8:
+        admission.rate.record(service_s)
+    for index in range(20):
+        waiting = make_sequence(f"w{index}", stage=Stage.QUEUED)
+        admission._queue.add(waiting)
+    sequence = make_sequence("hasty", at=1.0)
+    refusal = admission.refusal(sequence)
+    assert isinstance(refusal, RequestTimeout)
+    assert refusal.details["stage"] == "admission"
+    assert refusal.details["estimate_ms"] == 32_000, "20 × 3 s by two slots, and 2 s"
+    assert admission.refusal(make_sequence("urgent", level=0, at=-10.0)) is None

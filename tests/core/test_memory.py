@@ -16,6 +16,11 @@ from trio_worker.core.memory import (
 from trio_worker.protocol.turn import RequestId
 
 
+def reading(used: int) -> MemoryReading:
+    """Of a machine with memory enough."""
+    return MemoryReading(used=used, available=10**9, total=10**9)
+
+
 def read(gauge: PressureGauge, used: int, *, available: int = 500, total: int = 1000) -> None:
     gauge.read(MemoryReading(used=used, available=available, total=total))
 
@@ -163,3 +168,74 @@ def test_what_could_ever_fit_goes_by_the_best_that_was_seen_of_this_engine() -> 
     assert [ledger.fits_ever(need) for need in (99, 100, 101)] == [True, True, False]
     assert not ledger.fits(101)
     assert ledger.fits(100)
+
+
+def test_pressure_rises_at_a_limit_and_falls_only_clearly_below_it() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    levels = []
+    for used in [50, 100, 96, 94, 200, 150, 101, 99, 100, 96]:
+        gauge.read(reading(used))
+        levels.append(gauge.level.value)
+    assert levels == (
+        ["normal", "soft", "soft", "normal"] + ["critical"] * 3 + ["normal", "soft", "soft"]
+    ), "critical is left only below the soft limit"
+
+
+def test_the_steps_of_degradation_begin_and_end_in_their_order() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    seen: list[list[str]] = []
+    for used in [*range(90, 210, 2), *range(210, 90, -2)]:
+        gauge.read(reading(used))
+        steps = [step.value for step in DegradationStep if step in gauge.steps]
+        if not seen or seen[-1] != steps:
+            seen.append(steps)
+    order = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"]
+    assert seen == [order[:count] for count in (0, 1, 2, 3, 4, 3, 2, 1, 0)]
+
+
+def test_a_step_does_not_flap_around_its_beginning() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    for used in (126, 124, 126, 121):
+        gauge.read(reading(used))
+        assert DegradationStep.HOLD_LOW in gauge.steps
+    gauge.read(reading(119))
+    assert DegradationStep.HOLD_LOW not in gauge.steps
+
+
+def test_what_the_engine_counts_is_pressure_too_and_so_is_a_machine_without_memory() -> None:
+    gauge = PressureGauge(soft_bytes=100, critical_bytes=200)
+    gauge.read_engine(250)
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read_engine(10)
+    assert gauge.level.value == "normal"
+    gauge.read(MemoryReading(used=10, available=19, total=1000))
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read(MemoryReading(used=10, available=39, total=1000))
+    assert gauge.level is Pressure.CRITICAL
+    gauge.read(MemoryReading(used=10, available=40, total=1000))
+    assert gauge.level.value == "normal"
+
+
+def test_the_ledger_promises_what_is_left_beside_everything_else() -> None:
+    ledger = ReservationLedger(limit_bytes=5000)
+    assert ledger.need(prompt=50, max_tokens=100) == 0, "nothing is known before the model is"
+    ledger.bytes_per_token = 2
+    small, large = (ledger.need(prompt=1, max_tokens=size) for size in (100, 256))
+    assert (small, large) == (512, 1024), "in granules of 256 tokens"
+    ledger.reconcile(used=2000, cached_tokens=0)
+    ledger.reserve(RequestId("a"), small)
+    ledger.reserve(RequestId("b"), large)
+    assert ledger.reserved_bytes == 2048, "all rows are as long as the longest"
+    assert not ledger.fits(large)
+    assert ledger.fits(large, instead_of=RequestId("a"))
+    assert ledger.fits(4096) is False
+    ledger.reconcile(used=2100, cached_tokens=100)
+    assert ledger.fits(small) is (1900 + 3 * 1024 <= 5000)
+    ledger.release(RequestId("b"))
+    ledger.release(RequestId("b"))
+    assert ledger.reserved_bytes == 512
+    ledger.reconcile(used=4900, cached_tokens=0)
+    assert not ledger.fits(small)
+    assert ledger.room_ever() == 3100
+    assert ledger.fits_ever(3100)
+    assert not ledger.fits_ever(3101)

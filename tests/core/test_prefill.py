@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
-from trio_worker.core.prefill import PrefillBudget
+from trio_worker.core.prefill import CHUNK_FIRST, CHUNK_MIN, PrefillBudget
 
 MUCH = 10**6
 """More tokens than could be prefilled at once."""
@@ -155,3 +157,79 @@ def test_sizes_that_hardly_differ_say_nothing_about_a_line() -> None:
     assert heavy.chunk(decoding=4, waiting=1, left=MUCH) == pytest.approx(150, abs=1)
     heavier = make_budget((200, 0.75), (400, 0.95), decode_s=0.6)
     assert heavier.chunk(decoding=4, waiting=1, left=MUCH) == pytest.approx(200, abs=1)
+
+
+def beside_seven(budget: PrefillBudget, *, left: int = MUCH) -> int:
+    """What one may prefill in a turn while seven decode."""
+    return budget.chunk(decoding=7, waiting=1, left=left)
+
+
+def measured_budget(*, fixed_s: float, token_s: float, decode_s: float = 0.1) -> PrefillBudget:
+    """After enough turns of an engine with these costs, seven requests decoding beside one."""
+    budget = PrefillBudget(chunk_max=512, gap_target_s=0.2)
+    budget.decoded(seconds=decode_s)
+    for number in range(30):
+        chunk = beside_seven(budget) + number % 3
+        budget.prefilled(seconds=fixed_s + token_s * chunk, tokens=chunk, calls=1)
+    return budget
+
+
+def test_the_chunk_is_what_fits_between_a_decode_step_and_the_gap_target() -> None:
+    assert (
+        PrefillBudget(chunk_max=512, gap_target_s=0.2).chunk(decoding=0, waiting=8, left=MUCH) == 32
+    )
+    budget = measured_budget(fixed_s=0.0, token_s=0.0005)
+    assert 180 <= beside_seven(budget) <= 200, "(0.2 - 0.1) s at 0.5 ms a token"
+    budget = measured_budget(fixed_s=0.04, token_s=0.001)
+    assert 50 <= beside_seven(budget) <= 70, "(0.2 - 0.1 - 0.04) s at 1 ms"
+
+
+def test_a_fixed_cost_that_cannot_be_avoided_is_made_worth_while() -> None:
+    budget = measured_budget(fixed_s=0.1, token_s=0.001)
+    assert 80 <= beside_seven(budget) <= 110, "as much for tokens as is fixed"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_growing_context_is_not_mistaken_for_a_fixed_cost(seed: int) -> None:
+    """Its tokens cost more and more, and noise tilts the fitted line any way it likes."""
+    budget, random = PrefillBudget(chunk_max=512, gap_target_s=0.2), Random(seed)
+    budget.decoded(seconds=0.08)
+    gaps, done = [], 0
+    while done < 4_000:
+        chunk = beside_seven(budget)
+        took_s = (0.04 + chunk * (0.001 + 2e-6 * done)) * random.uniform(0.8, 1.2)
+        budget.prefilled(seconds=took_s, tokens=chunk, calls=1)
+        gaps.append(0.08 + took_s)
+        done += chunk
+    assert max(gaps) < 0.5
+
+
+def test_a_slow_engine_gets_the_least_chunk_and_a_restarted_one_the_first() -> None:
+    budget = measured_budget(fixed_s=0.0, token_s=0.1)
+    assert beside_seven(budget) == CHUNK_MIN
+    budget.restarted()
+    assert beside_seven(budget) == CHUNK_FIRST
+
+
+def test_while_more_wait_than_decode_prefill_gets_more_time_and_alone_a_second() -> None:
+    budget = measured_budget(fixed_s=0.0, token_s=0.002)
+    few, many = (budget.chunk(decoding=each, waiting=8 - each, left=MUCH) for each in (7, 1))
+    assert 45 <= few <= 52
+    assert many == min(4 * budget._largest, 350), "four times the gap, less the decode step"
+    assert budget.chunk(decoding=0, waiting=8, left=MUCH) == min(4 * budget._largest, 500)
+
+
+def test_the_last_of_what_anybody_waits_for_is_prefilled_at_once() -> None:
+    budget = measured_budget(fixed_s=0.04, token_s=0.004)
+    assert beside_seven(budget) < 20
+    assert 45 <= beside_seven(budget, left=45) <= 80
+
+
+def test_calls_of_the_model_are_not_taken_for_slow_tokens() -> None:
+    one, two = (PrefillBudget(chunk_max=512, gap_target_s=0.2) for _ in range(2))
+    for budget, calls in ((one, 1), (two, 2)):
+        budget.decoded(seconds=0.08)
+        for tokens in (32, 8, 16):
+            seconds = calls * (0.04 + 0.004 * tokens)
+            budget.prefilled(seconds=seconds, tokens=calls * tokens, calls=calls)
+    assert beside_seven(one) == beside_seven(two) > 10

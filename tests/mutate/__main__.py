@@ -1,4 +1,4 @@
-"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_core,…] [also=test_x.py]`.
+"""`python -m mutate PATH… [jobs=2] [only=survivors] [line=N] [tests=test_rates] [also=test_x.py]`.
 
 `only=survivors`: those that nothing found last time.
 `tests`: only tests with one of these in their name.
