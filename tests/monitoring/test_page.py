@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from trio_worker.core.memory import DegradationStep, Pressure
 from trio_worker.core.sequence import Stage
-from trio_worker.monitoring.http_server import _Feed
+from trio_worker.monitoring.event_feed import EventFeed
 
 PAGE = resources.files("trio_worker.monitoring").joinpath("page")
 SCRIPT = PAGE.joinpath("dashboard.js").read_text(encoding="utf-8")
@@ -32,8 +32,8 @@ async def told() -> tuple[Said, Said]:
     async with running_worker() as rig, trio.open_nursery() as nursery:
         nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=1000))
         await trio.sleep(1)
-        feed = _Feed(rig.overview)
-        feed._sample()
+        feed = EventFeed(rig.overview)
+        feed.sample()
         events = (feed.history(), feed.event())
         nursery.cancel_scope.cancel()
     history, state = (

@@ -25,7 +25,7 @@ from trio_worker.core.memory import DegradationStep
 from trio_worker.core.priority import NAMES
 from trio_worker.core.sequence import Ending, Stage
 from trio_worker.errors import ErrorCode
-from trio_worker.monitoring import http_server, metrics
+from trio_worker.monitoring import http_pages, metrics
 from trio_worker.monitoring.metrics import (
     CounterMetric,
     GaugeReading,
@@ -306,7 +306,7 @@ def test_every_metric_and_page_is_documented() -> None:
     for name in DESCRIBED:
         assert f"### `{name}`" in text
     operations = (DOCS / "operations.md").read_text()
-    for path in http_server.ENDPOINTS:
+    for path in http_pages.ENDPOINTS:
         assert f"| `{path}` |" in operations
 
 
