@@ -19,8 +19,8 @@ from trio.testing import MockClock
 from trio_worker import __version__
 from trio_worker.client import open_client
 from trio_worker.monitoring.observed_worker import Overview
+from trio_worker.monitoring.recent import FRESH_S
 from trio_worker.ports import Message
-from trio_worker.stages.service import FRESH_S
 
 SEMVER = re.compile(r"\A\d+\.\d+\.\d+\Z")
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import trio
@@ -22,14 +22,13 @@ from trio_worker import __version__
 from trio_worker.config import WorkerConfig
 from trio_worker.errors import MessageTooLarge
 from trio_worker.monitoring.counters import RequestCounters
+from trio_worker.monitoring.recent import Recent
 from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker, Message
 from trio_worker.protocol.turn import EngineInfo
 from trio_worker.wire import subjects
 
 NAME = "trio-worker"
-FRESH_S = 0.1
-"""An answer is computed at most so often, however many ask."""
 _TYPE = "io.nats.micro.v1.{}_response"
 
 
@@ -71,10 +70,10 @@ async def run_service(
         worker=worker, info=info, counters=counters, snapshot=snapshot, started_at=started_at
     )
 
-    def answer(bodies: _Bodies, message: Message) -> None:
+    def answer(compute: _Compute, recent: Recent[_Bodies], message: Message) -> None:
         if not subjects.may_reply_to(message.reply, reply_prefixes):
             return
-        for body in bodies():
+        for body in recent.get(lambda: _encoded(compute())):
             try:
                 broker.publish(Message(subject=message.reply, body=body))
             except MessageTooLarge:
@@ -87,7 +86,7 @@ async def run_service(
         ("INFO", service.info),
         ("STATS", service.stats),
     ):
-        sink = partial(answer, _Recent(compute).bodies)
+        sink = partial(answer, compute, Recent[_Bodies]())
         for subject in (
             f"$SRV.{verb}",
             f"$SRV.{verb}.{NAME}",
@@ -98,23 +97,13 @@ async def run_service(
     await trio.sleep_forever()
 
 
-_Bodies = Callable[[], tuple[bytes, ...]]
+_Bodies: TypeAlias = tuple[bytes, ...]
+"""A choice of answers, encoded, to be tried in turn until one is not too large."""
+_Compute: TypeAlias = Callable[[], tuple[Mapping[str, Any], ...]]
 
 
-class _Recent:
-    """Answers, encoded, for as long as they are fresh."""
-
-    def __init__(self, compute: Callable[[], tuple[Mapping[str, Any], ...]]) -> None:
-        self._compute = compute
-        self._bodies: tuple[bytes, ...] = ()
-        self._computed_at = float("-inf")
-
-    def bodies(self) -> tuple[bytes, ...]:
-        now = trio.current_time()
-        if now - self._computed_at > FRESH_S:
-            self._bodies = tuple(map(msgspec.json.encode, self._compute()))
-            self._computed_at = now
-        return self._bodies
+def _encoded(choice: Many[Mapping[str, Any]]) -> _Bodies:
+    return tuple(map(msgspec.json.encode, choice))
 
 
 class _Service:
