@@ -194,27 +194,31 @@ class ProgressSink(Protocol):
 # --- the operating system -----------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """All that is so at a moment."""
+
+    ready: bool = False
+    stopping: bool = False
+    alive: bool = False
+    """For the watchdog."""
+    status: str | None = None
+    """One line for people; None leaves the last one."""
+    extend_timeout_s: float | None = None
+    """The start or the stop that is under way may last this much longer from now."""
+
+
 class ServiceManager(Protocol):
     """Who started this process and would start it again, such as systemd; or nobody."""
 
     @property
     def watchdog_s(self) -> float | None:
-        """It kills a process of which it hears nothing for so long; None: it does not watch."""
+        """It kills a process that it hears nothing of for this long; None: it does not watch."""
 
-    def notify(
-        self,
-        *,
-        ready: bool = False,
-        stopping: bool = False,
-        alive: bool = False,
-        status: str | None = None,
-        extend_timeout_s: float | None = None,
-    ) -> None:
+    def notify(self, notice: Notice) -> None:
         """Tell it what is so now. Synchronous; never waits and never raises.
 
-        A notice may be lost, so every notice says all that is so. `alive` is for the watchdog;
-        `status` is one line for people; with `extend_timeout_s` the start or the stop that is
-        under way may last so much longer from now.
+        A notice may be lost, so every notice says all that is so.
         """
 
 

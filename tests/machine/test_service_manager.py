@@ -28,6 +28,7 @@ from trio_worker.monitoring.heartbeat import Heartbeat
 from trio_worker.monitoring.metrics import Metrics
 from trio_worker.monitoring.observed import Health, Observed
 from trio_worker.monitoring.stack_sampler import open_stack_sampler
+from trio_worker.ports import Notice
 from trio_worker.simulated.service_manager import MemoryServiceManager
 from trio_worker.stages.notify import (
     CLOSING_S,
@@ -79,9 +80,9 @@ def manager_fixture(request: pytest.FixtureRequest) -> Iterator[Socket]:
 
 def test_what_is_said_arrives_in_the_words_of_sd_notify(manager: Socket) -> None:
     with open_service_manager({"NOTIFY_SOCKET": manager.variable}) as sent:
-        sent.notify(ready=True, alive=True, status="ready")
-        sent.notify(stopping=True, extend_timeout_s=1.5)
-        sent.notify()
+        sent.notify(Notice(ready=True, alive=True, status="ready"))
+        sent.notify(Notice(stopping=True, extend_timeout_s=1.5))
+        sent.notify(Notice())
     assert manager.received() == [
         ["READY=1", "WATCHDOG=1", "STATUS=ready"],
         ["STOPPING=1", "EXTEND_TIMEOUT_USEC=1500000"],
@@ -90,8 +91,8 @@ def test_what_is_said_arrives_in_the_words_of_sd_notify(manager: Socket) -> None
 
 def test_a_status_is_one_line_of_bounded_length(manager: Socket) -> None:
     with open_service_manager({"NOTIFY_SOCKET": manager.variable}) as sent:
-        sent.notify(status="a\nREADY=1\r\n\u2028b")
-        sent.notify(status="ü" * 10_000)
+        sent.notify(Notice(status="a\nREADY=1\r\n\u2028b"))
+        sent.notify(Notice(status="ü" * 10_000))
     (first,), (second,) = manager.received()
     assert first == "STATUS=a READY=1 b"
     assert len(second.encode()) < 2048
@@ -134,7 +135,7 @@ def test_without_a_socket_nothing_is_sent_and_nothing_is_watched(address: str | 
     if address is not None:
         environ["NOTIFY_SOCKET"] = address
     with open_service_manager(environ) as sent:
-        sent.notify(ready=True)
+        sent.notify(Notice(ready=True))
         assert sent.watchdog_s is None
     assert environ == {}
 
@@ -143,17 +144,17 @@ def test_a_manager_that_reads_nothing_holds_nobody_up(manager: Socket) -> None:
     with open_service_manager({"NOTIFY_SOCKET": manager.variable}) as sent:
         began_at = time.monotonic()
         for _ in range(1000):
-            sent.notify(alive=True, status="x" * 1000)
+            sent.notify(Notice(alive=True, status="x" * 1000))
         assert time.monotonic() - began_at < 5
         assert 0 < len(manager.received()) < 1000
-        sent.notify(ready=True)
+        sent.notify(Notice(ready=True))
         assert manager.received() == [["READY=1"]]
 
 
 def test_a_manager_that_has_gone_is_no_error(manager: Socket) -> None:
     with open_service_manager({"NOTIFY_SOCKET": manager.variable}) as sent:
         manager.close()
-        sent.notify(ready=True)
+        sent.notify(Notice(ready=True))
 
 
 # --- the stage ------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 from loguru import logger
 
+from trio_worker.ports import Notice
+
 STATUS_BYTES_MAX = 1024
 """systemd reads at most 4096 bytes of one datagram."""
 
@@ -36,27 +38,8 @@ class NotifySocket:
     def watchdog_s(self) -> float | None:
         return self._watchdog_s
 
-    def notify(
-        self,
-        *,
-        ready: bool = False,
-        stopping: bool = False,
-        alive: bool = False,
-        status: str | None = None,
-        extend_timeout_s: float | None = None,
-    ) -> None:
-        lines = []
-        if ready:
-            lines.append("READY=1")
-        if stopping:
-            lines.append("STOPPING=1")
-        if alive:
-            lines.append("WATCHDOG=1")
-        if extend_timeout_s is not None:
-            lines.append(f"EXTEND_TIMEOUT_USEC={round(extend_timeout_s * 1_000_000)}")
-        if status is not None:
-            lines.append(f"STATUS={_one_line(status)}")
-        if lines:
+    def notify(self, notice: Notice) -> None:
+        if lines := _words(notice):
             self._send("\n".join(lines).encode())
 
     def _send(self, datagram: bytes) -> None:
@@ -101,6 +84,22 @@ def _watchdog_s(microseconds: str | None, watched_pid: str | None) -> float | No
     if watched_pid is not None and watched_pid != str(os.getpid()):
         return None
     return int(microseconds) / 1_000_000
+
+
+def _words(notice: Notice) -> list[str]:
+    """The notice, as sd_notify(3) has it."""
+    lines = []
+    if notice.ready:
+        lines.append("READY=1")
+    if notice.stopping:
+        lines.append("STOPPING=1")
+    if notice.alive:
+        lines.append("WATCHDOG=1")
+    if notice.extend_timeout_s is not None:
+        lines.append(f"EXTEND_TIMEOUT_USEC={round(notice.extend_timeout_s * 1_000_000)}")
+    if notice.status is not None:
+        lines.append(f"STATUS={_one_line(notice.status)}")
+    return lines
 
 
 def _one_line(status: str) -> str:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import trio
+
+from trio_worker.ports import Notice
 
 NOTICES_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class HeardNotice(Notice):
+    """A notice, and when it came."""
+
     at: float
     """On the clock of the loop."""
-    ready: bool
-    stopping: bool
-    alive: bool
-    status: str | None
-    extend_timeout_s: float | None
 
 
 class MemoryServiceManager:
@@ -26,31 +25,14 @@ class MemoryServiceManager:
 
     def __init__(self, *, watchdog_s: float | None = None) -> None:
         self._watchdog_s = watchdog_s
-        self.notices: deque[Notice] = deque(maxlen=NOTICES_MAX)
+        self.notices: deque[HeardNotice] = deque(maxlen=NOTICES_MAX)
 
     @property
     def watchdog_s(self) -> float | None:
         return self._watchdog_s
 
-    def notify(
-        self,
-        *,
-        ready: bool = False,
-        stopping: bool = False,
-        alive: bool = False,
-        status: str | None = None,
-        extend_timeout_s: float | None = None,
-    ) -> None:
-        self.notices.append(
-            Notice(
-                at=trio.current_time(),
-                ready=ready,
-                stopping=stopping,
-                alive=alive,
-                status=status,
-                extend_timeout_s=extend_timeout_s,
-            )
-        )
+    def notify(self, notice: Notice) -> None:
+        self.notices.append(HeardNotice(at=trio.current_time(), **asdict(notice)))
 
     def statuses(self) -> list[str]:
         """The different lines for people, in their order."""

@@ -14,18 +14,18 @@ from enum import StrEnum
 
 import trio
 from loguru import logger
-from trio_util import AsyncValue
+from trio_util import AsyncValue, RepeatedEvent
 
 from trio_worker.flow.door import DoorState
 from trio_worker.monitoring.observed import Observed
-from trio_worker.ports import ServiceManager
+from trio_worker.ports import Notice, ServiceManager
 
 EXTENSION_S = 60.0
 """How much longer a start or a stop may last after each notice."""
 EXTENSION_BEAT_S = 15.0
 QUIET_LOAD_S = 900.0
-"""More time is asked for as long as the load has said something within this time: longer than
-the engine's supervisor lets one be silent."""
+"""More time is asked for while the load has said something within this time, which is longer
+than the engine's supervisor lets a load be silent."""
 CLOSING_S = 30.0
 """What a stop may take beside the drain: the last publications, the ends of child processes."""
 STATUS_GAP_S = 1.0
@@ -39,12 +39,14 @@ class Phase(StrEnum):
 
 
 class Standing:
-    """How far the worker is in its life; set by the worker, read by `run_notify`."""
+    """How far the worker is in its life, and what is to be said about that.
+
+    Set by the worker, read by `run_notify`.
+    """
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
-        self.changed = trio.Event()
-        """Set, and replaced by another one, when something should be said at once."""
+        self._changed = RepeatedEvent()
         self._observed: Observed | None = None
         self._step = "starting"
         self._measure = ""
@@ -52,42 +54,50 @@ class Standing:
         self._stops_until = 0.0
 
     def progress(self, step: str, done: int, total: int, unit: str) -> None:
-        """The load has come so far; of 0 where nobody knows how far that is."""
-        measure = f" {100 * done // total} % of {total} {unit}" if total else f" {done} {unit}"
-        if not (done or total):
-            measure = ""
+        """How far the load has come: `done` of `total`, which is 0 where nobody knows it."""
+        measure = _measure(done, total, unit)
         if (step, measure) == (self._step, self._measure):
             return
         is_news = step != self._step
         self._step, self._measure = step, measure
         self._progressed_at = trio.current_time()
         if is_news:
-            self.change()
+            self._changed.set()
 
     def serving(self, observed: Observed) -> None:
         """Requests reach the worker."""
         self._observed = observed
         if self.phase is Phase.STARTING:
             self.phase = Phase.SERVING
-        self.change()
+        self._changed.set()
 
     def stopping(self, drain_timeout_s: float) -> None:
         """The drain begins, or the run ends before there was anything to drain."""
         self.phase = Phase.STOPPING
         self._stops_until = trio.current_time() + drain_timeout_s + CLOSING_S
-        self.change()
+        self._changed.set()
 
-    def change(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
+    async def wait_changed(self) -> None:
+        """Return when something is to be said at once; what came before the call is over."""
+        await self._changed.wait()
 
     async def follow(self, door: AsyncValue[DoorState]) -> None:
         """Until cancelled: have it said when the worker begins or ceases to take requests."""
         said = door.value
         while True:
             said = await door.wait_value(lambda state, said=said: state is not said)
-            self.change()
+            self._changed.set()
             await trio.sleep(STATUS_GAP_S)
+
+    def notice(self, *, with_status: bool) -> Notice:
+        """All that is so now."""
+        return Notice(
+            ready=self.phase is Phase.SERVING,
+            stopping=self.phase is Phase.STOPPING,
+            alive=self.dead() is None,
+            status=self.status() if with_status else None,
+            extend_timeout_s=self.extension_s(),
+        )
 
     def status(self) -> str:
         """One line for people."""
@@ -122,30 +132,34 @@ class Standing:
 async def run_notify(
     manager: ServiceManager, standing: Standing, *, report_interval_s: float
 ) -> None:
-    """Keep `manager` informed until cancelled: at changes, and regularly."""
+    """Keep `manager` informed until cancelled: at changes, and regularly.
+
+    A line about the state comes with each change, and every `report_interval_s` or, if that is
+    longer, every `STATUS_GAP_S`.
+    """
     beat_s = EXTENSION_BEAT_S
     if manager.watchdog_s is not None:
         # Two may be late or lost.
         beat_s = min(beat_s, manager.watchdog_s / 3)
     report_s = max(report_interval_s, STATUS_GAP_S)
-    was_dead = False
+    was_alive = True
     report_at = trio.current_time()
     while True:
-        changed = standing.changed
-        dead = standing.dead()
-        if dead is not None and not was_dead:
-            logger.error("The watchdog hears nothing from now on: {}", dead)
-        was_dead = dead is not None
         is_due = trio.current_time() >= report_at
-        manager.notify(
-            ready=standing.phase is Phase.SERVING,
-            stopping=standing.phase is Phase.STOPPING,
-            alive=dead is None,
-            status=standing.status() if is_due else None,
-            extend_timeout_s=standing.extension_s(),
-        )
+        notice = standing.notice(with_status=is_due)
+        if was_alive and not notice.alive:
+            logger.error("The watchdog hears nothing from now on: {}", standing.dead())
+        was_alive = notice.alive
+        manager.notify(notice)
         if is_due:
             report_at = trio.current_time() + report_s
         with trio.move_on_at(min(trio.current_time() + beat_s, report_at)):
-            await changed.wait()
+            # No change comes between the look above and here: nothing is awaited.
+            await standing.wait_changed()
             report_at = trio.current_time()
+
+
+def _measure(done: int, total: int, unit: str) -> str:
+    if total:
+        return f" {100 * done // total} % of {total} {unit}"
+    return f" {done} {unit}" if done else ""
