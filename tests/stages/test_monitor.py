@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
-from loguru import logger
+from support.log_records import logged, texts
 from support.worker_rig import MB, Rig, running_worker
 from trio.testing import MockClock
 
@@ -24,16 +25,9 @@ RELIEF = f"worker.resource_limits.relief_timeout_ms={1000 * RELIEF_S:.0f}"
 
 
 @pytest.fixture
-def lines() -> Iterator[list[str]]:
-    said: list[str] = []
-    number = logger.add(
-        lambda line: said.append(str(line).rstrip()),
-        level="WARNING",
-        format="{message}",
-        filter="trio_worker.stages.monitor",
-    )
-    yield said
-    logger.remove(number)
+def records() -> Iterator[list[Any]]:
+    with logged("WARNING", of="trio_worker.stages.monitor") as records:
+        yield records
 
 
 def note_readings(rig: Rig) -> list[float]:
@@ -50,7 +44,7 @@ def note_readings(rig: Rig) -> list[float]:
 
 
 async def test_it_reads_at_each_interval_and_under_pressure_four_times_a_second(
-    autojump_clock: MockClock, lines: list[str]
+    autojump_clock: MockClock, records: list[Any]
 ) -> None:
     async with running_worker(*LIMITS, SLOWLY) as rig:
         times = note_readings(rig)
@@ -65,7 +59,7 @@ async def test_it_reads_at_each_interval_and_under_pressure_four_times_a_second(
         rig.probe.used = 100 * MB
         await trio.sleep(10)
         assert times == [13.25, 13.5, 13.75, 17.75, 21.75]
-    assert lines == [
+    assert texts(records) == [
         "Memory pressure is soft (was normal): 1000 MB in use, limits 1000 and 2000 MB",
         "Memory pressure is critical (was soft): 2000 MB in use, limits 1000 and 2000 MB",
         "Memory pressure is normal (was critical): 100 MB in use, limits 1000 and 2000 MB",
@@ -96,7 +90,7 @@ async def test_what_each_reading_changes_is_acted_upon_at_once(autojump_clock: M
 
 
 async def test_critical_memory_costs_the_engine_after_its_time_and_not_before_again(
-    autojump_clock: MockClock, lines: list[str]
+    autojump_clock: MockClock, records: list[Any]
 ) -> None:
     async with running_worker(*LIMITS, QUICKLY, RELIEF, restart_s=0.5) as rig:
         await trio.sleep(0.0625)
@@ -114,7 +108,7 @@ async def test_critical_memory_costs_the_engine_after_its_time_and_not_before_ag
         rig.probe.used = 100 * MB
         await trio.sleep(60)
         assert rig.engine.restarts == 2
-    assert lines.count("Memory stays critical: replacing the engine by a fresh one") == 2
+    assert texts(records).count("Memory stays critical: replacing the engine by a fresh one") == 2
 
 
 async def test_critical_memory_that_comes_and_goes_costs_no_engine(

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
-from typing import Any
 
 import pytest
 import trio
 from support.log_records import logged, texts
+from support.observed import FakeWorker
+from support.worker_rig import running_worker
 from trio.testing import MockClock
 from trio_util import AsyncValue
 
 from trio_worker.flow.door import DoorState
 from trio_worker.monitoring.observed import Health
 from trio_worker.simulated.service_manager import MemoryServiceManager
-from trio_worker.stages.notify import Phase, Standing, run_notify
-
-
-class Seen:
-    """As much of `Observed` as is asked for here."""
-
-    def __init__(self) -> None:
-        self.live = self.ready = Health(ok=True, reason="")
-
-    def liveness(self) -> Health:
-        return self.live
-
-    def readiness(self) -> Health:
-        return self.ready
-
-    def snapshot(self) -> Any:
-        return self
-
-    def __getattr__(self, _name: str) -> Any:
-        return self
-
-    def __format__(self, _spec: str) -> str:
-        return "7"
+from trio_worker.stages.notify import (
+    CLOSING_S,
+    EXTENSION_BEAT_S,
+    EXTENSION_S,
+    QUIET_LOAD_S,
+    Phase,
+    Standing,
+    run_notify,
+)
 
 
 def told(manager: MemoryServiceManager) -> list[tuple[object, ...]]:
@@ -53,8 +41,7 @@ def told(manager: MemoryServiceManager) -> list[tuple[object, ...]]:
 
 
 async def test_a_life_from_the_load_to_the_stop(autojump_clock: MockClock) -> None:
-    manager, standing, seen = MemoryServiceManager(), Standing(), Seen()
-    observed: Any = seen
+    manager, standing, worker = MemoryServiceManager(), Standing(), FakeWorker()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(run_notify, report_interval_s=40), manager, standing)
         await trio.sleep(4)
@@ -66,12 +53,12 @@ async def test_a_life_from_the_load_to_the_stop(autojump_clock: MockClock) -> No
         await trio.sleep(1)
         standing.progress("loading", 300, 0, "MB")
         await trio.sleep(43)
-        standing.serving(observed)
+        standing.serving(worker)
         await trio.sleep(20)
-        seen.live = Health(ok=False, reason="stuck")
-        seen.ready = Health(ok=False, reason="full")
+        worker.live = Health(ok=False, reason="stuck")
+        worker.ready = Health(ok=False, reason="full")
         await trio.sleep(30)
-        seen.live = Health(ok=True, reason="")
+        worker.live = Health(ok=True, reason="")
         await trio.sleep(10)
         standing.stopping(25)
         await trio.sleep(79)
@@ -83,15 +70,15 @@ async def test_a_life_from_the_load_to_the_stop(autojump_clock: MockClock) -> No
         (21, "", True, None, 60.0),
         (36, "", True, None, 60.0),
         (46, "", True, "loading 300 MB", 60.0),
-        (50, "ready", True, "ready: 7 running, 7 queued", None),
+        (50, "ready", True, "ready: 2 running, 3 queued", None),
         (65, "ready", True, None, None),
         (80, "ready", False, None, None),
-        (90, "ready", False, "not ready (full): 7 running, 7 queued", None),
+        (90, "ready", False, "not ready (full): 2 running, 3 queued", None),
         (105, "ready", True, None, None),
-        (110, "stopping", True, "draining: 7 requests left", 55.0),
+        (110, "stopping", True, "draining: 1 requests left", 55.0),
         (125, "stopping", True, None, 40.0),
         (140, "stopping", True, None, 25.0),
-        (150, "stopping", True, "draining: 7 requests left", 15.0),
+        (150, "stopping", True, "draining: 1 requests left", 15.0),
         (165, "stopping", True, None, None),
         (180, "stopping", True, None, None),
     ]
@@ -134,18 +121,17 @@ async def test_a_load_that_says_nothing_is_given_time_for_a_quarter_of_an_hour(
 async def test_each_time_the_watchdog_hears_nothing_the_log_says_so_once(
     autojump_clock: MockClock,
 ) -> None:
-    manager, standing, seen = MemoryServiceManager(watchdog_s=6), Standing(), Seen()
-    observed: Any = seen
+    manager, standing, worker = MemoryServiceManager(watchdog_s=6), Standing(), FakeWorker()
     with logged("ERROR") as lines:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
-            standing.serving(observed)
+            standing.serving(worker)
             for reason in ("first", "second"):
                 await trio.sleep(20)
                 assert len(lines) == (reason == "second")
-                seen.live = Health(ok=False, reason=reason)
+                worker.live = Health(ok=False, reason=reason)
                 await trio.sleep(20)
-                seen.live = Health(ok=True, reason="")
+                worker.live = Health(ok=True, reason="")
             nursery.cancel_scope.cancel()
     assert texts(lines) == [
         "The watchdog hears nothing from now on: first",
@@ -158,12 +144,11 @@ async def test_a_stop_before_the_worker_was_ready_stays_a_stop(
     autojump_clock: MockClock, comes: str
 ) -> None:
     standing = Standing()
-    observed: Any = Seen()
     standing.stopping(0)
     assert standing.status() == "stopping before the worker was ready"
     if comes == "ready late":
-        standing.serving(observed)
-        assert standing.status() == "draining: 7 requests left"
+        standing.serving(FakeWorker())
+        assert standing.status() == "draining: 1 requests left"
     assert standing.phase is Phase.STOPPING
     assert standing.extension_s() == 30.0
 
@@ -181,6 +166,176 @@ async def test_a_change_at_the_door_is_said_at_once(autojump_clock: MockClock) -
             with trio.fail_after(0.001):
                 await standing.wait_changed()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_load_gets_more_time_as_long_as_it_goes_on(autojump_clock: MockClock) -> None:
+    manager, standing = MemoryServiceManager(), Standing()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
+        await trio.sleep(QUIET_LOAD_S - 100)
+        standing.progress("downloading", 1, 10, "MB")
+        progressed_at = trio.current_time()
+        await trio.sleep(2 * QUIET_LOAD_S)
+        nursery.cancel_scope.cancel()
+    extensions = [each for each in manager.notices if each.extend_timeout_s is not None]
+    assert {each.extend_timeout_s for each in extensions} == {EXTENSION_S}
+    gaps = [after.at - before.at for before, after in itertools.pairwise(extensions)]
+    assert max(gaps) <= EXTENSION_BEAT_S < EXTENSION_S
+    assert extensions[0].at == 0
+    assert QUIET_LOAD_S - EXTENSION_BEAT_S <= extensions[-1].at - progressed_at <= QUIET_LOAD_S
+    assert not any(each.ready or each.stopping for each in manager.notices)
+
+
+async def test_the_status_shows_how_far_the_load_is(autojump_clock: MockClock) -> None:
+    manager, standing = MemoryServiceManager(), Standing()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
+        await trio.testing.wait_all_tasks_blocked()
+        for done in range(5):
+            standing.progress("downloading", done, 4, "files")
+            await trio.sleep(7)
+        standing.progress("loading weights", 0, 0, "")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert manager.statuses() == [
+        "starting",
+        "downloading 0 % of 4 files",
+        "downloading 25 % of 4 files",
+        "downloading 50 % of 4 files",
+        "downloading 100 % of 4 files",
+        "loading weights",
+    ]
+
+
+async def test_ready_is_said_at_once_and_again_with_every_notice(autojump_clock: MockClock) -> None:
+    manager, standing = MemoryServiceManager(), Standing()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
+        await trio.sleep(1.25)
+        standing.serving(FakeWorker())
+        await trio.sleep(50)
+        nursery.cancel_scope.cancel()
+    ready = [each for each in manager.notices if each.ready]
+    assert ready[0].at == 1.25
+    assert len(ready) >= 4
+    assert all(each.ready for each in manager.notices if each.at >= 1.25)
+    assert not any(each.extend_timeout_s for each in ready)
+    assert [each.at for each in ready if each.status] == [1.25, 11.25, 21.25, 31.25, 41.25, 51.25][
+        : len([each for each in ready if each.status])
+    ]
+
+
+@pytest.mark.parametrize("watchdog_s", [0.3, 2.0, 30.0, 3600.0])
+async def test_the_watchdog_hears_from_us_in_less_than_half_of_its_time(
+    autojump_clock: MockClock, watchdog_s: float
+) -> None:
+    manager, standing = MemoryServiceManager(watchdog_s=watchdog_s), Standing()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=7), manager, standing)
+        standing.serving(FakeWorker())
+        await trio.sleep(20 * min(watchdog_s, 60))
+        assert manager.longest_silence_s() < watchdog_s / 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_watchdog_hears_nothing_while_the_loops_make_no_progress(
+    autojump_clock: MockClock,
+) -> None:
+    manager, standing, worker = MemoryServiceManager(watchdog_s=10), Standing(), FakeWorker()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=1000), manager, standing)
+        standing.serving(worker)
+        await trio.sleep(100)
+        worker.live = Health(ok=False, reason="a turn has been under way for 71 s")
+        await trio.sleep(100)
+        silent = [each for each in manager.notices if each.at > 100]
+        assert silent
+        assert not any(each.alive for each in silent)
+        worker.live = Health(ok=True, reason="")
+        await trio.sleep(10)
+        assert manager.notices[-1].alive
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_change_at_the_door_is_said_soon_and_not_more_than_once_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    manager, standing, worker = MemoryServiceManager(), Standing(), FakeWorker()
+    door = AsyncValue(DoorState.OPEN)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=3600), manager, standing)
+        nursery.start_soon(standing.follow, door)
+        standing.serving(worker)
+        await trio.sleep(100)
+        worker.ready = Health(ok=False, reason="queue: full")
+        before = len(manager.notices)
+        for _ in range(500):
+            for state in (DoorState.PAUSED, DoorState.OPEN, DoorState.SHUT):
+                door.value = state
+                await trio.sleep(0.01)
+        assert manager.statuses()[-1] == "not ready (queue: full): 2 running, 3 queued"
+        assert 10 <= len(manager.notices) - before <= 20
+        before = len(manager.notices)
+        await trio.sleep(100)
+        assert len(manager.notices) - before <= 100 / EXTENSION_BEAT_S + 1
+        worker.ready, door.value = Health(ok=True, reason=""), DoorState.OPEN
+        await trio.sleep(1)
+        assert manager.statuses()[-1] == "ready: 2 running, 3 queued"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stop_gets_the_time_of_the_drain_and_no_more(autojump_clock: MockClock) -> None:
+    manager, standing = MemoryServiceManager(), Standing()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_notify, report_interval_s=10), manager, standing)
+        standing.serving(FakeWorker())
+        await trio.sleep(100)
+        standing.stopping(drain_timeout_s=300)
+        await trio.sleep(1000)
+        nursery.cancel_scope.cancel()
+    stopping = [each for each in manager.notices if each.stopping]
+    assert stopping[0].at == 100
+    assert not any(each.ready for each in stopping)
+    until_s = [
+        each.at + each.extend_timeout_s for each in stopping if each.extend_timeout_s is not None
+    ]
+    assert max(until_s) == pytest.approx(100 + 300 + CLOSING_S)
+    for notice in stopping:
+        if notice.at < 400:
+            assert notice.at + (notice.extend_timeout_s or 0) > notice.at + 2 * EXTENSION_BEAT_S
+
+
+async def test_a_worker_says_everything_from_its_start_to_its_end(
+    autojump_clock: MockClock,
+) -> None:
+    manager = MemoryServiceManager(watchdog_s=30)
+    async with running_worker(load_s=100, service_manager=manager) as rig:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(rig.ask, prompt="x", max_tokens=200))
+            await trio.sleep(2)
+            rig.stop()
+            await rig.finished.wait()
+            ended_at = trio.current_time()
+    notices = list(manager.notices)
+    ready = [each.at for each in notices if each.ready]
+    stopping = [each.at for each in notices if each.stopping]
+    assert ready[0] == pytest.approx(100, abs=1)
+    assert stopping[0] == pytest.approx(ready[0] + 2, abs=0.1)
+    assert max(ready) < stopping[0]
+    assert all(each.extend_timeout_s for each in notices if each.at < 99)
+    assert manager.longest_silence_s() < 15
+    assert ended_at > stopping[0]
+    assert "draining: 1 requests left" in manager.statuses()
+
+
+async def test_a_stop_during_the_load_is_said_too(autojump_clock: MockClock) -> None:
+    manager = MemoryServiceManager()
+    async with running_worker(load_s=100, wait_ready=False, service_manager=manager) as rig:
+        await trio.sleep(50)
+        rig.stop()
+        await rig.finished.wait()
+    assert manager.notices[-1].stopping
+    assert not any(each.ready for each in manager.notices)
 
 
 def test_the_phases_are_the_words_of_the_documentation() -> None:

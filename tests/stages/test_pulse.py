@@ -1,10 +1,15 @@
-"""When the event loop is said to have been blocked, and where."""
+"""When the event loop is said to have been blocked, and where; also of a real process."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import trio
+from support.commands import clean_environment
 from support.log_records import logged, texts
+from support.nats_fixtures import free_port
 from trio.testing import MockClock
 
 from trio_worker.monitoring.heartbeat import Heartbeat
@@ -68,3 +73,48 @@ async def test_each_pulse_in_time_puts_the_sample_off_and_the_last_one_calls_it_
             nursery.cancel_scope.cancel()
     assert sampler.asked == [1.5, "disarm", 1.5, "disarm", 1.5, "disarm"]
     assert texts(said) == ["The event loop was blocked for 2.0 s at File a, line 1 in f"]
+
+
+BLOCKED = """
+import sys, time
+import trio
+from trio_worker.config import load_config
+from trio_worker.launch import launch
+from trio_worker.logs import set_up_logging
+
+def grind_without_a_checkpoint():
+    time.sleep(1.6)
+
+async def greet(_broker):
+    await trio.sleep(0.7)  # between two pulses
+    grind_without_a_checkpoint()
+    await trio.sleep(0.1)  # the late pulse comes first
+    await stops_send.send(None)
+
+set_up_logging(log_format="human", level="info")
+stops_send, stops = trio.open_memory_channel(1)
+config = load_config(None, environ={}, hostname="host", overrides=sys.argv[1:])
+trio.run(lambda: launch(config, engine="simulated", stops=stops, greet=greet))
+"""
+
+
+@pytest.mark.nats
+async def test_the_log_names_what_blocked_the_event_loop(tmp_path: Path) -> None:
+    script = tmp_path / "blocked.py"
+    script.write_text(BLOCKED)
+    overrides = [f"nats.url=nats://127.0.0.1:{free_port()}", "worker.monitoring.port=0"]
+    with trio.fail_after(60):
+        done = await trio.run_process(
+            [sys.executable, str(script), *overrides],
+            capture_stderr=True,
+            check=False,
+            env=clean_environment(),
+        )
+    log = done.stderr.decode()
+    assert done.returncode == 0, log
+    (line,) = [each for each in log.splitlines() if "The event loop was blocked for" in each]
+    assert "grind_without_a_checkpoint" in line, log
+    assert "blocked.py" in line
+    following = log.splitlines()[log.splitlines().index(line) + 1]
+    assert following.startswith("  from ")
+    assert "in greet" in following

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
 import trio
-from loguru import logger
+from support.log_records import logged, texts
 from support.worker_rig import running_worker
 from trio.testing import MockClock
 
@@ -19,17 +20,10 @@ TURN = "worker.simulated.turn_ms=1000"
 
 
 @pytest.fixture
-def lines() -> Iterator[list[str]]:
+def records() -> Iterator[list[Any]]:
     """What the log says about reports."""
-    said: list[str] = []
-    number = logger.add(
-        lambda line: said.append(str(line).rstrip()),
-        level="INFO",
-        format="{message}",
-        filter="trio_worker.stages.reporter",
-    )
-    yield said
-    logger.remove(number)
+    with logged("INFO", of="trio_worker.stages.reporter") as records:
+        yield records
 
 
 async def test_a_report_comes_at_each_interval_and_is_the_snapshot_of_that_moment(
@@ -53,44 +47,46 @@ async def test_a_report_comes_at_each_interval_and_is_the_snapshot_of_that_momen
 
 
 async def test_a_line_is_written_once_and_then_when_something_happened(
-    autojump_clock: MockClock, lines: list[str]
+    autojump_clock: MockClock, records: list[Any]
 ) -> None:
     async with running_worker(EVERY, TURN) as rig:
         await trio.sleep(0.5 * INTERVAL_S)
-        assert lines == [], "there is nothing to report yet"
+        assert texts(records) == [], "there is nothing to report yet"
         await trio.sleep(3 * INTERVAL_S)
-        assert lines == ["0 completed, 0 in flight, 0 queued, 0 in the batch, 0.0 tokens/s, 100 MB"]
-        lines.clear()
+        assert texts(records) == [
+            "0 completed, 0 in flight, 0 queued, 0 in the batch, 0.0 tokens/s, 100 MB"
+        ]
+        records.clear()
         # Nobody has completed and nothing is counted before the end, but one is in flight.
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=18))
             await trio.sleep(3 * INTERVAL_S)
-        assert [line.partition(", 0 queued")[0] for line in lines] == [
+        assert [line.partition(", 0 queued")[0] for line in texts(records)] == [
             "0 completed, 1 in flight",
             "0 completed, 1 in flight",
             "1 completed, 0 in flight",
         ]
-        assert lines[0].endswith(", 1 in the batch, 0.3 tokens/s, 100 MB")
-        lines.clear()
+        assert texts(records)[0].endswith(", 1 in the batch, 0.3 tokens/s, 100 MB")
+        records.clear()
         await trio.sleep(3 * INTERVAL_S)
-        assert lines == []
+        assert texts(records) == []
         # Some tokens, and no completion.
         await rig.ask(prompt="x", max_tokens=9, timeout_ms=2500)
         await trio.sleep(2 * INTERVAL_S)
-        assert len(lines) == 1
+        assert len(records) == 1
 
 
 async def test_a_snapshot_that_the_server_would_not_take_is_said_to_be_too_large(
-    autojump_clock: MockClock, lines: list[str]
+    autojump_clock: MockClock, records: list[Any]
 ) -> None:
     got: list[Message] = []
     async with running_worker(EVERY, max_payload=1024) as rig:
         await rig.caller.subscribe("worker.*.stats", got.append)
         await trio.sleep(1.5 * INTERVAL_S)
         assert not got
-        assert lines[0].endswith("100 MB; the snapshot is over the server's max_payload")
+        assert texts(records)[0].endswith("100 MB; the snapshot is over the server's max_payload")
         rig.server.max_payload = 2**20
         await rig.ask(prompt="x", max_tokens=1)
         await trio.sleep(INTERVAL_S)
         assert len(got) == 1
-        assert lines[1].endswith("100 MB")
+        assert texts(records)[1].endswith("100 MB")
