@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
-from prometheus_client.parser import text_string_to_metric_families
+from support.metric_values import samples_in
 from support.worker_rig import MB, Reply, Rig, running_worker, subject_of
 from trio.testing import MockClock
 
-from trio_worker.monitoring import metrics
 from trio_worker.monitoring.prometheus import exposition
 from trio_worker.ports import Message
 from trio_worker.simulated.engine import Faults
@@ -42,15 +41,11 @@ Samples = dict[str, float]
 def samples(rig: Rig) -> Samples:
     """Every sample, named as in a query without quotes; buckets and the loop's pulse apart."""
     body, _ = exposition(rig.overview)
-    found = {}
-    for family in text_string_to_metric_families(body.decode()):
-        for sample in family.samples:
-            name = sample.name.removeprefix(metrics.PREFIX)
-            if name.endswith("_bucket") or name.startswith("event_loop_lag"):
-                continue
-            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
-            found[f"{name}{{{labels}}}" if labels else name] = sample.value
-    return found
+    return {
+        name: value
+        for name, value in samples_in(body.decode()).items()
+        if "_bucket{" not in name and not name.startswith("event_loop_lag")
+    }
 
 
 def changed(before: Samples, after: Samples) -> Samples:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import trio
-from prometheus_client.parser import text_string_to_metric_families
 from support.commands import RunningCommand, running_command, until
+from support.metric_values import samples_in
 from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F401 - a fixture
 from support.raw_nats import raw_requests
 from support.tiny_model import write_tiny_model
@@ -28,16 +28,9 @@ SEEN_S = 2.0
 
 
 async def scrape(worker: RunningCommand) -> dict[str, float]:
-    """Every sample, named as in a query without quotes: `requests_total{outcome=ok}`."""
     status, body = await worker.get("/metrics")
     assert status == 200
-    found = {}
-    for family in text_string_to_metric_families(body):
-        for sample in family.samples:
-            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
-            name = sample.name.removeprefix("trio_worker_")
-            found[f"{name}{{{labels}}}" if labels else name] = sample.value
-    return found
+    return samples_in(body)
 
 
 async def service_data(worker: RunningCommand) -> Any:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import trio
 from support.log_records import logged
+from support.metric_values import counter_of
 from support.worker_rig import Reply, Rig, running_worker
 from trio.testing import MockClock
 
@@ -19,7 +20,7 @@ from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
 from trio_worker.flow import serving
 from trio_worker.flow.request_channel import PrioritySendChannel, open_priority_channel
-from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS, CounterMetric
+from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS
 from trio_worker.stages.batcher import _Batcher, run_batcher
 
 ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
@@ -82,11 +83,7 @@ async def undisturbed() -> dict[str, str]:
 
 
 def restarts(rig: Rig) -> int:
-    return next(
-        metric.total()
-        for metric in rig.overview.metrics()
-        if isinstance(metric, CounterMetric) and metric.description is BATCH_LOOP_RESTARTS
-    )
+    return counter_of(rig.overview, BATCH_LOOP_RESTARTS).total()
 
 
 @pytest.fixture

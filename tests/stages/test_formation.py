@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import trio
+from support.metric_values import histogram_of
 from support.worker_rig import Rig, running_worker, subject_of
 from trio.testing import MockClock
 
-from trio_worker.monitoring.metrics import INTER_TOKEN, HistogramMetric
+from trio_worker.monitoring.metrics import INTER_TOKEN
 from trio_worker.ports import Message
 from trio_worker.simulated.engine import Faults
 
@@ -129,11 +130,7 @@ async def test_two_tokens_of_one_turn_have_no_time_between_them(
 ) -> None:
     async with running_worker(faults=Faults(duplicate_output=1.0)) as rig:
         await ask(rig, "one", max_tokens=5)
-        gaps = next(
-            each
-            for each in rig.overview.metrics()
-            if isinstance(each, HistogramMetric) and each.description is INTER_TOKEN
-        )
+        gaps = histogram_of(rig.overview, INTER_TOKEN)
         # Four tokens are handed out twice, the last one once: nine, and four turns between them.
         assert sum(gaps.counts[()]) == 8
         assert gaps.sums[()] == pytest.approx(4 * 0.02)

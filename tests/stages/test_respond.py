@@ -7,10 +7,18 @@ from unittest import mock
 
 import pytest
 import trio
+from support.metric_values import counter_of, histogram_of
 from support.worker_rig import Reply, Rig, running_worker, subject_of
 from trio.testing import MockClock
 
-from trio_worker.monitoring.metrics import CounterMetric, HistogramMetric
+from trio_worker.monitoring.metrics import (
+    CANCELLATIONS,
+    PROMPT_TOKENS,
+    REQUEST_SECONDS,
+    REQUESTS,
+    RESUMED,
+    Description,
+)
 from trio_worker.ports import Message
 from trio_worker.simulated.engine import Faults
 from trio_worker.stages import respond
@@ -170,13 +178,9 @@ async def test_a_keep_alive_comes_five_seconds_after_the_last_message_whatever_t
         assert quiet == [0.0, 5.0, 10.0, *(round(last_token_at + each, 2) for each in (5, 10))]
 
 
-def counts(rig: Rig, name: str) -> dict[tuple[str, ...], int]:
-    (metric,) = (
-        each
-        for each in rig.overview.metrics()
-        if isinstance(each, CounterMetric) and each.description.name == name
-    )
-    return {labels: count for labels, count in metric.values.items() if count}
+def counts(rig: Rig, description: Description) -> dict[tuple[str, ...], int]:
+    values = counter_of(rig.overview, description).values
+    return {labels: count for labels, count in values.items() if count}
 
 
 async def test_each_end_is_counted_once_with_who_brought_it_about_and_where(
@@ -196,23 +200,19 @@ async def test_each_end_is_counted_once_with_who_brought_it_about_and_where(
         for name in ("two", "one"):
             rig.caller.publish(Message(subject=subject_of(name), body=b"cancel"))
             await trio.sleep(1)
-        assert counts(rig, "cancellations_total") == {
+        assert counts(rig, CANCELLATIONS) == {
             ("cancelled", "queued"): 1,
             ("cancelled", "decode"): 1,
         }
-        assert counts(rig, "requests_total") == {
+        assert counts(rig, REQUESTS) == {
             ("ok", "high"): 1,
             ("ENGINE_FAILED", "high"): 1,
             ("CANCELLED", "high"): 2,
         }
         # "two" never came into the batch.
-        assert counts(rig, "prompt_tokens_total") == {(): 3 + 1 + 1}
-        assert counts(rig, "requests_resumed_total") == {}
-        took = next(
-            each
-            for each in rig.overview.metrics()
-            if isinstance(each, HistogramMetric) and each.description.name == "request_seconds"
-        )
+        assert counts(rig, PROMPT_TOKENS) == {(): 3 + 1 + 1}
+        assert counts(rig, RESUMED) == {}
+        took = histogram_of(rig.overview, REQUEST_SECONDS)
         assert {labels: sum(column) for labels, column in took.counts.items()} == {
             ("ok",): 1,
             ("ENGINE_FAILED",): 1,
