@@ -575,8 +575,8 @@ async def test_a_crash_costs_a_pause_and_no_token(autojump_clock: MockClock) -> 
             await trio.sleep(0.5)
             rig.engine.crash()
             await trio.testing.wait_all_tasks_blocked()
-            assert not rig.overview.readiness().ok
-            assert "engine" in rig.overview.readiness().reason
+            assert not rig.observed.readiness().ok
+            assert "engine" in rig.observed.readiness().reason
     assert [reply.text for reply in replies] == [undisturbed.text] * 3
     assert [reply.worker["resumed"] for reply in replies] == [1, 1, 1]
     assert rig.engine.restarts == 1
@@ -658,7 +658,7 @@ async def test_over_the_critical_limit_requests_are_refused_until_memory_has_com
         rig.probe.used = 10_300 * 2**20
         await trio.sleep(0.2)
         refused = await rig.ask(prompt="x", max_tokens=1)
-        assert not rig.overview.readiness().ok
+        assert not rig.observed.readiness().ok
         assert rig.snapshot().resources.pressure == "critical"
         rig.probe.used = 100 * 2**20
         await trio.sleep(0.2)
@@ -734,7 +734,7 @@ async def test_a_nearly_full_worker_leaves_the_queue_group_and_comes_back(
                 nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=20))
             await trio.sleep(0.2)
             assert not grouped()
-            assert rig.overview.readiness().reason.startswith("queue")
+            assert rig.observed.readiness().reason.startswith("queue")
         await trio.sleep(0.1)
         assert grouped()
 
@@ -765,7 +765,7 @@ async def test_a_drain_answers_the_waiting_and_lets_the_running_finish(
             rig.stop()
             await trio.sleep(0.6)
             assert [reply.code for reply in replies] == ["WORKER_DRAINING"] * 3
-            assert rig.overview.readiness().reason.startswith("draining")
+            assert rig.observed.readiness().reason.startswith("draining")
         await rig.finished.wait()
     assert [reply.code for reply in replies] == ["WORKER_DRAINING"] * 3 + ["ok"] * 2
 

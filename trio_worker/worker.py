@@ -38,7 +38,7 @@ from trio_worker.flow.serving import Serving, make_serving
 from trio_worker.monitoring.counters import RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeats, heartbeats
 from trio_worker.monitoring.observed import Observed
-from trio_worker.monitoring.observed_worker import Overview
+from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.ports import (
     Broker,
     Engine,
@@ -107,7 +107,7 @@ class _Worker:
     serving: Serving
     counters: RequestCounters
     beats: Heartbeats
-    overview: Overview
+    observed: ObservedWorker
     standing: Standing
     stops: AsyncValue[int]
     """How often the worker has been asked to stop."""
@@ -203,10 +203,10 @@ def _say_ready(worker: _Worker, info: EngineInfo) -> None:
     """Requests reach the worker: whoever waits for that is told."""
     worker.ready.set()
     logger.info("Worker {} serves {} on {}", worker.config.worker.id, info.model, info.device)
-    worker.overview.is_subscribed = True
-    worker.standing.serving(worker.overview)
+    worker.observed.is_subscribed = True
+    worker.standing.serving(worker.observed)
     if worker.world.on_ready is not None:
-        worker.world.on_ready(worker.overview)
+        worker.world.on_ready(worker.observed)
 
 
 # --- how it stops ---------------------------------------------------------------------------
@@ -305,7 +305,7 @@ async def _run_reporter(worker: _Worker) -> None:
     await run_reporter(
         broker=worker.broker,
         worker_id=worker.config.worker.id,
-        snapshot=worker.overview.snapshot,
+        snapshot=worker.observed.snapshot,
         heartbeat=worker.beats.reporter,
         interval_s=worker.config.worker.monitoring.report_interval_ms / 1000,
     )
@@ -319,7 +319,7 @@ async def _serve_http(
     await serve_http(
         host=monitoring.host,
         port=monitoring.port,
-        observed=worker.overview,
+        observed=worker.observed,
         task_status=task_status,
     )
 
@@ -350,7 +350,7 @@ async def _run_service(
         worker=worker.config.worker,
         info=info,
         counters=worker.counters,
-        snapshot=worker.overview.snapshot,
+        snapshot=worker.observed.snapshot,
         reply_prefixes=worker.config.nats.reply_prefixes,
         started_at=worker.world.wall_clock(),
         task_status=task_status,
@@ -431,7 +431,7 @@ def _make_worker(
         limits.critical_memory_mb,
     )
     counters = RequestCounters()
-    overview = Overview(
+    observed = ObservedWorker(
         worker,
         admission=serving.admission,
         door=serving.door,
@@ -450,7 +450,7 @@ def _make_worker(
         serving=serving,
         counters=counters,
         beats=beats,
-        overview=overview,
+        observed=observed,
         standing=standing,
         stops=stops,
         ready=ready,

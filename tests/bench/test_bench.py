@@ -85,7 +85,7 @@ async def running(measured: Bench) -> AsyncIterator[_Worker]:
         f"worker.simulated.prefill_ms_per_token={worker.simulated.prefill_ms_per_token}",
         engine_options={"prefix_cache_tokens": reuse},
     ) as rig:
-        yield _Worker(rig.client, "w1", rig.overview)
+        yield _Worker(rig.client, "w1", rig.observed)
 
 
 async def figures(

@@ -128,7 +128,7 @@ async def serving(rig: Rig, port: int) -> AsyncIterator[None]:
                 serve_http,
                 host="127.0.0.1",
                 port=port,
-                observed=rig.overview,
+                observed=rig.observed,
                 exposition=exposition,
             )
         )

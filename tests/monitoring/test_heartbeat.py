@@ -80,10 +80,10 @@ def test_a_batcher_held_back_by_memory_waits_for_the_next_reading() -> None:
 async def becomes_late(rig: Rig, loop: str, *, bound_s: float) -> None:
     """From now on, `loop` alone gives no sign of life; noticed at its bound, and not before."""
     began_at = trio.current_time()
-    while rig.overview.liveness().ok:
+    while rig.observed.liveness().ok:
         await trio.sleep(0.25)
         assert trio.current_time() - began_at < bound_s + 1, "nothing is noticed"
-    health = rig.overview.liveness()
+    health = rig.observed.liveness()
     assert trio.current_time() - began_at >= bound_s - 1
     assert health.reason.startswith(f"stuck: {loop} has not come round for ")
     assert health.reason.endswith(f" s (bound: {bound_s:g} s)")
@@ -141,7 +141,7 @@ async def test_a_batcher_that_goes_on_waiting_for_an_engine_that_is_ready_is_not
             lost = True
             rig.engine.crash()
             await trio.sleep(29)
-            assert rig.overview.liveness().ok
+            assert rig.observed.liveness().ok
             await trio.sleep(1.5)
             assert rig.engine.ready.value
             await becomes_late(rig, "batcher", bound_s=60 + MARGIN_S)
@@ -191,7 +191,7 @@ async def test_an_intake_that_does_not_read_what_arrives_is_noticed(
     with mock.patch.object(worker_module, "open_intake_buffer", open_deaf_buffer):
         async with running_worker() as rig, trio.open_nursery() as nursery:
             await trio.sleep(300)
-            assert rig.overview.liveness().ok
+            assert rig.observed.liveness().ok
             nursery.start_soon(lambda: rig.raw(b"cancel", subject=subject))
             await becomes_late(rig, "intake", bound_s=MARGIN_S)
             nursery.cancel_scope.cancel()
@@ -202,7 +202,7 @@ async def test_an_intake_that_does_not_read_what_arrives_is_noticed(
 
 async def alive_throughout(rig: Rig, seconds: float) -> None:
     for _ in range(int(seconds)):
-        assert rig.overview.liveness().ok
+        assert rig.observed.liveness().ok
         await trio.sleep(1)
 
 
@@ -253,5 +253,5 @@ async def test_the_watchdog_hears_nothing_of_a_worker_with_a_stuck_loop(
             await trio.sleep(10)
             assert manager.notices[-1].alive
             await trio.sleep(30)
-            assert not rig.overview.liveness().ok
+            assert not rig.observed.liveness().ok
             assert not manager.notices[-1].alive

@@ -40,7 +40,7 @@ Samples = dict[str, float]
 
 def samples(rig: Rig) -> Samples:
     """Every sample, named as in a query without quotes; buckets and the loop's pulse apart."""
-    body, _ = exposition(rig.overview)
+    body, _ = exposition(rig.observed)
     return {
         name: value
         for name, value in samples_in(body.decode()).items()
@@ -123,7 +123,7 @@ def agree(rig: Rig, found: Samples) -> None:
         "nats_slow_consumer_total": said.nats.slow_consumers,
         "requests_total": sum(said.requests.by_outcome.values()) - total("rejections_total"),
         "request_seconds_count": total("requests_total"),
-        "ready": rig.overview.readiness().ok,
+        "ready": rig.observed.readiness().ok,
     }
     assert {name: total(name) for name in expected} == expected
 

@@ -23,7 +23,7 @@ from trio_worker.flow.door import Door
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import heartbeats
 from trio_worker.monitoring.metrics import GaugeReading
-from trio_worker.monitoring.observed_worker import Overview
+from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.ports import BrokerStatistics, EngineStatistics
 from trio_worker.protocol.turn import EngineInfo
 
@@ -97,7 +97,7 @@ class Parts:
         self.scheduler = Scheduler(
             slots=2, prefill=PrefillBudget(chunk_max=512, gap_target_s=0.2), ledger=self.ledger
         )
-        self.overview = Overview(
+        self.observed = ObservedWorker(
             make_config(
                 "worker.model_name=tiny",
                 "worker.resource_limits.max_memory_mb=1000",
@@ -122,7 +122,7 @@ class Parts:
 
     def ready(self) -> None:
         self.told.engine, self.told.broker = SERVING, UP
-        self.overview.is_subscribed = True
+        self.observed.is_subscribed = True
         self.ledger.bytes_per_token = INFO.cache_bytes_per_token
         self.door.set_engine_ready(ready=True)
 
@@ -140,12 +140,12 @@ class Parts:
         self.door.batched(sequence)
 
     def snapshot(self) -> Any:
-        return msgspec.to_builtins(self.overview.snapshot())
+        return msgspec.to_builtins(self.observed.snapshot())
 
     def gauges(self) -> dict[str, dict[tuple[str, ...], float]]:
         return {
             each.description.name: dict(each.values)
-            for each in self.overview.metrics()
+            for each in self.observed.metrics()
             if isinstance(each, GaugeReading)
         }
 
@@ -356,7 +356,7 @@ async def test_before_anything_has_happened_the_snapshot_says_so(
     } == {("memory_bytes", labels): value for labels, value in limits.items()}
     assert gauges["queue_depth"] == {("high",): 0, ("medium",): 0, ("low",): 0}
     parts.batches.decode_turns, parts.batches.decoded = 1, 2
-    assert parts.overview.snapshot().batch.mean_batch_size == 2
+    assert parts.observed.snapshot().batch.mean_batch_size == 2
 
 
 async def test_the_gauges_say_what_the_snapshot_says(autojump_clock: MockClock) -> None:
@@ -393,7 +393,7 @@ async def test_the_gauges_say_what_the_snapshot_says(autojump_clock: MockClock) 
         "ready": {(): 0},
         "build_info": {(__version__, "w1", "tiny"): 1},
     }
-    resources = parts.overview.snapshot().resources
+    resources = parts.observed.snapshot().resources
     assert not resources.can_accept_request
     assert resources.under_pressure
     assert resources.pressure == "critical"
@@ -402,7 +402,7 @@ async def test_the_gauges_say_what_the_snapshot_says(autojump_clock: MockClock) 
 
 async def test_every_written_metric_is_shown_once(autojump_clock: MockClock) -> None:
     parts = Parts()
-    shown = [each for each in parts.overview.metrics() if not isinstance(each, GaugeReading)]
+    shown = [each for each in parts.observed.metrics() if not isinstance(each, GaugeReading)]
     assert shown == list(parts.counters.metrics.written())
 
 
@@ -414,7 +414,7 @@ async def test_the_requests_in_flight_are_told_oldest_first_and_at_most_so_many(
     parts.ready()
     crowd(parts)
     await trio.sleep(5.0123456)
-    told = msgspec.to_builtins(parts.overview.in_flight())
+    told = msgspec.to_builtins(parts.observed.in_flight())
     assert [each["request_id"] for each in told] == list(parts.admission.in_flight)
     assert told[:2] == [
         {
@@ -442,7 +442,7 @@ async def test_the_requests_in_flight_are_told_oldest_first_and_at_most_so_many(
             "preempted": 0,
         },
     ]
-    assert msgspec.to_builtins(parts.overview.in_flight(3)) == told[:3]
+    assert msgspec.to_builtins(parts.observed.in_flight(3)) == told[:3]
 
 
 async def test_it_is_ready_exactly_while_a_request_would_be_taken(
@@ -452,14 +452,14 @@ async def test_it_is_ready_exactly_while_a_request_would_be_taken(
     parts = Parts()
 
     def said() -> tuple[bool, str]:
-        health = parts.overview.readiness()
+        health = parts.observed.readiness()
         assert parts.gauges()["ready"] == {(): int(health.ok)}
         return health.ok, health.reason
 
     assert said() == (False, "loading: the engine is not ready")
     parts.door.set_engine_ready(ready=True)
     assert said() == (False, "loading: not subscribed to requests yet")
-    parts.overview.is_subscribed = True
+    parts.observed.is_subscribed = True
     assert said() == (False, "nats: the connection is down")
     parts.told.broker = UP
     assert said() == (True, "accepting requests")
@@ -482,23 +482,23 @@ async def test_the_workers_state_is_its_engines_until_it_drains(
 ) -> None:
     parts = Parts()
     parts.told.engine = replace(SERVING, state=engine_state)
-    assert parts.overview.snapshot().worker.state == engine_state
+    assert parts.observed.snapshot().worker.state == engine_state
     parts.door.close()
-    assert parts.overview.snapshot().worker.state == "draining"
-    assert parts.overview.snapshot().engine.state == engine_state
+    assert parts.observed.snapshot().worker.state == "draining"
+    assert parts.observed.snapshot().engine.state == engine_state
 
 
 async def test_the_resource_status_is_what_the_snapshot_has_and_one_line() -> None:
     parts = Parts()
     parts.ready()
-    assert parts.overview.resources() == parts.overview.snapshot().resources
-    assert parts.overview.resources().line == (
+    assert parts.observed.resources() == parts.observed.snapshot().resources
+    assert parts.observed.resources().line == (
         "memory pressure normal: 0 MB in use, limits 1000 and 2000 MB"
     )
     parts.gauge.read(MemoryReading(used=1300 * MB, available=9000 * MB, total=16_000 * MB))
-    assert parts.overview.readiness().ok
-    assert parts.overview.resources() == parts.overview.snapshot().resources
-    assert parts.overview.resources().line == (
+    assert parts.observed.readiness().ok
+    assert parts.observed.resources() == parts.observed.snapshot().resources
+    assert parts.observed.resources().line == (
         "memory pressure soft: 1300 MB in use, limits 1000 and 2000 MB; "
         "steps in force: trim_caches, hold_low"
     )

@@ -32,7 +32,7 @@ async def told() -> tuple[Said, Said]:
     async with running_worker() as rig, trio.open_nursery() as nursery:
         nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=1000))
         await trio.sleep(1)
-        feed = EventFeed(rig.overview)
+        feed = EventFeed(rig.observed)
         feed.sample()
         events = (feed.history(), feed.event())
         nursery.cancel_scope.cancel()

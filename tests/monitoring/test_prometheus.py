@@ -157,8 +157,8 @@ async def test_a_whole_worker_counts_what_its_callers_saw(autojump_clock: MockCl
         async with trio.open_nursery() as nursery:
             for index in range(12):
                 nursery.start_soon(one, ("high", "medium", "low")[index % 3])
-        found = values(rig.overview)
-        openmetrics, content_type = exposition(rig.overview, OPENMETRICS)
+        found = values(rig.observed)
+        openmetrics, content_type = exposition(rig.observed, OPENMETRICS)
     assert outcomes["QUEUE_FULL"] > 0
     assert outcomes["ok"] + outcomes["QUEUE_FULL"] == 12
     by_outcome: Counter[str] = Counter()
@@ -184,7 +184,7 @@ async def test_every_series_of_a_worker_belongs_to_a_described_metric(
 ) -> None:
     async with running_worker() as rig:
         await rig.ask(prompt="a", max_tokens=3)
-        observed: Observed = rig.overview
+        observed: Observed = rig.observed
         read = [each.description.name for each in observed.metrics()]
     assert sorted(read) == [each.name for each in all_descriptions()]
 

@@ -83,7 +83,7 @@ async def undisturbed() -> dict[str, str]:
 
 
 def restarts(rig: Rig) -> int:
-    return counter_of(rig.overview, BATCH_LOOP_RESTARTS).total()
+    return counter_of(rig.observed, BATCH_LOOP_RESTARTS).total()
 
 
 @pytest.fixture

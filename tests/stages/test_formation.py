@@ -62,7 +62,7 @@ async def test_waiting_ends_when_two_gaps_have_brought_nobody(autojump_clock: Mo
                 await trio.sleep(0.3)
         assert rig.snapshot().batch.by_trigger == {"size": 1}
         await ask(rig, "lonely", max_tokens=1)
-        gap_s = rig.overview._admission.arrivals.mean_gap_s
+        gap_s = rig.observed._admission.arrivals.mean_gap_s
         assert gap_s is not None
         assert rig.snapshot().batch.by_trigger == {"size": 1, "single": 1}
         assert last_ms(rig) == pytest.approx(2000 * gap_s)
@@ -130,7 +130,7 @@ async def test_two_tokens_of_one_turn_have_no_time_between_them(
 ) -> None:
     async with running_worker(faults=Faults(duplicate_output=1.0)) as rig:
         await ask(rig, "one", max_tokens=5)
-        gaps = histogram_of(rig.overview, INTER_TOKEN)
+        gaps = histogram_of(rig.observed, INTER_TOKEN)
         # Four tokens are handed out twice, the last one once: nine, and four turns between them.
         assert sum(gaps.counts[()]) == 8
         assert gaps.sums[()] == pytest.approx(4 * 0.02)

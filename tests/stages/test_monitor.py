@@ -81,12 +81,12 @@ async def test_what_each_reading_changes_is_acted_upon_at_once(autojump_clock: M
     async with running_worker(*LIMITS, SLOWLY) as rig:
         rig.probe.used = 2000 * MB
         await trio.sleep(3.9)
-        assert rig.overview.readiness().ok
+        assert rig.observed.readiness().ok
         await trio.sleep(0.2)
-        assert rig.overview.readiness().reason == "memory: 2000 MB is over the critical limit"
+        assert rig.observed.readiness().reason == "memory: 2000 MB is over the critical limit"
         rig.probe.used = 100 * MB
         await trio.sleep(0.3)
-        assert rig.overview.readiness().ok
+        assert rig.observed.readiness().ok
 
 
 async def test_critical_memory_costs_the_engine_after_its_time_and_not_before_again(

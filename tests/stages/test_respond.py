@@ -179,7 +179,7 @@ async def test_a_keep_alive_comes_five_seconds_after_the_last_message_whatever_t
 
 
 def counts(rig: Rig, description: Description) -> dict[tuple[str, ...], int]:
-    values = counter_of(rig.overview, description).values
+    values = counter_of(rig.observed, description).values
     return {labels: count for labels, count in values.items() if count}
 
 
@@ -212,7 +212,7 @@ async def test_each_end_is_counted_once_with_who_brought_it_about_and_where(
         # "two" never came into the batch.
         assert counts(rig, PROMPT_TOKENS) == {(): 3 + 1 + 1}
         assert counts(rig, RESUMED) == {}
-        took = histogram_of(rig.overview, REQUEST_SECONDS)
+        took = histogram_of(rig.observed, REQUEST_SECONDS)
         assert {labels: sum(column) for labels, column in took.counts.items()} == {
             ("ok",): 1,
             ("ENGINE_FAILED",): 1,
@@ -239,7 +239,7 @@ async def test_only_whole_answers_say_how_long_service_takes(autojump_clock: Moc
     """Eight are enough to estimate by; a cancel or a deadline says nothing."""
     faults = Faults(failing_words=frozenset({"broken"}))
     async with running_worker(faults=faults) as rig:
-        rate = rig.overview._admission.rate
+        rate = rig.observed._admission.rate
         for _ in range(9):
             await rig.ask(prompt="broken", max_tokens=4)
             await rig.ask(prompt="x", max_tokens=400, timeout_ms=50)

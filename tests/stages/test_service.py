@@ -18,7 +18,7 @@ from trio.testing import MockClock
 
 from trio_worker import __version__
 from trio_worker.client import open_client
-from trio_worker.monitoring.observed_worker import Overview
+from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.monitoring.recent import FRESH_S
 from trio_worker.ports import Message
 
@@ -135,13 +135,13 @@ async def test_however_many_ask_a_snapshot_is_computed_ten_times_a_second_at_mos
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[float] = []
-    snapshot = Overview.snapshot
+    snapshot = ObservedWorker.snapshot
 
-    def counting(self: Overview) -> Any:
+    def counting(self: ObservedWorker) -> Any:
         computed.append(trio.current_time())
         return snapshot(self)
 
-    monkeypatch.setattr(Overview, "snapshot", counting)
+    monkeypatch.setattr(ObservedWorker, "snapshot", counting)
     async with running_worker("worker.monitoring.report_interval_ms=600000") as rig:
         answers: list[Message] = []
         inbox = rig.caller.new_inbox()

@@ -15,7 +15,7 @@ from trio_worker.client import Chunk, Client
 from trio_worker.config import Config, load_config
 from trio_worker.core.memory import MemoryReading
 from trio_worker.errors import WorkerError
-from trio_worker.monitoring.observed_worker import Overview
+from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker, Message, ProgressSink, ServiceManager
 from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
@@ -52,7 +52,7 @@ class Rig:
     probe: FakeProbe
     engine: SimulatedEngine
     broker: MemoryBroker
-    overview: Overview
+    observed: ObservedWorker
     finished: trio.Event
     _stops: trio.MemorySendChannel[None]
     terminal: dict[str, list[Message]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Rig:
         self._stops.send_nowait(None)
 
     def snapshot(self) -> Snapshot:
-        return self.overview.snapshot()
+        return self.observed.snapshot()
 
     async def ask(self, **fields: Any) -> Reply:
         """Ask this worker and collect the whole answer, or the error."""
@@ -174,8 +174,8 @@ async def running_worker(
             opened["engine"] = engine
             yield engine
 
-    def on_ready(overview: Any) -> None:
-        opened["overview"] = overview
+    def on_ready(observed: Any) -> None:
+        opened["observed"] = observed
         ready.set()
 
     async def run() -> None:
@@ -210,7 +210,7 @@ async def running_worker(
                 probe=probe,
                 engine=opened["engine"],
                 broker=opened["broker"],
-                overview=opened.get("overview"),  # type: ignore[arg-type]
+                observed=opened.get("observed"),  # type: ignore[arg-type]
                 finished=finished,
                 _stops=stops_send,
             )
@@ -222,8 +222,8 @@ async def running_worker(
         assert not [each for each in server._subscriptions if each.broker is not caller], (
             "subscriptions are left"
         )
-    if "overview" in opened:
-        snapshot = opened["overview"].snapshot()
+    if "observed" in opened:
+        snapshot = opened["observed"].snapshot()
         assert snapshot.requests.in_flight == 0
         assert snapshot.queue.depth == 0
 

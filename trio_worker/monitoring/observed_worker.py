@@ -41,7 +41,7 @@ from trio_worker.monitoring.snapshot import (
 from trio_worker.ports import Broker, Engine
 
 
-class Overview:
+class ObservedWorker:
     """Implements `ports.Observed`."""
 
     def __init__(
