@@ -39,6 +39,7 @@ from trio_worker.monitoring.counters import RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeats, heartbeats
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.observed_worker import ObservedWorker
+from trio_worker.monitoring.worker_parts import WorkerParts
 from trio_worker.ports import (
     Broker,
     Engine,
@@ -432,16 +433,18 @@ def _make_worker(
     )
     counters = RequestCounters()
     observed = ObservedWorker(
-        worker,
-        admission=serving.admission,
-        door=serving.door,
-        queue=serving.queue,
-        scheduler=serving.scheduler,
-        batches=serving.batches,
-        counters=counters,
-        engine=engine,
-        broker=broker,
-        heartbeats=beats,
+        WorkerParts(
+            config=worker,
+            admission=serving.admission,
+            door=serving.door,
+            queue=serving.queue,
+            scheduler=serving.scheduler,
+            batches=serving.batches,
+            counters=counters,
+            engine=engine,
+            broker=broker,
+            heartbeats=beats,
+        )
     )
     return _Worker(
         config=config,

@@ -24,6 +24,7 @@ from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import heartbeats
 from trio_worker.monitoring.metrics import GaugeReading
 from trio_worker.monitoring.observed_worker import ObservedWorker
+from trio_worker.monitoring.worker_parts import WorkerParts
 from trio_worker.ports import BrokerStatistics, EngineStatistics
 from trio_worker.protocol.turn import EngineInfo
 
@@ -98,26 +99,28 @@ class Parts:
             slots=2, prefill=PrefillBudget(chunk_max=512, gap_target_s=0.2), ledger=self.ledger
         )
         self.observed = ObservedWorker(
-            make_config(
-                "worker.model_name=tiny",
-                "worker.resource_limits.max_memory_mb=1000",
-                "worker.resource_limits.critical_memory_mb=2000",
-            ).worker,
-            admission=self.admission,
-            door=self.door,
-            queue=self.queue,
-            scheduler=self.scheduler,
-            batches=self.batches,
-            counters=self.counters,
-            engine=Says(lambda: self.told.engine),  # type: ignore[arg-type]
-            broker=Says(lambda: self.told.broker),  # type: ignore[arg-type]
-            heartbeats=heartbeats(
-                trio.current_time(),
-                turn_timeout_s=60,
-                check_interval_s=5,
-                report_interval_s=10,
-                pulse_s=0.5,
-            ),
+            WorkerParts(
+                config=make_config(
+                    "worker.model_name=tiny",
+                    "worker.resource_limits.max_memory_mb=1000",
+                    "worker.resource_limits.critical_memory_mb=2000",
+                ).worker,
+                admission=self.admission,
+                door=self.door,
+                queue=self.queue,
+                scheduler=self.scheduler,
+                batches=self.batches,
+                counters=self.counters,
+                engine=Says(lambda: self.told.engine),  # type: ignore[arg-type]
+                broker=Says(lambda: self.told.broker),  # type: ignore[arg-type]
+                heartbeats=heartbeats(
+                    trio.current_time(),
+                    turn_timeout_s=60,
+                    check_interval_s=5,
+                    report_interval_s=10,
+                    pulse_s=0.5,
+                ),
+            )
         )
 
     def ready(self) -> None:

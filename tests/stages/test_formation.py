@@ -62,7 +62,7 @@ async def test_waiting_ends_when_two_gaps_have_brought_nobody(autojump_clock: Mo
                 await trio.sleep(0.3)
         assert rig.snapshot().batch.by_trigger == {"size": 1}
         await ask(rig, "lonely", max_tokens=1)
-        gap_s = rig.observed._admission.arrivals.mean_gap_s
+        gap_s = rig.observed.parts.admission.arrivals.mean_gap_s
         assert gap_s is not None
         assert rig.snapshot().batch.by_trigger == {"size": 1, "single": 1}
         assert last_ms(rig) == pytest.approx(2000 * gap_s)

@@ -271,7 +271,7 @@ async def test_in_need_of_memory_every_turn_trims(autojump_clock: MockClock) -> 
         for _ in range(3):
             nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=4000, timeout_ms=600_000))
         await trio.sleep(1)
-        rig.observed._admission.gauge.read(
+        rig.observed.parts.admission.gauge.read(
             MemoryReading(used=3000 * MB, available=9000 * MB, total=16_000 * MB)
         )
         before = rig.snapshot().batch.turns
@@ -398,8 +398,8 @@ async def test_an_idle_engine_gives_kept_caches_back_for_a_request_that_needs_th
         engine_options={"model_bytes": 0},
     ) as rig:
         rig.probe.used = 10 * MB
-        rig.observed._admission.gauge.read(rig.probe.read(None))
-        rig.observed._scheduler.ledger.reconcile(used=10 * MB, cached_tokens=0)
+        rig.observed.parts.admission.gauge.read(rig.probe.read(None))
+        rig.observed.parts.scheduler.ledger.reconcile(used=10 * MB, cached_tokens=0)
         assert (await rig.ask(prompt="x " * 5000, max_tokens=2)).code == "ok"
         assert rig.snapshot().resources.memory_mb == pytest.approx(19.6, abs=0.2)
         began_at = trio.current_time()
@@ -428,8 +428,8 @@ async def test_what_the_engine_counts_decides_from_the_next_turn_on(
         await trio.sleep(0.05)
         assert rig.snapshot().resources.memory_mb == 2100.0
         assert not rig.observed.readiness().ok
-        assert rig.observed._door.state.value is DoorState.PAUSED
-        assert not rig.observed._scheduler.ledger.fits(1)
+        assert rig.observed.parts.door.state.value is DoorState.PAUSED
+        assert not rig.observed.parts.scheduler.ledger.fits(1)
         nursery.cancel_scope.cancel()
 
 
@@ -530,7 +530,7 @@ async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_an
 
         async def watch() -> None:
             nonlocal peak_mb
-            gauge = rig.observed._admission.gauge
+            gauge = rig.observed.parts.admission.gauge
             while True:
                 # Beside the caches, something else of the processes grows and shrinks.
                 other = 40 * (1 + math.sin(2 * math.pi * trio.current_time() / 240))

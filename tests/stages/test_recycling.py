@@ -28,7 +28,7 @@ def put_on(rig: Rig, accelerator: str) -> list[int]:
     recycle = engine.recycle
 
     def noting() -> None:
-        made.append(rig.observed._batches.decoded)
+        made.append(rig.observed.parts.batches.decoded)
         recycle()
 
     engine.recycle = noting  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ async def test_a_lost_engines_tokens_are_not_counted_for_the_next(
             nursery.start_soon(ask, rig, 999)
             await trio.sleep(599.5 / 8)
             rig.engine.crash()
-        assert rig.observed._batches.decoded == 999
+        assert rig.observed.parts.batches.decoded == 999
         await ask(rig, 599)
         assert not made
         await ask(rig, 1)
@@ -99,7 +99,7 @@ async def test_nor_those_of_one_that_a_fault_of_the_batch_loop_has_cost(
                 await trio.sleep(0.125)
             (before,) = made
             made.clear()
-        assert rig.observed._batches.decoded == 999
+        assert rig.observed.parts.batches.decoded == 999
         await ask(rig, before)
         assert not made
         await ask(rig, 1)

@@ -239,7 +239,7 @@ async def test_only_whole_answers_say_how_long_service_takes(autojump_clock: Moc
     """Eight are enough to estimate by; a cancel or a deadline says nothing."""
     faults = Faults(failing_words=frozenset({"broken"}))
     async with running_worker(faults=faults) as rig:
-        rate = rig.observed._admission.rate
+        rate = rig.observed.parts.admission.rate
         for _ in range(9):
             await rig.ask(prompt="broken", max_tokens=4)
             await rig.ask(prompt="x", max_tokens=400, timeout_ms=50)

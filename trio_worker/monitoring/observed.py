@@ -22,9 +22,11 @@ class Health:
 class Observed(Protocol):
     """What the monitoring endpoints show. Every method is a cheap synchronous read."""
 
-    def liveness(self) -> Health: ...
+    def liveness(self) -> Health:
+        """Not ok while a loop gives no sign of life within its bound; the reason names it."""
 
-    def readiness(self) -> Health: ...
+    def readiness(self) -> Health:
+        """Ok while a request sent now would be taken."""
 
     def resources(self) -> ResourcesReading:
         """Memory against its limits, and what is done about it."""
@@ -36,4 +38,4 @@ class Observed(Protocol):
         """Every metric with its present values."""
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
-        """The requests in flight, the oldest first; neither prompts nor answers."""
+        """The requests in flight, the oldest first, at most `limit`; no prompts, no answers."""
