@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.factories import make_report, make_sequence
 
 from trio_worker.core.memory import ReservationLedger

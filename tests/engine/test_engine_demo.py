@@ -10,7 +10,8 @@ import pytest
 from trio_worker.engine.models.load import load
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
-from trio_worker.protocol.frames import AdmitFrame, Tokenise, Tokenised, Turn
+from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.turn import Admit, RequestId, Work
 
 pytestmark = pytest.mark.mlx
 
@@ -39,8 +40,8 @@ def admits(model: Any) -> Any:
     for index, tokenised in enumerate(answers):
         assert isinstance(tokenised, Tokenised)
         frames.append(
-            AdmitFrame(
-                request_id=str(index),
+            Admit(
+                request_id=RequestId(str(index)),
                 prompt=tokenised.tokens,
                 produced=(),
                 max_tokens=MAX_TOKENS,
@@ -54,7 +55,7 @@ def admits(model: Any) -> Any:
 def run(batch: Any, *admits: Any, prefill_tokens: int = 512) -> tuple[dict[str, list[int]], int]:
     """The tokens of every sequence, and how many prompt tokens were computed."""
     tokens: dict[str, list[int]] = {one.request_id: list(one.produced) for one in admits}
-    done = batch.turn(Turn(admit=admits, remove=(), prefill_tokens=prefill_tokens))
+    done = batch.turn(Work(admit=admits, prefill_tokens=prefill_tokens))
     computed = 0
     while True:
         computed += done.prefill_tokens
@@ -62,7 +63,7 @@ def run(batch: Any, *admits: Any, prefill_tokens: int = 512) -> tuple[dict[str, 
             tokens[output.request_id].append(output.token)
         if not done.residents:
             return tokens, computed
-        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=prefill_tokens))
+        done = batch.turn(Work(prefill_tokens=prefill_tokens))
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def count(parts: Parts) -> None:
     batches.turns, batches.decode_turns, batches.decoded = 20, 7, 9
     batches.max_batch_seen, batches.last_formation_ms = 6, 12.34567
     batches.by_trigger.update({"size": 3, "timeout": 2})
-    batches.engine_memory = replace(
+    batches.engine_memory = msgspec.structs.replace(
         batches.engine_memory, active=68 * MB + 300 * KB, cache=5 * MB + 130 * KB
     )
     written = counters.metrics

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 import trio
 
@@ -173,7 +174,7 @@ def residents_kept_on_finish() -> Patch:
         before = set(self.residents)
         report = await turn(self, work)
         finished = {each.request_id for each in report.outputs if each.finish is not None}
-        return replace(report, residents=report.residents | (finished & before))
+        return msgspec.structs.replace(report, residents=report.residents | (finished & before))
 
     return mock.patch.object(SimulatedEngine, "turn", forgetful)
 

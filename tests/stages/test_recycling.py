@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import trio
+from msgspec.structs import replace
 from support.worker_rig import Reply, Rig, running_worker
 from trio.testing import MockClock
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import trio
 from loguru import logger
+from msgspec.structs import replace
 from support.engine_conformance import (
     CHECKS,
     ENDS,
@@ -31,20 +31,15 @@ from support.paths import PACKAGE
 from support.tiny_model import write_tiny_model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_worker.engine.serve import GREEDY
 from trio_worker.errors import ConfigError, EngineLost, InvalidRequest, WorkerFault
 from trio_worker.protocol.frames import (
-    AdmitFrame,
     FrameBuffer,
     Hello,
-    Loaded,
     Progress,
-    Turn,
-    TurnDone,
     decode_from_engine,
     encode,
 )
-from trio_worker.protocol.turn import Admit, RequestId, Sampling, Work
+from trio_worker.protocol.turn import Admit, EngineInfo, Report, RequestId, Sampling, Work
 from trio_worker.supervisor import load_patience
 
 pytestmark = pytest.mark.mlx
@@ -418,15 +413,15 @@ def test_an_engine_ends_with_its_worker(tiny: Any, when: Any) -> None:
     talk = Talk(tiny)
     try:
         if when != "loading":
-            assert talk.receive(Loaded).model == "served"
+            assert talk.receive(EngineInfo).model == "served"
         if when == "in a turn":
-            talk.send(Turn(admit=(), remove=(), prefill_tokens=1))
-            talk.receive(TurnDone)
-            long = AdmitFrame(
-                request_id="long", prompt=(7,) * 100_000, produced=(), max_tokens=1,
-                sampling=GREEDY, stop=(),
+            talk.send(Work(prefill_tokens=1))
+            talk.receive(Report)
+            long = Admit(
+                request_id=RequestId("long"), prompt=(7,) * 100_000, produced=(), max_tokens=1,
+                sampling=Sampling(), stop=(),
             )  # fmt: skip
-            talk.send(Turn(admit=(long,), remove=(), prefill_tokens=100_000))
+            talk.send(Work(admit=(long,), prefill_tokens=100_000))
         talk.vanish()
         assert talk.process.wait(timeout=5) == 0
     finally:

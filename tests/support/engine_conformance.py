@@ -7,13 +7,15 @@ may end early, tokens may be words, and texts may be held back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from trio_worker.core.request import ChatMessage, Request
 from trio_worker.errors import EngineLost, InvalidRequest, WorkerFault
@@ -133,7 +135,7 @@ async def check_what_is_no_text_is_refused_by_its_field(engine: Engine) -> None:
     await engine.wait_ready()
     half = "half of a pair: \ud83d"
     chat = (ChatMessage(role="user", content=half),)
-    for asked in (request(half), replace(request(half), prompt=None, messages=chat)):
+    for asked in (request(half), dataclasses.replace(request(half), prompt=None, messages=chat)):
         with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
             await engine.tokenise(asked)
         assert caught.value.details == {"field": "messages" if asked.is_chat else "prompt"}

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 
 from trio_worker.engine.serve import GREEDY
 from trio_worker.engine.text import byte_alphabet
-from trio_worker.protocol.frames import AdmitFrame
+from trio_worker.protocol.turn import Admit, RequestId
 
 VOCABULARY = 512
 HIDDEN = 64
@@ -93,11 +93,11 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def admits(*lengths: int) -> tuple[AdmitFrame, ...]:
+def admits(*lengths: int) -> tuple[Admit, ...]:
     """Greedy requests for 20 tokens, with prompts of these lengths, by which they are named."""
     return tuple(
-        AdmitFrame(
-            request_id=str(length),
+        Admit(
+            request_id=RequestId(str(length)),
             prompt=tuple(range(3, 3 + length)),
             produced=(),
             max_tokens=20,

@@ -48,18 +48,19 @@ from trio_worker.engine.prompts import (
 from trio_worker.engine.sampling import Logprobs
 from trio_worker.engine.shared_prefixes import Stem
 from trio_worker.engine.text import Answer, Vocabulary
-from trio_worker.protocol.frames import (
-    AdmitFrame,
-    FailureFrame,
-    LogprobFrame,
-    OutputFrame,
-    PrefillFrame,
-    SamplingFrame,
-    Turn,
-    TurnDone,
+from trio_worker.protocol.turn import (
+    Admit,
+    EngineMemory,
+    FinishReason,
+    Output,
+    Prefill,
+    Report,
+    RequestId,
+    Sampling,
+    SequenceFailure,
+    TokenLogprob,
+    Work,
 )
-
-STOP, LENGTH = "stop", "length"
 
 STEPS_BETWEEN_CLEARS = 512
 """The allocator's cache of freed buffers is emptied so often, as mlx-lm does."""
@@ -69,12 +70,12 @@ STEPS_BETWEEN_CLEARS = 512
 class Sequence:
     """One sequence from its admission to its end."""
 
-    request_id: str
+    request_id: RequestId
     tokens: list[int]
     """Prompt, and what was produced before it was admitted."""
     prompt_length: int
     max_tokens: int
-    sampling: SamplingFrame
+    sampling: Sampling
     answer: Answer
     produced: int
     """Tokens of the answer so far."""
@@ -98,9 +99,9 @@ class Sequence:
 class _Outcome:
     """What one turn did, while it is being done."""
 
-    outputs: list[OutputFrame] = field(default_factory=list)
-    prefills: list[PrefillFrame] = field(default_factory=list)
-    failures: list[FailureFrame] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    failures: list[SequenceFailure] = field(default_factory=list)
     prefill_tokens: int = 0
     prefill_calls: int = 0
 
@@ -108,7 +109,7 @@ class _Outcome:
         """Of a sequence, `count` tokens more are computed, `done` in all."""
         self.prefill_tokens += count
         self.prefills.append(
-            PrefillFrame(
+            Prefill(
                 request_id=sequence.request_id,
                 done=done,
                 total=len(sequence.tokens),
@@ -144,43 +145,42 @@ class Batch:
         self._steps = 0
 
     @property
-    def residents(self) -> list[str]:
+    def residents(self) -> list[RequestId]:
         decoding = [request_id for each in self._decodings for request_id in each.uids]
         return [s.request_id for s in self._arriving] + decoding
 
-    def turn(self, turn: Turn) -> TurnDone:
+    def turn(self, work: Work) -> Report:
         """Remove, admit, some prefill, and one decode step for the rows that decode by then.
 
         Where prompts have ended there are two, since in the first those rows have no token yet.
         """
         started = time.perf_counter()
         outcome = _Outcome()
-        self._remove(frozenset(turn.remove))
-        if turn.trim_caches:
+        self._remove(frozenset(work.remove))
+        if work.trim_caches:
             # After the removal: what has just left for want of memory is not worth keeping.
             self._trim()
-        for admit in turn.admit:
+        for admit in work.admit:
             self._admit(admit, outcome)
         # In this order, whoever's prompt ends now gives its first token before more is prefilled.
         prefill_began_at = time.perf_counter()
-        self._prefill(turn.prefill_tokens, outcome)
+        self._prefill(work.prefill_tokens, outcome)
         prefill_s = time.perf_counter() - prefill_began_at
         if self._decode(outcome):
             self._decode(outcome)
-        return TurnDone(
+        return Report(
             outputs=tuple(outcome.outputs),
             prefills=tuple(outcome.prefills),
             failures=tuple(outcome.failures),
-            residents=tuple(self.residents),
-            memory_active=mx.get_active_memory(),
-            memory_cache=mx.get_cache_memory(),
+            residents=frozenset(self.residents),
+            memory=EngineMemory(active=mx.get_active_memory(), cache=mx.get_cache_memory()),
             seconds=time.perf_counter() - started,
             prefill_tokens=outcome.prefill_tokens,
             prefill_calls=outcome.prefill_calls,
             prefill_seconds=prefill_s,
         )
 
-    def _remove(self, leaving: frozenset[str]) -> None:
+    def _remove(self, leaving: frozenset[RequestId]) -> None:
         if not leaving:
             return
         for sequence in [s for s in self._arriving if s.request_id in leaving]:
@@ -205,7 +205,7 @@ class Batch:
         computed = min(sequence.done, len(sequence.tokens) - 1)
         self._prefixes.keep(sequence.tokens[:computed], _compact(sequence.cache))
 
-    def _admit(self, admit: AdmitFrame, outcome: _Outcome) -> None:
+    def _admit(self, admit: Admit, outcome: _Outcome) -> None:
         if admit.request_id in self.residents:
             raise ValueError(f"{admit.request_id} is in the batch already")
         try:
@@ -228,7 +228,7 @@ class Batch:
             )
         )
 
-    def _check(self, admit: AdmitFrame) -> None:
+    def _check(self, admit: Admit) -> None:
         """Refuse what the device would not notice: it reads beyond an array without a word."""
         if not admit.prompt:
             raise ValueError("the prompt has no tokens")
@@ -280,21 +280,21 @@ class Batch:
 
     def _hand_out(
         self, sequence: Sequence, token: int, place: tuple[Logprobs, int] | None
-    ) -> OutputFrame:
+    ) -> Output:
         sequence.produced += 1
         finish = None
         if token in self._end_tokens:
-            text, finish = "", STOP
+            text, finish = "", FinishReason.STOP
         else:
             text, stopped = sequence.answer.feed(token)
             if stopped:
-                return self._output(sequence, token, text, STOP, place)
+                return self._output(sequence, token, text, FinishReason.STOP, place)
             if sequence.produced >= sequence.max_tokens:
-                finish = LENGTH
+                finish = FinishReason.LENGTH
         if finish is not None:
             rest, stopped = sequence.answer.finish()
             text += rest
-            finish = STOP if stopped else finish
+            finish = FinishReason.STOP if stopped else finish
         return self._output(sequence, token, text, finish, place)
 
     def _output(
@@ -302,20 +302,20 @@ class Batch:
         sequence: Sequence,
         token: int,
         text: str,
-        finish: str | None,
+        finish: FinishReason | None,
         place: tuple[Logprobs, int] | None,
-    ) -> OutputFrame:
+    ) -> Output:
         logprob = None
         if place is not None:
             logprobs, index = place
             value, top = logprobs.read(index, sequence.sampling.top_logprobs)
             name = self._vocabulary.token_text
-            logprob = LogprobFrame(
+            logprob = TokenLogprob(
                 token=name(token),
                 logprob=value,
                 top=tuple((name(other), number) for other, number in top),
             )
-        return OutputFrame(
+        return Output(
             request_id=sequence.request_id,
             token=token,
             text=text,
@@ -494,5 +494,5 @@ def _compact(cache: list[Any]) -> list[Any]:
     return [layer.merge([layer]).extract(0) for layer in cache]
 
 
-def _failure(request_id: str, exc: Exception) -> FailureFrame:
-    return FailureFrame(request_id=request_id, message=f"{type(exc).__name__}: {exc}")
+def _failure(request_id: RequestId, exc: Exception) -> SequenceFailure:
+    return SequenceFailure(request_id=request_id, message=f"{type(exc).__name__}: {exc}")

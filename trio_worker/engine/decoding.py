@@ -12,6 +12,7 @@ from trio_worker.engine import sampling
 from trio_worker.engine.caches import share_positions
 from trio_worker.engine.sampling import Logprobs, Plan
 from trio_worker.engine.shared_prefixes import Stem
+from trio_worker.protocol.turn import RequestId
 
 
 class HasStem(Protocol):
@@ -23,7 +24,7 @@ class HasStem(Protocol):
 class Row(sampling.Row, HasStem, Protocol):
     """What decoding must know of a sequence."""
 
-    request_id: str
+    request_id: RequestId
     tokens: list[int]
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from trio_worker.protocol.frames import SamplingFrame
+from trio_worker.protocol.turn import Sampling
 
 GREEDY_BELOW = 1e-5
 """A lower temperature leaves only the likeliest token, and would overflow."""
@@ -34,7 +34,7 @@ class Row(Protocol):
     """What a plan must know of a row."""
 
     @property
-    def sampling(self) -> SamplingFrame: ...
+    def sampling(self) -> Sampling: ...
 
     @property
     def prompt_length(self) -> int: ...
@@ -225,7 +225,7 @@ def _draw_one(key: mx.array, logits: mx.array) -> mx.array:
 _categorical = mx.vmap(_draw_one)
 
 
-def _is_penalised(sampling: SamplingFrame) -> bool:
+def _is_penalised(sampling: Sampling) -> bool:
     return (
         sampling.repetition_penalty != 1
         or sampling.presence_penalty != 0
@@ -233,7 +233,7 @@ def _is_penalised(sampling: SamplingFrame) -> bool:
     )
 
 
-def _column(asked: list[SamplingFrame], indices: list[int], name: str) -> mx.array:
+def _column(asked: list[Sampling], indices: list[int], name: str) -> mx.array:
     """One parameter of some rows, to be combined with a row of numbers each."""
     values = [getattr(asked[i], name) for i in indices]
     return mx.array(values, dtype=mx.float32)[:, None]

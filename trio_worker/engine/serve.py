@@ -31,17 +31,14 @@ from trio_worker.engine.text import Vocabulary
 from trio_worker.errors import ExitStatus
 from trio_worker.protocol.frames import (
     PREWARMING,
-    AdmitFrame,
     Hello,
-    Loaded,
     LoadFailed,
     Progress,
-    SamplingFrame,
     Tokenise,
     Tokenised,
     TokeniseFailed,
-    Turn,
 )
+from trio_worker.protocol.turn import Admit, EngineInfo, RequestId, Sampling, Work
 
 log = logging.getLogger("trio_worker.engine")
 
@@ -50,19 +47,7 @@ PREWARM_PREFILL_TOKENS = 512
 PREWARM_TOKENS = 65
 """At least: all but the last are computed together, as a prompt's are."""
 
-GREEDY = SamplingFrame(
-    temperature=0.0,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    logit_bias=(),
-    seed=0,
-    logprobs=False,
-    top_logprobs=0,
-)
+GREEDY = Sampling()
 
 
 def serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
@@ -105,7 +90,7 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
         target=_tokenise, args=(tokenising, model.tokenizer, renderer), daemon=True
     ).start()
     control.send(
-        Loaded(
+        EngineInfo(
             model=model.name,
             context_length=model.context_length,
             cache_bytes_per_token=model.cache_bytes_per_token,
@@ -115,9 +100,9 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
         )
     )
     while True:
-        turn = control.receive()
-        assert isinstance(turn, Turn)
-        control.send(batch.turn(turn))
+        work = control.receive()
+        assert isinstance(work, Work)
+        control.send(batch.turn(work))
 
 
 def set_limits(hello: Hello) -> None:
@@ -159,17 +144,17 @@ def prewarm(batch: Batch, model: LoadedModel, prompt: str, max_tokens: int) -> N
     max_tokens = max(max_tokens, 1)
     tokens = tuple(model.tokenizer.encode(prompt)) or (0,)
     wanted = max(len(tokens), min(PREWARM_TOKENS, model.context_length - max_tokens))
-    admit = AdmitFrame(
-        request_id="prewarm",
+    admit = Admit(
+        request_id=RequestId("prewarm"),
         prompt=tuple(islice(cycle(tokens), wanted)),
         produced=(),
         max_tokens=max_tokens,
         sampling=GREEDY,
         stop=(),
     )
-    done = batch.turn(Turn(admit=(admit,), remove=(), prefill_tokens=PREWARM_PREFILL_TOKENS))
+    done = batch.turn(Work(admit=(admit,), prefill_tokens=PREWARM_PREFILL_TOKENS))
     while done.residents:
-        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=PREWARM_PREFILL_TOKENS))
+        done = batch.turn(Work(prefill_tokens=PREWARM_PREFILL_TOKENS))
 
 
 def tokenise(tokenizer: Any, asked: Tokenise, renderer: Renderer) -> Tokenised | TokeniseFailed:

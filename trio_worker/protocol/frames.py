@@ -1,10 +1,12 @@
 """What the worker and the engine process say to each other.
 
 A frame is four bytes of length (big endian) and a MessagePack body, over a socket pair passed by
-file descriptor: nothing a library prints can corrupt it. There are two lines, each strictly one
-question, one answer: `control` (Hello, then Turn after Turn, on the engine's MLX thread) and
-`tokenise`. While the model loads the engine sends `Progress` frames on the control line, then
-`Loaded` or `LoadFailed`.
+file descriptor: nothing a library prints can corrupt it. The body is an array that begins with
+the name of what it is.
+
+There are two lines, each strictly one question, one answer: `control` (Hello, then Work after
+Work, each answered by a Report, on the engine's MLX thread) and `tokenise`. While the model loads
+the engine sends `Progress` frames on the control line, then its `EngineInfo` or `LoadFailed`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from trio_worker.protocol.turn import EngineInfo, Report, Value, Work
+
 MAX_FRAME_BYTES = 64 * 2**20
 _LENGTH = struct.Struct(">I")
 
@@ -22,24 +26,10 @@ PREWARMING = "prewarming"
 _T = TypeVar("_T")
 
 
-class SamplingFrame(msgspec.Struct, frozen=True, array_like=True):
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    seed: int
-    logprobs: bool
-    top_logprobs: int
-
-
 # --- worker → engine ----------------------------------------------------------------------
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
+class Hello(Value, frozen=True, kw_only=True, tag=True):
     """The first frame: what to load, and how to behave until the end of the process."""
 
     model: str
@@ -57,23 +47,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """An answer on either line that takes longer is not waited for."""
 
 
-class AdmitFrame(msgspec.Struct, frozen=True, array_like=True):
-    request_id: str
-    prompt: tuple[int, ...]
-    produced: tuple[int, ...]
-    max_tokens: int
-    sampling: SamplingFrame
-    stop: tuple[str, ...]
-
-
-class Turn(msgspec.Struct, frozen=True, tag=True):
-    admit: tuple[AdmitFrame, ...]
-    remove: tuple[str, ...]
-    prefill_tokens: int
-    trim_caches: bool = False
-
-
-class Tokenise(msgspec.Struct, frozen=True, tag=True):
+class Tokenise(Value, frozen=True, kw_only=True, tag=True):
     """Exactly one of the two is set; `messages` are (role, content)."""
 
     prompt: str | None
@@ -83,7 +57,7 @@ class Tokenise(msgspec.Struct, frozen=True, tag=True):
 # --- engine → worker ----------------------------------------------------------------------
 
 
-class Progress(msgspec.Struct, frozen=True, tag=True):
+class Progress(Value, frozen=True, kw_only=True, tag=True):
     """A step of loading; `done` of `total` in `unit`; 0 for what nobody knows."""
 
     step: str
@@ -92,66 +66,17 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     unit: str
 
 
-class Loaded(msgspec.Struct, frozen=True, tag=True):
-    model: str
-    context_length: int
-    cache_bytes_per_token: int
-    vocabulary_size: int
-    device: str
-    accelerator: str
-    """`metal`, `cuda` or `cpu`."""
-
-
-class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+class LoadFailed(Value, frozen=True, kw_only=True, tag=True):
     """The model cannot be loaded, and trying again would not help."""
 
     message: str
 
 
-class LogprobFrame(msgspec.Struct, frozen=True, array_like=True):
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
-
-
-class OutputFrame(msgspec.Struct, frozen=True, array_like=True):
-    request_id: str
-    token: int
-    text: str
-    finish: str | None
-    logprob: LogprobFrame | None
-
-
-class PrefillFrame(msgspec.Struct, frozen=True, array_like=True):
-    request_id: str
-    done: int
-    total: int
-    cached: int
-
-
-class FailureFrame(msgspec.Struct, frozen=True, array_like=True):
-    request_id: str
-    message: str
-
-
-class TurnDone(msgspec.Struct, frozen=True, tag=True):
-    outputs: tuple[OutputFrame, ...]
-    prefills: tuple[PrefillFrame, ...]
-    failures: tuple[FailureFrame, ...]
-    residents: tuple[str, ...]
-    memory_active: int
-    memory_cache: int
-    seconds: float
-    prefill_tokens: int
-    prefill_calls: int
-    prefill_seconds: float
-
-
-class Tokenised(msgspec.Struct, frozen=True, tag=True):
+class Tokenised(Value, frozen=True, kw_only=True, tag=True):
     tokens: tuple[int, ...]
 
 
-class TokeniseFailed(msgspec.Struct, frozen=True, tag=True):
+class TokeniseFailed(Value, frozen=True, kw_only=True, tag=True):
     """The chat template or the tokenizer refused this input; `message` says why."""
 
     message: str
@@ -159,8 +84,8 @@ class TokeniseFailed(msgspec.Struct, frozen=True, tag=True):
     """The template takes more time or memory than it may: nobody's input is to blame."""
 
 
-ToEngine: TypeAlias = Hello | Turn | Tokenise
-FromEngine: TypeAlias = Progress | Loaded | LoadFailed | TurnDone | Tokenised | TokeniseFailed
+ToEngine: TypeAlias = Hello | Work | Tokenise
+FromEngine: TypeAlias = Progress | EngineInfo | LoadFailed | Report | Tokenised | TokeniseFailed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -214,5 +139,5 @@ def decode_from_engine(body: bytes) -> FromEngine:
 def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes) -> _T:
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise FrameError(f"not a frame: {exc}") from exc

@@ -2,16 +2,23 @@
 
 A turn is a bounded amount of prefill and one decode step for every running sequence, or two where
 prompts have ended: the first of these is the one that takes the last of their tokens.
+These values are also what goes over the line between the two processes (`frames.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+import msgspec
+
 RequestId = NewType("RequestId", str)
+
+
+# Without the collector of cycles: what is frozen cannot come to refer to itself.
+class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Sent as the array of its fields, in the order in which they stand here."""
 
 
 class FinishReason(StrEnum):
@@ -21,8 +28,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class Sampling(Value, frozen=True, kw_only=True):
     """How tokens are chosen. The defaults switch everything off: greedy decoding."""
 
     temperature: float = 0.0
@@ -46,8 +52,7 @@ class Sampling:
     """How many alternatives to report beside each token; 0…20, only with `logprobs`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admit:
+class Admit(Value, frozen=True, kw_only=True):
     """A sequence that enters the batch, or comes back to it after the engine was lost."""
 
     request_id: RequestId
@@ -60,28 +65,25 @@ class Admit:
     stop: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(Value, frozen=True, kw_only=True, tag=True):
     """What one turn is to do: remove, then admit, then one decode step and some prefill."""
 
     admit: tuple[Admit, ...] = ()
     remove: tuple[RequestId, ...] = ()
     """Unknown ids are ignored."""
     prefill_tokens: int = 512
-    """At most so many prompt tokens are computed in this turn, over all rows together."""
+    """At most this many prompt tokens are computed in this turn, over all rows together."""
     trim_caches: bool = False
     """Give back what the engine holds for reuse only: kept prefixes, and its allocator's cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
+class TokenLogprob(Value, frozen=True, kw_only=True):
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class Output(Value, frozen=True, kw_only=True):
     """One token of one sequence."""
 
     request_id: RequestId
@@ -96,8 +98,7 @@ class Output:
     logprob: TokenLogprob | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefill:
+class Prefill(Value, frozen=True, kw_only=True):
     """How far the prefill of one sequence has come."""
 
     request_id: RequestId
@@ -107,24 +108,21 @@ class Prefill:
     """Tokens taken from the prefix cache rather than computed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceFailure:
+class SequenceFailure(Value, frozen=True, kw_only=True):
     """This sequence cannot be computed; it has left the engine, the others are unharmed."""
 
     request_id: RequestId
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineMemory:
+class EngineMemory(Value, frozen=True, kw_only=True):
     """Bytes as the engine's own allocator counts them."""
 
     active: int
     cache: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Value, frozen=True, kw_only=True, tag=True):
     """What one turn did."""
 
     outputs: tuple[Output, ...]
@@ -151,8 +149,7 @@ class Report:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
+class EngineInfo(Value, frozen=True, kw_only=True, tag=True):
     """What is known once the model is loaded and prewarmed."""
 
     model: str

@@ -14,9 +14,10 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import trio
+from msgspec.structs import replace
 from trio_util import AsyncBool
 
 from trio_worker.config import SimulatedConfig

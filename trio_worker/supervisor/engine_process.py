@@ -34,39 +34,19 @@ from trio_worker.errors import (
 from trio_worker.ports import EngineStatistics, ProgressSink
 from trio_worker.protocol.frames import (
     PREWARMING,
-    AdmitFrame,
     FrameBuffer,
     FrameError,
     FromEngine,
     Hello,
-    Loaded,
     LoadFailed,
-    LogprobFrame,
-    OutputFrame,
     Progress,
-    SamplingFrame,
     Tokenise,
     Tokenised,
     TokeniseFailed,
-    Turn,
-    TurnDone,
     decode_from_engine,
     encode,
 )
-from trio_worker.protocol.turn import (
-    Admit,
-    EngineInfo,
-    EngineMemory,
-    FinishReason,
-    Output,
-    Prefill,
-    Report,
-    RequestId,
-    Sampling,
-    SequenceFailure,
-    TokenLogprob,
-    Work,
-)
+from trio_worker.protocol.turn import EngineInfo, Report, Work
 from trio_worker.supervisor.load_patience import LoadPatience
 from trio_worker.supervisor.restart_budget import RestartBudget
 
@@ -205,11 +185,11 @@ class EngineProcess:
         if child is None:
             raise EngineLost("the engine is not ready", reason=self._last_end)
         try:
-            answer = await _ask(child, child.control, encode(_turn_frame(work)))
+            answer = await _ask(child, child.control, encode(work))
         except _NeverAskedError as exc:
             raise _lost(child) from exc
-        assert isinstance(answer, TurnDone)
-        return _report(answer)
+        assert isinstance(answer, Report)
+        return answer
 
     def recycle(self) -> None:
         """End this child and start the next, without touching the restart budget."""
@@ -353,17 +333,10 @@ class EngineProcess:
             while True:
                 with trio.fail_after(self._patience.patience_s):
                     frame = await line.receive()
-                if isinstance(frame, Loaded):
+                if isinstance(frame, EngineInfo):
                     self._patience.loaded(trio.current_time())
                     child.has_loaded = True
-                    self._info = EngineInfo(
-                        model=frame.model,
-                        context_length=frame.context_length,
-                        cache_bytes_per_token=frame.cache_bytes_per_token,
-                        vocabulary_size=frame.vocabulary_size,
-                        device=frame.device,
-                        accelerator=frame.accelerator,
-                    )
+                    self._info = frame
                     logger.info("the engine is ready: {} on {}", frame.model, frame.device)
                     return True
                 if isinstance(frame, LoadFailed):
@@ -583,78 +556,3 @@ def _status(returncode: int | None) -> str:
         with suppress(ValueError):
             return f"killed by {signal.Signals(-returncode).name}"
     return f"exit status {returncode}"
-
-
-def _turn_frame(work: Work) -> Turn:
-    return Turn(
-        admit=tuple(_admit_frame(admit) for admit in work.admit),
-        remove=tuple(work.remove),
-        prefill_tokens=work.prefill_tokens,
-        trim_caches=work.trim_caches,
-    )
-
-
-def _admit_frame(admit: Admit) -> AdmitFrame:
-    return AdmitFrame(
-        request_id=admit.request_id,
-        prompt=admit.prompt,
-        produced=admit.produced,
-        max_tokens=admit.max_tokens,
-        sampling=_sampling_frame(admit.sampling),
-        stop=admit.stop,
-    )
-
-
-def _sampling_frame(sampling: Sampling) -> SamplingFrame:
-    return SamplingFrame(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=sampling.logit_bias,
-        seed=sampling.seed,
-        logprobs=sampling.logprobs,
-        top_logprobs=sampling.top_logprobs,
-    )
-
-
-def _report(done: TurnDone) -> Report:
-    return Report(
-        outputs=tuple(_output(frame) for frame in done.outputs),
-        prefills=tuple(
-            Prefill(
-                request_id=RequestId(frame.request_id),
-                done=frame.done,
-                total=frame.total,
-                cached=frame.cached,
-            )
-            for frame in done.prefills
-        ),
-        failures=tuple(
-            SequenceFailure(request_id=RequestId(frame.request_id), message=frame.message)
-            for frame in done.failures
-        ),
-        residents=frozenset(RequestId(request_id) for request_id in done.residents),
-        memory=EngineMemory(active=done.memory_active, cache=done.memory_cache),
-        seconds=done.seconds,
-        prefill_tokens=done.prefill_tokens,
-        prefill_calls=done.prefill_calls,
-        prefill_seconds=done.prefill_seconds,
-    )
-
-
-def _output(frame: OutputFrame) -> Output:
-    return Output(
-        request_id=RequestId(frame.request_id),
-        token=frame.token,
-        text=frame.text,
-        finish=None if frame.finish is None else FinishReason(frame.finish),
-        logprob=None if frame.logprob is None else _logprob(frame.logprob),
-    )
-
-
-def _logprob(frame: LogprobFrame) -> TokenLogprob:
-    return TokenLogprob(token=frame.token, logprob=frame.logprob, top=frame.top)

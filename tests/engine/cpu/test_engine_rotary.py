@@ -13,7 +13,7 @@ from trio_worker.engine.cpu import rotary
 from trio_worker.engine.cpu.rotary import SharedRoPE
 from trio_worker.engine.models.load import load
 from trio_worker.engine.serve import open_batch
-from trio_worker.protocol.frames import Turn
+from trio_worker.protocol.turn import Work
 
 pytestmark = pytest.mark.mlx
 
@@ -107,9 +107,9 @@ def test_a_step_and_a_call_for_prompts_compute_one_table_for_all_layers(
 
     monkeypatch.setattr(mx, "cos", counted)
     assert LAYERS > 1
-    batch.turn(Turn(admit=admits(20, 22, 25), remove=(), prefill_tokens=128))
+    batch.turn(Work(admit=admits(20, 22, 25), prefill_tokens=128))
     assert [shape[2] for shape in computed] == [24, 1, 1], "the prompts, and two steps"
     computed.clear()
     for _ in range(3):
-        batch.turn(Turn(admit=(), remove=(), prefill_tokens=128))
+        batch.turn(Work(prefill_tokens=128))
     assert [shape[:3] for shape in computed] == [(3, 1, 1)] * 3

@@ -14,7 +14,7 @@ from trio_worker.engine.cpu import vectorised
 from trio_worker.engine.models.load import load
 from trio_worker.engine.serve import open_batch
 from trio_worker.engine.shared_prefixes import Segment
-from trio_worker.protocol.frames import Turn
+from trio_worker.protocol.turn import Work
 
 pytestmark = pytest.mark.mlx
 
@@ -149,12 +149,12 @@ def test_a_models_layers_call_them_and_say_the_same(
         monkeypatch.setattr(vectorised, "_FEWEST_GATES", fewest)
         monkeypatch.setattr(vectorised, "_FEWEST_SCORES", fewest)
         batch, tokens = open_batch(model, 0), []
-        done = batch.turn(Turn(admit=admits(4, 90, 100), remove=(), prefill_tokens=64))
+        done = batch.turn(Work(admit=admits(4, 90, 100), prefill_tokens=64))
         while True:
             tokens += [(output.request_id, output.token) for output in done.outputs]
             if not done.residents:
                 break
-            done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=64))
+            done = batch.turn(Work(prefill_tokens=64))
         answers.append(tokens)
     assert len(answers[0]) > 3
     assert answers[0] == answers[1]

@@ -34,7 +34,8 @@ from trio_worker.engine.models.store import (
 )
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
-from trio_worker.protocol.frames import AdmitFrame, Tokenise, Tokenised, Turn
+from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.turn import Admit, RequestId, Work
 
 pytestmark = pytest.mark.mlx
 
@@ -94,13 +95,18 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
         answer = tokenise(model.tokenizer, asked, renderer)
     assert isinstance(answer, Tokenised)
     batch = open_batch(model, 0)
-    admit = AdmitFrame(
-        request_id="one", prompt=answer.tokens, produced=(), max_tokens=16, sampling=GREEDY, stop=()
+    admit = Admit(
+        request_id=RequestId("one"),
+        prompt=answer.tokens,
+        produced=(),
+        max_tokens=16,
+        sampling=GREEDY,
+        stop=(),
     )
-    done = batch.turn(Turn(admit=(admit,), remove=(), prefill_tokens=512))
+    done = batch.turn(Work(admit=(admit,), prefill_tokens=512))
     text = ""
     while done.residents:
-        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=512))
+        done = batch.turn(Work(prefill_tokens=512))
         text += "".join(output.text for output in done.outputs)
     assert "Paris" in text
 

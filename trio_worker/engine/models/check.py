@@ -10,7 +10,8 @@ from trio_worker.engine.batch import Batch
 from trio_worker.engine.models.load import LoadedModel
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
-from trio_worker.protocol.frames import AdmitFrame, Tokenise, Tokenised, Turn
+from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.turn import Admit, RequestId, Work
 
 MAX_TOKENS = 24
 PREFILL_TOKENS = 64
@@ -49,8 +50,8 @@ def _tokens(model: LoadedModel, prompt: str, renderer: Renderer) -> tuple[int, .
 
 def _answers(batch: Batch, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     admit = tuple(
-        AdmitFrame(
-            request_id=str(index),
+        Admit(
+            request_id=RequestId(str(index)),
             prompt=prompt,
             produced=(),
             max_tokens=MAX_TOKENS,
@@ -60,13 +61,13 @@ def _answers(batch: Batch, prompts: list[tuple[int, ...]]) -> list[list[int]]:
         for index, prompt in enumerate(prompts)
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    done = batch.turn(Turn(admit=admit, remove=(), prefill_tokens=PREFILL_TOKENS))
+    done = batch.turn(Work(admit=admit, prefill_tokens=PREFILL_TOKENS))
     while True:
         for output in done.outputs:
             answers[int(output.request_id)].append(output.token)
         if not done.residents:
             return answers
-        done = batch.turn(Turn(admit=(), remove=(), prefill_tokens=PREFILL_TOKENS))
+        done = batch.turn(Work(prefill_tokens=PREFILL_TOKENS))
 
 
 def _differs(one: list[int], other: list[int]) -> int:
