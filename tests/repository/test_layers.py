@@ -48,10 +48,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("monitoring.metrics", "monitoring.observed", "monitoring.recent", "monitoring.snapshot"),
     },
     "machine": PLUMBING,
-    "nats": {*PLUMBING, "exception_groups"},
+    "machine.child_process": set(),
+    "nats": {*PLUMBING, "exception_groups", "machine.child_process"},
     "nats.address": {"errors"},
     "nats.outbox": {"errors"},
-    "supervisor": PLUMBING,
+    "supervisor": {*PLUMBING, "exception_groups", "machine.child_process"},
     "supervisor.load_patience": set(),
     "supervisor.restart_budget": set(),
     "simulated": {

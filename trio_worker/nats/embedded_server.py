@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +28,7 @@ from loguru import logger
 
 from trio_worker.errors import ConfigError, WorkerFault
 from trio_worker.exception_groups import sole_exceptions
+from trio_worker.machine.child_process import kill_group, read_lines, start_group
 from trio_worker.nats.address import NatsAddress, parse_nats_url
 
 _START_TIMEOUT_S = 10.0
@@ -36,7 +36,7 @@ _STOP_GRACE_S = 2.0
 _GREETING_TIMEOUT_S = 2.0
 _TAIL_LINES = 12
 _LINE_BYTES = 8 * 1024
-"""A longer line of the server's log is broken."""
+"""A longer line of the server's log is broken into several."""
 
 _WITH_A_WATCHDOG = """
 exec 3<&0
@@ -160,16 +160,10 @@ class _Server:
 
     async def run(self) -> None:
         """Run until cancelled, or return at once if the address is taken."""
-        process = await trio.lowlevel.open_process(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = await start_group(self._command, stdin=subprocess.PIPE)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read_log, process.stdout)
+                nursery.start_soon(self._read_log, process)
                 with trio.move_on_after(_START_TIMEOUT_S):
                     await self._decided.wait()
                 if self._is_ready:
@@ -184,20 +178,13 @@ class _Server:
             with trio.move_on_after(2 * _STOP_GRACE_S, shield=True):
                 await _end(process)
 
-    async def _read_log(self, output: trio.abc.ReceiveStream | None) -> None:
-        assert output is not None
-        buffer = b""
-        async for chunk in output:
-            *lines, buffer = (buffer + chunk).split(b"\n")
-            if len(buffer) > _LINE_BYTES:
-                lines.append(buffer)
-                buffer = b""
-            for line in lines:
-                self._take(line.decode(errors="replace").strip())
+    async def _read_log(self, process: trio.Process) -> None:
+        await read_lines(process, self._take, longest_bytes=_LINE_BYTES)
         self._said_all.set()
         self._decided.set()
 
     def _take(self, line: str) -> None:
+        line = line.strip()
         self._lines.append(line)
         level = "DEBUG"
         if "[WRN]" in line:
@@ -219,8 +206,8 @@ async def _end(process: trio.Process) -> None:
     with trio.move_on_after(_STOP_GRACE_S):
         process.terminate()
         await process.wait()
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    # Its watchdog is left, and keeps the group's number from being given to another.
+    kill_group(process)
     await process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections import Counter, deque
@@ -30,6 +29,12 @@ from trio_worker.errors import (
     EngineLost,
     InvalidRequest,
     WorkerFault,
+)
+from trio_worker.machine.child_process import (
+    how_it_ended,
+    kill_group,
+    read_lines,
+    start_group,
 )
 from trio_worker.ports import EngineStatistics, ProgressSink
 from trio_worker.protocol.frames import (
@@ -263,7 +268,8 @@ class EngineProcess:
                 try:
                     child = await self._run_child(process, control, tokenise)
                 finally:
-                    _kill(process)
+                    if process.returncode is None:
+                        kill_group(process)
                     with trio.move_on_after(KILL_GRACE_S, shield=True):
                         await process.wait()
                     self._pid = None
@@ -275,7 +281,7 @@ class EngineProcess:
             return _End("load", f"the model cannot be loaded again: {child.load_failed}")
         assert child.end is not None
         if child.end.by_itself:
-            message = f"{child.end.message} ({_status(process.returncode)})"
+            message = f"{child.end.message} ({how_it_ended(process.returncode)})"
             return replace(child.end, message=message)
         return child.end
 
@@ -388,27 +394,10 @@ class EngineProcess:
         self._finish(child, "crash", "its process ended", by_itself=True)
 
     async def _read_log(self, process: trio.Process) -> None:
-        assert process.stdout is not None
-        async with process.stdout as stream:
-            held = b""
-            while True:
-                try:
-                    data = await stream.receive_some(2**14)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    data = b""
-                if not data:
-                    break
-                *lines, held = (held + data).split(b"\n")
-                for line in lines:
-                    self._log(line)
-                if len(held) > LINE_CHARACTERS:
-                    self._log(held)
-                    held = b""
-            if held:
-                self._log(held)
+        await read_lines(process, self._log, longest_bytes=LINE_CHARACTERS)
 
-    def _log(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").rstrip()[:LINE_CHARACTERS]
+    def _log(self, line: str) -> None:
+        text = line.rstrip()[:LINE_CHARACTERS]
         if text:
             self._lines.append(text)
             # What libraries say is for those who look for it; what the engine itself says is not.
@@ -523,7 +512,7 @@ def _lost(child: _Child) -> EngineLost:
 
 
 async def _start(control_fd: int, tokenise_fd: int) -> trio.Process:
-    return await trio.lowlevel.open_process(
+    return await start_group(
         [
             sys.executable,
             # -P: no module comes from where we were started, which may be a model's folder.
@@ -532,27 +521,6 @@ async def _start(control_fd: int, tokenise_fd: int) -> trio.Process:
             *("--tokenise-fd", str(tokenise_fd)),
         ],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         pass_fds=(control_fd, tokenise_fd),
-        # A terminal's Ctrl-C must reach the worker only.
-        start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-
-
-def _kill(process: trio.Process) -> None:
-    """Kill the child and what it started; no matter if it is stopped, or gone already."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError, PermissionError):
-            # It leads a session, hence a group, of its own: a download it started goes too.
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _status(returncode: int | None) -> str:
-    if returncode is None:
-        return "it could not be reaped"
-    if returncode < 0:
-        with suppress(ValueError):
-            return f"killed by {signal.Signals(-returncode).name}"
-    return f"exit status {returncode}"
