@@ -18,8 +18,9 @@ from trio_worker.monitoring.http_server import serve_http
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.prometheus import exposition
 from trio_worker.monitoring.stack_sampler import open_stack_sampler
-from trio_worker.nats.broker import Login, open_nats_broker
+from trio_worker.nats.broker import open_nats_broker
 from trio_worker.nats.embedded_server import is_loopback, open_nats_server, somebody_listens
+from trio_worker.nats.login import Login
 from trio_worker.ports import Broker, Engine, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing

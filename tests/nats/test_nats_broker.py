@@ -30,7 +30,8 @@ from support.nats_fixtures import (
 )
 
 from trio_worker.errors import BrokerUnavailable, ConfigError, MessageTooLarge
-from trio_worker.nats.broker import Login, NatsBroker, open_nats_broker
+from trio_worker.nats.broker import NatsBroker, open_nats_broker
+from trio_worker.nats.login import Login
 from trio_worker.ports import Message
 
 pytestmark = pytest.mark.nats

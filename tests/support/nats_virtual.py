@@ -10,14 +10,15 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import trio
+from nats.aio import client as nats_client
 from nats.aio.transport import Transport
 
-from trio_worker.nats import broker as nats_broker
 from trio_worker.simulated.broker import subject_matches
 
 WINDOW_BYTES = 64 * 1024
@@ -109,7 +110,7 @@ class Line(Transport):  # type: ignore[misc]
         self._moved = asyncio.Event()
 
     def __bool__(self) -> bool:
-        return True  # nats-py would put a TCP transport in its place
+        return True  # nats-py would put another in its place
 
     async def connect(self, *_: Any, connect_timeout: float, **__: Any) -> None:
         server = self._server
@@ -249,11 +250,5 @@ class Line(Transport):  # type: ignore[misc]
 def virtual_server() -> Iterator[VirtualServer]:
     """Inside, `open_nats_broker(server.url, …)` connects to the server that this yields."""
     server = VirtualServer()
-
-    class VirtualClient(nats_broker._TolerantClient):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self._transport = Line(server)
-
-    with mock.patch.object(nats_broker, "_TolerantClient", VirtualClient):
+    with mock.patch.object(nats_client, "TcpTransport", partial(Line, server)):
         yield server

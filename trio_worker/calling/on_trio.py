@@ -26,7 +26,8 @@ from loguru import logger
 
 from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge
-from trio_worker.nats.broker import Login, open_nats_broker
+from trio_worker.nats.broker import open_nats_broker
+from trio_worker.nats.login import Login
 from trio_worker.ports import Broker, Message
 
 __all__ = ["Answer", "Chunk", "Client", "Login", "open_client"]
@@ -207,9 +208,7 @@ async def open_client(
     subjects that begin with `inbox_prefix` and a dot: where every caller has a prefix of its own,
     it goes with `nats.reply_prefixes` of the workers and with the server's permissions.
     """
-    async with open_nats_broker(
-        url, name=name, login=login or Login(), inbox_prefix=inbox_prefix
-    ) as broker:
+    async with open_nats_broker(url, name=name, login=login, inbox_prefix=inbox_prefix) as broker:
         yield Client(
             broker,
             timeout_ms=timeout_ms,

@@ -17,29 +17,24 @@ Owns the connection, its loop and the outbox. Rules:
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import re
 import secrets
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 import trio_asyncio
 from loguru import logger
 from nats import errors as nats_errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.protocol.parser import Parser
 from trio_asyncio import aio_as_trio
 
 from trio_worker.errors import BrokerUnavailable, ConfigError, StopWorker
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.nats.address import NatsAddress, parse_nats_url
+from trio_worker.nats.login import Identity, Login
+from trio_worker.nats.mended_client import MendedClient
 from trio_worker.nats.outbox import Outbox, Sendable, Share, ShareOutlet, seal
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
@@ -60,29 +55,8 @@ _DRAIN_S = 5.0
 _ABORT_GRACE_S = 0.25
 _QUIET_S = 5.0
 """At most one log line of a kind in this time."""
-_REFUSED = re.compile(r"authorization violation|authentication (?!timeout)", re.IGNORECASE)
 _MAY_NOT_SUBSCRIBE = re.compile(r'permissions violation for subscription to "([^"]*)"')
 """As the parser hands it on, in lower case."""
-_LINE_BYTES = 64 * 1024
-"""The longest control line taken from the server; an INFO of a large cluster fits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
-    """Who we are to the server, and how we know it. Every value is also a config key.
-
-    The credentials file is read again at each connection, so it may be replaced meanwhile; the
-    other files are read once.
-    """
-
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    credentials_file: str | None = None
-    nkey_seed_file: str | None = None
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
 
 
 @asynccontextmanager
@@ -90,7 +64,7 @@ async def open_nats_broker(
     url: str,
     *,
     name: str,
-    login: Login = Login(),
+    login: Login | None = None,
     connect_timeout_s: float = 10.0,
     close_timeout_s: float = 2.0,
     reconnect_wait_s: float = 0.5,
@@ -115,7 +89,7 @@ async def open_nats_broker(
     it: not wrapped, unless there are several.
     """
     address = parse_nats_url(url)
-    identity = _Identity(address, login)
+    identity = Identity(address, login or Login())
     with sole_exceptions():
         async with trio_asyncio.open_loop() as loop:
             # The default handler re-raises into the loop's nursery, and nats-py leaves
@@ -148,7 +122,7 @@ class NatsBroker:
     def __init__(
         self,
         address: NatsAddress,
-        identity: _Identity,
+        identity: Identity,
         *,
         loop: Any,
         outbox_limit_bytes: int,
@@ -159,7 +133,7 @@ class NatsBroker:
         self._loop = loop
         self._subscription_limit = subscription_limit
         self._outbox = Outbox(loose_limit_bytes=outbox_limit_bytes)
-        self._client = _TolerantClient(identity.wants_tls, self._on_lost)
+        self._client = MendedClient(identity.wants_tls, self._on_lost)
         self._log = _QuietLog(address.bare)
         self._filled = asyncio.Event()
         """There may be something to pump."""
@@ -546,369 +520,6 @@ class NatsSubscription:
     def _withdraw(self) -> None:
         if self._subscription is not None and self._client.forget(self._subscription):
             self._broker._task(self._client.send_unsubscribe(self._subscription))
-
-
-class _Identity:
-    """What a login comes to in nats-py's options, and what to say when it is refused."""
-
-    def __init__(self, address: NatsAddress, login: Login) -> None:
-        """Read every file once, so that what is wrong with them is said before connecting."""
-        self._login = login
-        self._user, self._password, self._token = login.user, login.password, login.token
-        self._from_url = address.user is not None and login.user is None and login.token is None
-        if self._from_url and address.password is None:
-            self._token = address.user
-        elif self._from_url:
-            self._user, self._password = address.user, address.password
-        if (self._user is None) != (self._password is None):
-            raise ConfigError("nats.user and nats.password: one of them is missing")
-        self._seed: str | None = None
-        if login.credentials_file is not None:
-            _read_credentials(login.credentials_file)
-        elif login.nkey_seed_file is not None:
-            self._seed = _read_seed(login.nkey_seed_file)
-        self.wants_tls = address.scheme == "tls" or any(
-            (login.ca_file, login.cert_file, login.key_file)
-        )
-        self._tls = _tls_context(login) if self.wants_tls else None
-
-    def options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"tls": self._tls} if self._tls is not None else {}
-        if self._user is not None:
-            options |= {"user": self._user, "password": self._password}
-        if self._token is not None:
-            options["token"] = self._token
-        if (file := self._login.credentials_file) is not None:
-            # nats-py's own reader loops for ever over a file without the marks.
-            options |= {
-                "user_jwt_cb": lambda: bytearray(_reread_credentials(file)[0].encode()),
-                "signature_cb": lambda nonce: _sign(_reread_credentials(file)[1], nonce),
-            }
-        elif self._seed is not None:
-            options["nkeys_seed_str"] = self._seed
-        return options
-
-    def refusal(self, exc: Exception) -> ConfigError | None:
-        """The end of all attempts if `exc` will not go away by itself."""
-        if isinstance(exc, _PlainServer):
-            return ConfigError(
-                "nats.url and nats.tls: the server does not offer TLS, so nothing was sent to it."
-                " Configure TLS there, or use nats:// without nats.tls."
-            )
-        if isinstance(exc, ssl.SSLCertVerificationError):
-            return ConfigError(
-                f"nats.tls.ca_file: the server's certificate was not accepted:"
-                f" {exc.verify_message or 'verification failed'}."
-                " Name the file with the certificate of its authority."
-            )
-        if isinstance(exc, ssl.SSLError) and not isinstance(
-            exc, ssl.SSLEOFError | ssl.SSLZeroReturnError
-        ):
-            return ConfigError(
-                f"nats.tls.cert_file: TLS with the server failed ({exc.reason or 'no reason'})."
-                " It may ask for a certificate of ours: nats.tls.cert_file, nats.tls.key_file."
-            )
-        if isinstance(exc, nats_errors.AuthorizationError) or (
-            isinstance(exc, nats_errors.Error) and _REFUSED.search(str(exc))
-        ):
-            return ConfigError(f"{self._keys()}: the NATS server refused us.{self._advice()}")
-        return None
-
-    def _keys(self) -> str:
-        if self._login.credentials_file is not None:
-            return "nats.credentials_file"
-        if self._login.nkey_seed_file is not None:
-            return "nats.nkey_seed_file"
-        if self._from_url:
-            return "nats.url (the credentials in it)"
-        if self._user is not None:
-            return "nats.user and nats.password"
-        if self._token is not None:
-            return "nats.token"
-        return "nats.user"
-
-    def _advice(self) -> str:
-        if self._keys() != "nats.user":
-            return ""
-        return (
-            " It asks for credentials: set nats.user and nats.password, nats.token,"
-            " nats.credentials_file or nats.nkey_seed_file."
-        )
-
-
-def _tls_context(login: Login) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=login.ca_file)
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"nats.tls.ca_file: {login.ca_file!r} cannot be used: {exc}") from exc
-    if login.cert_file is None:
-        if login.key_file is not None:
-            raise ConfigError("nats.tls.cert_file: nats.tls.key_file is of no use without it")
-        return context
-    try:
-        # A password is never asked for on the terminal of a worker.
-        context.load_cert_chain(login.cert_file, login.key_file, password=lambda: b"")
-    except (OSError, ValueError) as exc:
-        raise ConfigError(
-            f"nats.tls.cert_file, nats.tls.key_file: {login.cert_file!r} and"
-            f" {login.key_file!r} cannot be used: {exc}"
-        ) from exc
-    return context
-
-
-def _read_credentials(file: str) -> tuple[str, str]:
-    """The user's JWT and the seed in a credentials file."""
-    lines = _read(file, "nats.credentials_file").splitlines()
-    found = {}
-    for part in ("NATS USER JWT", "USER NKEY SEED"):
-        starts = [n for n, line in enumerate(lines) if f"BEGIN {part}" in line]
-        value = lines[starts[0] + 1].strip() if starts and starts[0] + 1 < len(lines) else ""
-        if not value:
-            raise ConfigError(f"nats.credentials_file: {file!r} has no section {part!r}")
-        found[part] = value
-    _check_seed(found["USER NKEY SEED"], file, "nats.credentials_file")
-    return found["NATS USER JWT"], found["USER NKEY SEED"]
-
-
-def _read_seed(file: str) -> str:
-    lines = [
-        line.strip()
-        for line in _read(file, "nats.nkey_seed_file").splitlines()
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
-    seed = lines[0] if lines else ""
-    _check_seed(seed, file, "nats.nkey_seed_file")
-    return seed
-
-
-def _read(file: str, key: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-        raise ConfigError(f"{key}: {file!r} cannot be read: {reason}") from exc
-
-
-def _check_seed(seed: str, file: str, key: str) -> None:
-    import nkeys  # noqa: PLC0415 - 25 ms that most workers need not spend
-
-    try:
-        nkeys.from_seed(bytearray(seed.encode())).wipe()
-    except Exception:  # noqa: BLE001 - of four kinds from three packages
-        # `from None`: the cause may quote the seed.
-        raise ConfigError(f"{key}: the seed in {file!r} is not one") from None
-
-
-def _sign(seed: str, nonce: str) -> bytes:
-    import nkeys  # noqa: PLC0415 - as above
-
-    return base64.b64encode(nkeys.from_seed(bytearray(seed.encode())).sign(nonce.encode()))
-
-
-def _reread_credentials(file: str) -> tuple[str, str]:
-    try:
-        return _read_credentials(file)
-    except ConfigError as exc:
-        # An error after which nats-py tries again: the file may be in the middle of a change.
-        raise nats_errors.Error(str(exc)) from exc
-
-
-class _PlainServer(nats_errors.Error):  # type: ignore[misc]
-    """The server does not offer the TLS that is configured."""
-
-    def __str__(self) -> str:
-        return "the server does not offer TLS"
-
-
-class _TolerantClient(Client):  # type: ignore[misc]
-    """nats-py's client without the ways in which it goes deaf.
-
-    Each override says what it is for; each has a test that fails without it.
-    """
-
-    def __init__(self, wants_tls: bool, on_lost: Callable[[str], None]) -> None:  # noqa: FBT001
-        super().__init__()
-        self._ps = _StrictParser(self)
-        self._wants_tls = wants_tls
-        self._on_lost = on_lost
-
-    async def ping(self) -> None:
-        """A round trip that may be cancelled; raises `OSError` when the connection breaks."""
-        pong = asyncio.get_running_loop().create_future()
-        await self._send_ping(pong)
-        await pong
-
-    def abort(self) -> None:
-        """Close the socket now; what has not been written is lost."""
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
-
-    def release_waiters(self) -> None:
-        """Let go whoever waits for an answer on a connection that has gone."""
-        for pong in self._pongs:
-            if not pong.done():
-                pong.set_exception(ConnectionResetError("the connection broke"))
-                pong.exception()
-        self._pongs.clear()
-        if self._flush_queue is not None:
-            while not self._flush_queue.empty():
-                flushed = self._flush_queue.get_nowait()
-                if not flushed.done():
-                    flushed.set_result(None)
-
-    async def send_unsubscribe(self, subscription: Any) -> None:
-        if self.is_connected:
-            await self._send_unsubscribe(subscription._id)
-
-    async def join(self, subscription: Any) -> None:
-        """Return when the callback has had everything that has arrived."""
-        await subscription._pending_queue.join()
-
-    def forget(self, subscription: Any) -> bool:
-        """Neither deliver nor renew `subscription` from now on; False if that was so before."""
-        known = subscription._id in self._subs
-        self._remove_sub(subscription._id)
-        subscription._stop_processing()
-        return known
-
-    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        # nats-py writes a PING past the commands that wait to be written, so its answer would
-        # say nothing about them. The keep-alive (no future) must not wait for a hung server.
-        if future is not None:
-            await self._flush_pending(force_flush=True)
-            if not self.is_connected:
-                raise ConnectionResetError("the connection broke")
-        await super()._send_ping(future)
-
-    async def _process_pong(self) -> None:
-        # Setting the result of a cancelled future would end the read loop.
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-    async def _process_msg(self, *args: Any) -> None:
-        # Subjects that are not UTF-8 and malformed header blocks come through the server; what
-        # they raise would end the read loop.
-        try:
-            await super()._process_msg(*args)
-        except (ValueError, IndexError) as exc:
-            await self._error_cb(nats_errors.Error(f"a malformed message was ignored: {exc!r}"))
-
-    async def _process_connect_init(self) -> None:
-        # Without these nats-py takes half a greeting for a connection, or a reconnection
-        # attempt ends with an exception that nobody sees.
-        greeted = False
-        try:
-            await super()._process_connect_init()
-            greeted = self.is_connected
-        except ssl.SSLError:  # some of them are ValueErrors too
-            raise
-        except ValueError as exc:
-            raise nats_errors.Error(f"what answered does not speak NATS: {exc}") from exc
-        finally:
-            if not greeted:
-                self.abort()  # nats-py would leave the socket to the garbage collector
-        if not greeted:
-            for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
-                task.cancel()
-            raise nats_errors.Error("the server closed the connection while greeting")
-
-    async def _attempt_reconnect(self) -> None:
-        # nats-py would first wait until a hung server has read what is in the socket's buffer.
-        self.abort()
-        try:
-            await super()._attempt_reconnect()
-        except Exception as exc:  # noqa: BLE001 - nobody awaits this task: it must not end unheard
-            self._err = exc
-            await self._close(Client.CLOSED)
-
-    def _connect_command(self) -> bytes:
-        # nats-py would send the credentials in the clear if the server does not offer TLS.
-        if self._wants_tls and not self._server_info.get("tls_required"):
-            raise _PlainServer
-        command: bytes = super()._connect_command()
-        return command
-
-    async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
-        # `closed_cb` is not called for an error of the server while connecting.
-        if status == Client.CLOSED:
-            self._on_lost(str(self.last_error or "it was closed"))
-        await super()._close(status, do_cbs)
-
-
-class _StrictParser(Parser):  # type: ignore[misc]
-    """nats-py's parser with the server's idea of white space: a space, and nothing else.
-
-    Its own takes vertical tabs for white space too. A server passes them on inside subjects,
-    so with it any client could break the connection of any other.
-    """
-
-    async def parse(self, data: bytes = b"") -> None:
-        buffer = self.buf
-        buffer.extend(data)
-        # `reset` puts another buffer in the place of this one.
-        while self.buf is buffer and (command := self._next(buffer)) is not None:
-            await command
-
-    def _next(self, buffer: bytearray) -> Awaitable[None] | None:
-        """Take the first complete command out of `buffer`."""
-        end = buffer.find(b"\r\n")
-        if end < 0:
-            if len(buffer) > _LINE_BYTES:
-                raise nats_errors.ProtocolError
-            return None
-        verb, _, rest = bytes(buffer[:end]).partition(b" ")
-        if verb in {b"MSG", b"HMSG"}:
-            return self._next_message(buffer, end + 2, verb == b"HMSG", rest.split(b" "))
-        del buffer[: end + 2]
-        client = self.nc
-        text = rest.decode(errors="replace")
-        if verb == b"PING":
-            command = client._process_ping()
-        elif verb == b"PONG":
-            command = client._process_pong()
-        elif verb == b"+OK":
-            command = asyncio.sleep(0)
-        elif verb == b"-ERR":
-            command = client._process_err(text.lower())
-        elif verb == b"INFO":
-            command = client._process_info(_info(text))
-        else:
-            raise nats_errors.ProtocolError
-        return command  # type: ignore[no-any-return]
-
-    def _next_message(
-        self,
-        buffer: bytearray,
-        start: int,
-        has_headers: bool,  # noqa: FBT001
-        words: list[bytes],
-    ) -> Awaitable[None] | None:
-        sizes = 2 if has_headers else 1
-        try:
-            total = int(words[-1])
-            header = int(words[-2]) if has_headers else 0
-            subject, sid, *reply = words[:-sizes]
-            number = int(sid)
-        except (ValueError, IndexError):
-            raise nats_errors.ProtocolError from None
-        end = start + total
-        if len(buffer) < end + 2:
-            return None
-        block = bytes(buffer[start : start + header])
-        body = bytes(buffer[start + header : end])
-        del buffer[: end + 2]
-        return self.nc._process_msg(  # type: ignore[no-any-return]
-            number, subject, reply[0] if reply else b"", body, block
-        )
-
-
-def _info(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise nats_errors.ProtocolError from None
 
 
 class _QuietLog:
