@@ -52,11 +52,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nats": {*PLUMBING, "exception_groups", "machine.child_process"},
     "nats.address": {"errors"},
     "nats.outbox": {"errors"},
+    "nats.parcel": {"errors"},
     "supervisor": {*PLUMBING, "exception_groups", "machine.child_process"},
     "supervisor.load_patience": set(),
     "supervisor.restart_budget": set(),
     "simulated": {
-        *(*PLUMBING, "config", "exception_groups", "nats.outbox"),
+        *(*PLUMBING, "config", "exception_groups", "nats.outbox", "nats.parcel"),
         *("supervisor.load_patience", "supervisor.restart_budget"),
     },
     "engine": {"errors", "protocol"},
@@ -81,7 +82,8 @@ PURE = {
     *("calling.attempts", "config.catalogue", "config.conflicts", "config.keys"),
     *("config.sections", "config.strict_yaml", "config.values"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
-    *("nats.address", "nats.outbox", "supervisor.load_patience", "supervisor.restart_budget"),
+    *("nats.address", "nats.outbox", "nats.parcel"),
+    *("supervisor.load_patience", "supervisor.restart_budget"),
 }
 """Decisions and values: without a loop, a clock, chance, or anything outside of the process."""
 WITHOUT_A_LOOP = {*PURE, "config", "engine"}

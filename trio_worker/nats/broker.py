@@ -35,7 +35,7 @@ from trio_worker.exception_groups import sole_exceptions
 from trio_worker.nats.address import NatsAddress, parse_nats_url
 from trio_worker.nats.login import Identity, Login
 from trio_worker.nats.mended_client import MendedClient
-from trio_worker.nats.outbox import Outbox, Sendable, Share, ShareOutlet, seal
+from trio_worker.nats.outbox import Outbox
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
 T = TypeVar("T")
@@ -132,11 +132,15 @@ class NatsBroker:
         self._identity = identity
         self._loop = loop
         self._subscription_limit = subscription_limit
-        self._outbox = Outbox(loose_limit_bytes=outbox_limit_bytes)
         self._client = MendedClient(identity.wants_tls, self._on_lost)
         self._log = _QuietLog(address.bare)
         self._filled = asyncio.Event()
         """There may be something to pump."""
+        self._outbox = Outbox(
+            loose_limit_bytes=outbox_limit_bytes,
+            max_payload=lambda: self.max_payload,
+            on_put=self._filled.set,
+        )
         self._moved = asyncio.Event()
         """The pump has emptied the outbox once more."""
         self._up = asyncio.Event()
@@ -165,17 +169,11 @@ class NatsBroker:
 
     def publish(self, message: Message) -> None:
         """As the port says. Raises `ValueError` for what is no subject or no header name."""
-        if self._outbox.put(seal(message, max_payload=self.max_payload)):
-            self._filled.set()
-        else:
+        if not self._outbox.publish(message):
             self._log.warning("outbox", "the outbox is full: dropping messages of no request")
 
     def open_outlet(self) -> Outlet:
-        return ShareOutlet(self._outbox.open_share(), self._put)
-
-    def _put(self, message: Sendable, share: Share) -> None:
-        share.put(seal(message, max_payload=self.max_payload))
-        self._filled.set()
+        return self._outbox.open_share()
 
     async def subscribe(
         self, subject: str, sink: Sink, *, group: str | None = None

@@ -29,7 +29,8 @@ import trio
 from loguru import logger
 
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.nats.outbox import Outbox, Parcel, Sendable, Share, ShareOutlet, seal
+from trio_worker.nats.outbox import Outbox
+from trio_worker.nats.parcel import Parcel
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
 Sink = Callable[[Message], None]
@@ -240,7 +241,11 @@ class MemoryBroker:
         self.closed = trio.Event()
         self._server = server
         self._name = name
-        self._outbox = Outbox(loose_limit_bytes=outbox_limit_bytes)
+        self._outbox = Outbox(
+            loose_limit_bytes=outbox_limit_bytes,
+            max_payload=lambda: server.max_payload,
+            on_put=self._announce,
+        )
         self._up = trio.Event()
         self._up.set()
         self._moved = trio.Event()
@@ -261,17 +266,12 @@ class MemoryBroker:
 
     def publish(self, message: Message) -> None:
         """As the port says. Raises `ValueError` for what is no subject or no header name."""
-        if self._outbox.put(seal(message, max_payload=self.max_payload)):
-            self._announce(1)
+        self._outbox.publish(message)
 
     def open_outlet(self) -> Outlet:
-        return ShareOutlet(self._outbox.open_share(), self._put)
+        return self._outbox.open_share()
 
-    def _put(self, message: Sendable, share: Share) -> None:
-        share.put(seal(message, max_payload=self.max_payload))
-        self._announce(1)
-
-    def _announce(self, messages: int) -> None:
+    def _announce(self, messages: int = 1) -> None:
         """Line up for the server, once per message; while the line is broken, not at all."""
         if self.is_up and messages:
             self._server._outgoing.extend([self] * messages)
