@@ -720,6 +720,14 @@ def test_one_that_leaves_while_it_prefills_comes_back_to_what_was_computed(model
     assert done.prefill_tokens == len(PROMPTS[5]) - 50
 
 
+def test_one_that_leaves_before_anything_of_it_was_computed_leaves_nothing(model: Any) -> None:
+    """Its turn to be computed came when the turn's bound was spent."""
+    cached = open_batch(model, 2**20)
+    turn(cached, admit("first", PROMPTS[3]), admit("later", PROMPTS[5]), prefill_tokens=30)
+    assert turn(cached, remove=["later"], prefill_tokens=0).residents == ("first",)
+    assert nbytes(cached) == 0
+
+
 def test_a_prefix_serves_the_next_prompt_of_the_same_turn(model: Any) -> None:
     cached = open_batch(model, 2**20)
     shared = tuple(range(10, 110))

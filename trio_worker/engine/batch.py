@@ -200,7 +200,7 @@ class Batch:
 
     def _keep(self, sequence: Sequence) -> None:
         """Let the next prompt that begins alike have what was computed for this one."""
-        if self._prefixes is None or sequence.cache is None:
+        if self._prefixes is None or sequence.cache is None or not sequence.done:
             return
         computed = min(sequence.done, len(sequence.tokens) - 1)
         self._prefixes.keep(sequence.tokens[:computed], _compact(sequence.cache))
