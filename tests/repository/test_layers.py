@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "supervisor.restart_budget",
     },
     "calling": {"errors", "ports", "wire"},
+    "calling.any_loop": set(),
     "calling.attempts": {"errors", "wire"},
     "calling.on_asyncio": {"errors"},
     "calling.on_trio": {"errors", "ports", "nats.broker", "nats.login"},
@@ -79,7 +80,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),
-    *("calling.attempts", "config.catalogue", "config.conflicts", "config.keys"),
+    *("calling.any_loop", "calling.attempts"),
+    *("config.catalogue", "config.conflicts", "config.keys"),
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),

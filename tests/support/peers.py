@@ -15,6 +15,7 @@ from nats.aio.msg import Msg
 
 from support.nats_fixtures import nats_url_fixture  # noqa: F401 - a fixture
 from trio_worker import client_asyncio
+from trio_worker.errors import BY_CODE
 
 Reply = tuple[bytes, dict[str, str]]
 
@@ -63,3 +64,28 @@ async def scripted_peer(
             await peer.listen()
         async with client_asyncio.open_client(url, timeout_ms=5000) as client:
             yield peer, client
+
+
+CONTROL = "inference.w1.ctl.r"
+
+
+def chunk(sequence: int, text: str = "", *, terminal: bool = False) -> Reply:
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
+    headers = {"Sequence": str(sequence), "Worker-Id": "w1"}
+    if terminal:
+        headers["Terminal"] = "done"
+    return json.dumps({"choices": [choice]}).encode(), headers
+
+
+def refusal(code: str, *, retry_after_ms: int | None = 1000, sequence: int = 0) -> Reply:
+    error = {
+        "code": code,
+        "message": "no",
+        "retryable": BY_CODE[code].retryable,
+        "retry_after_ms": retry_after_ms,
+        "details": {"depth": 3},
+    }
+    return (
+        json.dumps({"error": error}).encode(),
+        {"Sequence": str(sequence), "Terminal": "error"},
+    )

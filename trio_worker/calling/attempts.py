@@ -6,10 +6,10 @@ and the waiting.
 Rule 1: one deadline holds for all attempts; each tells the worker what is left of it.
 Rule 2: once content has been handed out, the request is not sent again.
 Rule 3: every attempt carries the same request id, so that no worker runs it twice at a time.
-Rule 4: a worker that has no room says nothing of the others: where any may answer, the first retry
-goes out at once, since the queue group picks its member anew. Later ones wait as they are told.
-Rule 5: where nobody listens a worker may be starting again, so it is asked for again and again, but
-not for longer than a grace.
+Rule 4: that one worker has no room says nothing about the others: where any may answer, the first
+retry goes out at once, since the queue group picks a member anew. Later ones wait as they are told.
+Rule 5: where nobody listens, a worker may be starting again, so the request is sent again and
+again, but for no longer than a grace.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from trio_worker.wire import native, subjects
 NOBODY_LISTENS_RETRY_S = 0.25
 """On average: the wait before asking again where no worker listens."""
 NOBODY_LISTENS_GRACE_S = 5.0
-"""How long no worker may listen before the caller is told: a restart with a small model's load."""
+"""How long it is asked again where no worker listens: a restart that loads a small model."""
 LAST_WORD_S = 1.0
-"""How long after the deadline the worker's own word about it may take to arrive."""
+"""How long after the deadline the worker's own error about it is waited for."""
 NO_ROOM_HERE = frozenset(
     {ErrorCode.QUEUE_FULL, ErrorCode.WORKER_DRAINING, ErrorCode.RESOURCE_LIMIT_EXCEEDED}
 )
-"""What one worker says of itself, and another need not."""
+"""True of the worker that says it; another one may have room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +65,26 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
     return replace(chunks[-1], text="".join(chunk.text for chunk in chunks))
 
 
-class Call:
-    """One request, from the first attempt to the end of its answer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persistence:
+    """How long, and how often, a request is asked for."""
+
+    timeout_ms: int | None
+    """For requests that name none. None leaves it to the worker; then nothing but the caller bounds
+    the wait."""
+    attempts: int
+    """How often the request is sent while workers answer that it may be; asking again where nobody
+    listens does not count."""
+    nobody_listens_grace_s: float
+    """How long it is asked again where nobody listens; 0 is never, and infinite is until the
+    deadline."""
+
+
+class Exchange:
+    """One request and its answer, over all attempts.
 
     Args:
-        request: the fields of the wire format. One without a `request_id` gets `request_id`, one
-            without a `timeout_ms` gets `timeout_ms`.
-        timeout_ms: None leaves it to the worker; then nothing but the caller bounds the wait.
-        attempts: how often the request is sent while workers answer that it may be; asking again
-            where nobody listens does not count.
-        nobody_listens_grace_s: how long it is asked again where nobody listens; 0 is never, and
-            infinite until the deadline.
+        request: the fields of the wire format; one without a `request_id` gets `request_id`.
     """
 
     def __init__(
@@ -84,20 +93,18 @@ class Call:
         *,
         request_id: str,
         worker_id: str | None,
-        timeout_ms: int | None,
-        attempts: int,
-        nobody_listens_grace_s: float,
+        persistence: Persistence,
         rng: Random,
         now: float,
     ) -> None:
         self._request = dict(request)
         self._rng = rng
-        self._attempts_left = attempts
+        self._attempts_left = persistence.attempts
         self._another_may_have_room = worker_id is None
-        self._grace_s = nobody_listens_grace_s
+        self._grace_s = persistence.nobody_listens_grace_s
         self._nobody_since: float | None = None
         """When the server first said that nobody listens, with no worker's word after it."""
-        self._timeout_s = self._settle_timeout(timeout_ms)
+        self._timeout_s = self._settle_timeout(persistence.timeout_ms)
         self._deadline = now + self._timeout_s
         self._next_sequence = 0
         self._content_was_handed_out = False
@@ -108,7 +115,7 @@ class Call:
         self.control_subject: str | None = None
         """Known from a worker's first message on."""
         self.ended = False
-        """Nothing more will come, for better or worse."""
+        """Nothing more will come: the last message has come, or an error was raised."""
         self.resend_at: float | None = now
         """When to send `body` (again)."""
 
@@ -225,7 +232,7 @@ class Call:
         asked = self._request.get("timeout_ms")
         if asked is None:
             asked = timeout_ms
-        # What is no time is the worker's to refuse.
+        # What is not a time is sent as it is: the worker refuses it.
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
             return math.inf
         return asked / 1000
@@ -237,27 +244,6 @@ class Call:
         self._request.pop("requestId", None)
         self._request["request_id"] = request_id
         return request_id
-
-
-class AnswerOf:
-    """What the answer to a call tells of it, in every flavour of the client."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-
-    @property
-    def request_id(self) -> str:
-        return self._call.request_id
-
-    @property
-    def control_subject(self) -> str | None:
-        """Known from the first message on; publishing `cancel` there ends the request."""
-        return self._call.control_subject
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more will come."""
-        return self._call.ended
 
 
 def _error(body: Mapping[str, Any]) -> WorkerError:

@@ -23,7 +23,6 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from random import Random
 from typing import Any
 
 import nats
@@ -31,30 +30,28 @@ from nats import errors as nats_errors
 from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
 
-from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
+from trio_worker.calling.any_loop import (
+    INBOX_MESSAGES,
+    LEAVE_S,
+    AnswerOnAnyLoop,
+    ClientOnAnyLoop,
+)
+from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, Chunk, Exchange, Persistence
 from trio_worker.errors import PayloadTooLarge
 
 __all__ = ["Answer", "Chunk", "Client", "open_client"]
 
-INBOX_MESSAGES = 8192
-"""Messages of one answer that may wait to be read: more than any answer has by default."""
-LEAVE_S = 1.0
-"""How long leaving an answer, or a client, may take."""
 
-
-class Answer(AnswerOf):
+class Answer(AnswerOnAnyLoop):
     """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
-        self, connection: Connection, call: Call, inbox: str, messages: asyncio.Queue[Msg]
+        self, connection: Connection, exchange: Exchange, inbox: str, messages: asyncio.Queue[Msg]
     ) -> None:
-        super().__init__(call)
+        super().__init__(exchange)
         self._connection = connection
         self._inbox = inbox
         self._messages = messages
-
-    def __aiter__(self) -> Answer:
-        return self
 
     async def __anext__(self) -> Chunk:
         """The next message.
@@ -67,40 +64,36 @@ class Answer(AnswerOf):
         error has come, and `MessageLost` for a gap in the numbering, which core NATS allows.
         Cancelled: nothing is lost; the next call goes on.
         """
-        call = self._call
-        if call.ended:
+        exchange = self._exchange
+        if exchange.ended:
             raise StopAsyncIteration
         loop = asyncio.get_running_loop()
-        bound = call.gives_up_at if math.isfinite(call.gives_up_at) else None
+        bound = exchange.gives_up_at if math.isfinite(exchange.gives_up_at) else None
         while True:
-            if call.resend_at is not None:
-                await asyncio.sleep(call.resend_at - loop.time())
+            if exchange.resend_at is not None:
+                await asyncio.sleep(exchange.resend_at - loop.time())
                 await self.send()
             try:
                 async with asyncio.timeout_at(bound):
                     message = await self._messages.get()
             except TimeoutError:
-                raise call.give_up() from None
-            chunk = call.take(
+                raise exchange.give_up() from None
+            chunk = exchange.take(
                 message.data, message.headers or {}, message.reply or None, loop.time()
             )
             if chunk is not None:
                 return chunk
 
-    async def text(self) -> str:
-        """The whole text; reads to the end."""
-        return "".join([chunk.text async for chunk in self])
-
     async def cancel(self) -> None:
         """Ask the worker to end the request; `RequestCancelled` follows if it was not too late."""
-        if (cancel := self._call.cancel_message()) is not None:
+        if (cancel := self._exchange.cancel_message()) is not None:
             await self._connection.publish(*cancel)
 
     async def send(self) -> None:
         """Send the request now; `ask` does it first, and then the iteration where it must."""
-        body = self._call.body(asyncio.get_running_loop().time())
+        body = self._exchange.body(asyncio.get_running_loop().time())
         try:
-            await self._connection.publish(self._call.subject, body, reply=self._inbox)
+            await self._connection.publish(self._exchange.subject, body, reply=self._inbox)
         except nats_errors.MaxPayloadError as exc:
             limit = int(self._connection.max_payload)
             raise PayloadTooLarge(
@@ -109,7 +102,7 @@ class Answer(AnswerOf):
             ) from exc
 
 
-class Client:
+class Client(ClientOnAnyLoop):
     """Asks over a nats-py connection, which stays yours; any number of answers at a time.
 
     Args:
@@ -130,10 +123,13 @@ class Client:
         nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
     ) -> None:
         self._connection = connection
-        self._timeout_ms = timeout_ms
-        self._attempts = attempts
-        self._grace_s = nobody_listens_grace_s
-        self._rng = Random()  # noqa: S311 - spreads retries; no secret
+        super().__init__(
+            Persistence(
+                timeout_ms=timeout_ms,
+                attempts=attempts,
+                nobody_listens_grace_s=nobody_listens_grace_s,
+            )
+        )
 
     @asynccontextmanager
     async def ask(
@@ -149,14 +145,10 @@ class Client:
                 `model`, it goes to the workers that serve that one.
             worker_id: a certain worker; None for any of the fleet.
         """
-        call = Call(
+        exchange = self._exchange(
             request,
             request_id=secrets.token_hex(16),
             worker_id=worker_id,
-            timeout_ms=self._timeout_ms,
-            attempts=self._attempts,
-            nobody_listens_grace_s=self._grace_s,
-            rng=self._rng,
             now=asyncio.get_running_loop().time(),
         )
         messages: asyncio.Queue[Msg] = asyncio.Queue(INBOX_MESSAGES)
@@ -170,7 +162,7 @@ class Client:
 
         # The server reads one connection in order: the interest is there before the request.
         subscription = await self._connection.subscribe(inbox, cb=take)
-        answer = Answer(self._connection, call, inbox, messages)
+        answer = Answer(self._connection, exchange, inbox, messages)
         try:
             await answer.send()
             yield answer
@@ -179,14 +171,6 @@ class Client:
                 async with asyncio.timeout(LEAVE_S):
                     await answer.cancel()
                     await subscription.unsubscribe()
-
-    async def complete(self, request: Mapping[str, Any], *, worker_id: str | None = None) -> Chunk:
-        """The whole answer in one piece, streamed or not. Raises as iterating it does.
-
-        Cancelled: the request is cancelled at the worker.
-        """
-        async with self.ask(request, worker_id=worker_id) as answer:
-            return join([chunk async for chunk in answer])
 
 
 @asynccontextmanager

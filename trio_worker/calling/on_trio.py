@@ -18,13 +18,18 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from random import Random
 from typing import Any
 
 import trio
 from loguru import logger
 
-from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, AnswerOf, Call, Chunk, join
+from trio_worker.calling.any_loop import (
+    INBOX_MESSAGES,
+    LEAVE_S,
+    AnswerOnAnyLoop,
+    ClientOnAnyLoop,
+)
+from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, Chunk, Exchange, Persistence
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge
 from trio_worker.nats.broker import open_nats_broker
 from trio_worker.nats.login import Login
@@ -32,33 +37,25 @@ from trio_worker.ports import Broker, Message
 
 __all__ = ["Answer", "Chunk", "Client", "Login", "open_client"]
 
-INBOX_MESSAGES = 8192
-"""Messages of one answer that may wait to be read: more than any answer has by default."""
-LEAVE_S = 1.0
-"""How long leaving an answer may take."""
-
 # A caller's standard error is not ours; `logger.enable("trio_worker")` shows what the connection
 # is doing.
 logger.disable("trio_worker")
 
 
-class Answer(AnswerOf):
+class Answer(AnswerOnAnyLoop):
     """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
         self,
         broker: Broker,
-        call: Call,
+        exchange: Exchange,
         inbox: str,
         receive: trio.MemoryReceiveChannel[Message],
     ) -> None:
-        super().__init__(call)
+        super().__init__(exchange)
         self._broker = broker
         self._inbox = inbox
         self._receive = receive
-
-    def __aiter__(self) -> Answer:
-        return self
 
     async def __anext__(self) -> Chunk:
         """The next message.
@@ -71,36 +68,34 @@ class Answer(AnswerOf):
         error has come, and `MessageLost` for a gap in the numbering, which core NATS allows.
         Cancelled: nothing is lost; the next call goes on.
         """
-        call = self._call
-        if call.ended:
+        exchange = self._exchange
+        if exchange.ended:
             raise StopAsyncIteration
         while True:
-            if call.resend_at is not None:
-                await trio.sleep_until(call.resend_at)
+            if exchange.resend_at is not None:
+                await trio.sleep_until(exchange.resend_at)
                 self.send()
-            with trio.move_on_at(call.gives_up_at) as too_late:
+            with trio.move_on_at(exchange.gives_up_at) as too_late:
                 message = await self._receive.receive()
             if too_late.cancelled_caught:
-                raise call.give_up()
-            chunk = call.take(message.body, message.headers, message.reply, trio.current_time())
+                raise exchange.give_up()
+            chunk = exchange.take(message.body, message.headers, message.reply, trio.current_time())
             if chunk is not None:
                 return chunk
 
-    async def text(self) -> str:
-        """The whole text; reads to the end."""
-        return "".join([chunk.text async for chunk in self])
-
     def cancel(self) -> None:
         """Ask the worker to end the request; `RequestCancelled` follows if it was not too late."""
-        if (cancel := self._call.cancel_message()) is not None:
+        if (cancel := self._exchange.cancel_message()) is not None:
             subject, body = cancel
             self._broker.publish(Message(subject=subject, body=body))
 
     def send(self) -> None:
         """Send the request now; `ask` does it first, and then the iteration where it must."""
-        body = self._call.body(trio.current_time())
+        body = self._exchange.body(trio.current_time())
         try:
-            self._broker.publish(Message(subject=self._call.subject, body=body, reply=self._inbox))
+            self._broker.publish(
+                Message(subject=self._exchange.subject, body=body, reply=self._inbox)
+            )
         except MessageTooLarge as exc:
             raise PayloadTooLarge(
                 f"the request has {exc.size} bytes; the NATS server takes {exc.limit}",
@@ -108,7 +103,7 @@ class Answer(AnswerOf):
             ) from exc
 
 
-class Client:
+class Client(ClientOnAnyLoop):
     """Asks over one broker connection; any number of answers at a time.
 
     Args:
@@ -129,10 +124,13 @@ class Client:
         nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
     ) -> None:
         self._broker = broker
-        self._timeout_ms = timeout_ms
-        self._attempts = attempts
-        self._grace_s = nobody_listens_grace_s
-        self._rng = Random()  # noqa: S311 - spreads retries; no secret
+        super().__init__(
+            Persistence(
+                timeout_ms=timeout_ms,
+                attempts=attempts,
+                nobody_listens_grace_s=nobody_listens_grace_s,
+            )
+        )
 
     @asynccontextmanager
     async def ask(
@@ -148,14 +146,10 @@ class Client:
                 `model`, it goes to the workers that serve that one.
             worker_id: a certain worker; None for any of the fleet.
         """
-        call = Call(
+        exchange = self._exchange(
             request,
             request_id=secrets.token_hex(16),
             worker_id=worker_id,
-            timeout_ms=self._timeout_ms,
-            attempts=self._attempts,
-            nobody_listens_grace_s=self._grace_s,
-            rng=self._rng,
             now=trio.current_time(),
         )
         send, receive = trio.open_memory_channel[Message](INBOX_MESSAGES)
@@ -167,28 +161,20 @@ class Client:
                 send.send_nowait(message)
 
         async with send, receive:
-            with trio.move_on_at(call.gives_up_at) as too_late:
+            with trio.move_on_at(exchange.gives_up_at) as too_late:
                 subscription = await self._broker.subscribe(inbox, take)
             if too_late.cancelled_caught:
-                raise call.give_up()
-            answer = Answer(self._broker, call, inbox, receive)
+                raise exchange.give_up()
+            answer = Answer(self._broker, exchange, inbox, receive)
             try:
                 answer.send()
                 yield answer
             finally:
                 with trio.move_on_after(LEAVE_S, shield=True):
-                    if call.cancel_message() is not None:
+                    if exchange.cancel_message() is not None:
                         answer.cancel()
                         await self._broker.flush()
                     await subscription.drain()
-
-    async def complete(self, request: Mapping[str, Any], *, worker_id: str | None = None) -> Chunk:
-        """The whole answer in one piece, streamed or not. Raises as iterating it does.
-
-        Cancelled: the request is cancelled at the worker.
-        """
-        async with self.ask(request, worker_id=worker_id) as answer:
-            return join([chunk async for chunk in answer])
 
 
 @asynccontextmanager
