@@ -14,16 +14,19 @@ from support.commands import command
 from support.worker_rig import make_config, running_worker
 from trio.testing import MockClock
 
-from trio_worker.bench import measurements, scheduling
-from trio_worker.bench.measurements import PARTS, Bench, _compare, _p95, _Worker, run_bench
-from trio_worker.bench.scheduling import PARTS as SCHEDULING
+from trio_worker.bench import priorities
+from trio_worker.bench.figures import p95, print_comparison
+from trio_worker.bench.measured_worker import MeasuredWorker
+from trio_worker.bench.parts import PARTS
+from trio_worker.bench.setup import Setup, run_parts
 from trio_worker.cli.bench import PARTS_OF
+from trio_worker.config import Config
+from trio_worker.launch import EngineKind
 from trio_worker.simulated.engine import PREFIX_CACHE_TOKENS
 
 
 def test_the_command_line_knows_every_part() -> None:
-    assert tuple(PARTS) == PARTS_OF["engine"]
-    assert tuple(SCHEDULING) == PARTS_OF["scheduling"]
+    assert tuple(PARTS) == (*PARTS_OF["engine"], *PARTS_OF["scheduling"])
 
 
 @pytest.mark.nats
@@ -41,7 +44,7 @@ async def test_every_part_measures_a_whole_worker() -> None:
     assert outcome.returncode == 0, outcome.stderr
     lines = outcome.stdout.decode().splitlines()
     figures = [line for line in lines if not line.startswith(" ")]
-    assert len(figures) == len(PARTS)
+    assert len(figures) == len(PARTS_OF["engine"])
     for words, required in (
         ("together against one at a time", "4.0 required"),
         ("mlx-lm's own loop", "not with a simulated engine"),
@@ -73,9 +76,9 @@ def test_when_nobody_reads_on_it_ends_quietly() -> None:
 
 
 @asynccontextmanager
-async def running(measured: Bench) -> AsyncIterator[_Worker]:
-    """In the place of `bench.running`: no server, no process, and no clock but the test's."""
-    worker = measured.config.worker
+async def open_virtual_worker(config: Config, _engine: EngineKind) -> AsyncIterator[MeasuredWorker]:
+    """No server, no process, and no clock but the test's."""
+    worker = config.worker
     reuse = PREFIX_CACHE_TOKENS if worker.engine.prefix_cache_mb else 0
     async with running_worker(
         f"worker.request_queue.priority_levels={worker.request_queue.priority_levels}",
@@ -85,28 +88,30 @@ async def running(measured: Bench) -> AsyncIterator[_Worker]:
         f"worker.simulated.prefill_ms_per_token={worker.simulated.prefill_ms_per_token}",
         engine_options={"prefix_cache_tokens": reuse},
     ) as rig:
-        yield _Worker(rig.client, "w1", rig.observed)
+        yield MeasuredWorker(rig.client, "w1", rig.observed)
 
 
-async def figures(
-    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *changes: str
-) -> list[str]:
+async def figures(part: str, capsys: pytest.CaptureFixture[str], *changes: str) -> list[str]:
     """What this part prints of an engine whose every turn takes 20 ms."""
-    for module in (measurements, scheduling):
-        monkeypatch.setattr(module, "running", running)
     config = make_config(
         "worker.simulated.turn_ms=20", "worker.simulated.prefill_ms_per_token=0", *changes
     )
-    measured = Bench(config=config, engine="simulated", max_tokens=16, rounds=2)
-    await run_bench(measured, [{**PARTS, **SCHEDULING}[part]])
+    setup = Setup(
+        config=config,
+        engine="simulated",
+        max_tokens=16,
+        rounds=2,
+        open_worker=open_virtual_worker,
+    )
+    await run_parts(setup, [PARTS[part]])
     return capsys.readouterr().out.splitlines()
 
 
 async def test_eight_together_are_seven_times_as_fast_as_one_by_one(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One by one 50 tokens a second; together 128 tokens in 16 turns and two to begin with."""
-    assert await figures("batching", monkeypatch, capsys) == [
+    assert await figures("batching", capsys) == [
         (
             "8 requests together against one at a time, tokens/s: 355.6 to 50.0, "
             "ratio 7.11 (7.11 to 7.11); 4.0 required"
@@ -119,36 +124,31 @@ async def test_eight_together_are_seven_times_as_fast_as_one_by_one(
 async def test_sampling_costs_nothing_where_it_takes_no_time(
     part: str,
     autojump_clock: MockClock,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (line,) = await figures(part, monkeypatch, capsys)
+    (line,) = await figures(part, capsys)
     assert ": 355.6 to 355.6, ratio 1.00 (1.00 to 1.00)" in line
 
 
 async def test_a_newcomers_prompt_takes_what_the_target_leaves_of_each_turn(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """4000 tokens of 1 ms, at most 180 of them beside a step of 20 ms: 23 turns."""
-    *_, line = await figures(
-        "newcomer", monkeypatch, capsys, "worker.simulated.prefill_ms_per_token=1"
-    )
+    *_, line = await figures("newcomer", capsys, "worker.simulated.prefill_ms_per_token=1")
     assert line.startswith(
         "gaps beside a newcomer with a long prompt: median 200 ms, p95 200 ms, largest"
     )
-    rounds = await figures("newcomer", monkeypatch, capsys)
+    rounds = await figures("newcomer", capsys)
     assert "median, p95 and largest, 20, 20 and 20 ms; 20, 20 and 20 ms while" in rounds[0]
     assert rounds[-1].endswith("median 20 ms, p95 20 ms, largest 20 ms; 200 wanted")
 
 
 async def test_a_preemption_costs_what_has_to_be_computed_again(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of what is kept the last token; otherwise the prompt's 11 and the 40 that were there."""
     beyond = "beyond both requests alone (2 rounds)"
-    assert await figures(
-        "preemption", monkeypatch, capsys, "worker.simulated.prefill_ms_per_token=1"
-    ) == [
+    assert await figures("preemption", capsys, "worker.simulated.prefill_ms_per_token=1") == [
         f"a preemption after 40 tokens, cache kept: 1 ms {beyond}",
         f"a preemption after 40 tokens, cache computed again: 51 ms {beyond}",
     ]
@@ -157,8 +157,8 @@ async def test_a_preemption_costs_what_has_to_be_computed_again(
 async def test_the_urgent_wait_for_the_turn_under_way_and_their_own(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scheduling, "HIGH_REQUESTS", 5)
-    *_, line = await figures("priority", monkeypatch, capsys)
+    monkeypatch.setattr(priorities, "HIGH_REQUESTS", 5)
+    *_, line = await figures("priority", capsys)
     assert line.startswith("time to first token of HIGH, median: 40 ms (2.0 turns; required")
 
 
@@ -173,8 +173,8 @@ async def test_a_figure_is_the_median_of_the_rounds_which_take_turns_in_going_fi
         return values[asked[-1]]
 
     one, other = partial(measure, "one"), partial(measure, "other")
-    await _compare("title", one, other, rounds=3, required="4.0")
-    await _compare("title", one, other, rounds=1, required=None)
+    await print_comparison("title", one, other, rounds=3, required="4.0")
+    await print_comparison("title", one, other, rounds=1, required=None)
     assert asked[:6] == ["one1", "other1", "other2", "one2", "one3", "other3"]
     assert capsys.readouterr().out.splitlines() == [
         "title: 9.0 to 3.0, ratio 4.00 (3.00 to 4.00); 4.0 required",
@@ -183,6 +183,6 @@ async def test_a_figure_is_the_median_of_the_rounds_which_take_turns_in_going_fi
 
 
 def test_the_95th_percentile_is_one_of_the_values() -> None:
-    assert _p95([float(value) for value in range(100)]) == 94
-    assert _p95([3.0, 1.0]) == 1
-    assert _p95([7.0]) == 7
+    assert p95([float(value) for value in range(100)]) == 94
+    assert p95([3.0, 1.0]) == 1
+    assert p95([7.0]) == 7

@@ -41,21 +41,20 @@ def add_parser(commands: Commands) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from trio_worker.bench import scheduling  # noqa: PLC0415 - only here
-    from trio_worker.bench.measurements import PARTS, Bench, run_bench  # noqa: PLC0415
+    from trio_worker.bench.parts import PARTS  # noqa: PLC0415 - only here
+    from trio_worker.bench.setup import Setup, run_parts  # noqa: PLC0415
 
     set_up_logging(log_format="human", level="warning")
-    bench = Bench(
+    setup = Setup(
         config=loaded_config(args),
         engine=args.engine,
         max_tokens=args.max_tokens,
         rounds=args.rounds,
     )
-    parts = {**PARTS, **scheduling.PARTS}
     names = PARTS_OF.get(args.what, (args.what,))
     status: int = ExitStatus.OK
     try:
-        trio.run(run_bench, bench, [parts[name] for name in names])
+        trio.run(run_parts, setup, [PARTS[name] for name in names])
     except* BrokenPipeError:
         status = status_without_reader()
     return status

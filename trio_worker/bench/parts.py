@@ -1,0 +1,20 @@
+"""Every part of `trio-worker bench`, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trio_worker.bench.baseline import bare
+from trio_worker.bench.latency import newcomer, prefix
+from trio_worker.bench.overhead import overhead
+from trio_worker.bench.priorities import preemption, priority
+from trio_worker.bench.setup import Part
+from trio_worker.bench.throughput import batching, mixing, seeds
+
+PARTS: Mapping[str, Part] = {
+    each.__name__: each
+    for each in (
+        *(batching, bare, prefix, seeds, newcomer, mixing),
+        *(overhead, priority, preemption),
+    )
+}
