@@ -18,15 +18,9 @@ import pytest
 from support.commands import command
 
 from trio_worker.config import load_config
-from trio_worker.deploy.unit import (
-    STOP_MARGIN_S,
-    Unit,
-    launchd_plist,
-    make_unit,
-    remarks,
-    systemd_unit,
-    systemd_user_unit,
-)
+from trio_worker.deploy.launchd import launchd_plist
+from trio_worker.deploy.systemd import systemd_unit, systemd_user_unit
+from trio_worker.deploy.unit import STOP_MARGIN_S, Unit, make_unit, remarks
 from trio_worker.errors import ConfigError
 
 ANALYZE = shutil.which("systemd-analyze")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from trio_worker.cli.arguments import Commands, add_config, add_engine
 from trio_worker.config import VARIABLE_PREFIX, load_config
-from trio_worker.deploy import unit as units
+from trio_worker.deploy.launchd import launchd_plist
+from trio_worker.deploy.systemd import systemd_unit, systemd_user_unit
+from trio_worker.deploy.unit import NAME, make_unit, remarks, user_of_process
 from trio_worker.errors import ExitStatus
 
 
@@ -28,8 +30,8 @@ def add_parser(commands: Commands) -> None:
         add_config(each)
         each.add_argument(
             "--name",
-            default=units.NAME,
-            help=f"of the service ({units.NAME}); each worker on a machine needs its own",
+            default=NAME,
+            help=f"of the service ({NAME}); each worker on a machine needs its own",
         )
         add_engine(each)
         each.set_defaults(command=partial(_unit, manager))
@@ -59,7 +61,7 @@ def _unit(manager: str, args: argparse.Namespace) -> int:
         hostname=socket.gethostname(),
         read_secrets=False,
     )
-    unit = units.make_unit(
+    unit = make_unit(
         config,
         config_file=args.config,
         overrides=args.overrides,
@@ -67,17 +69,17 @@ def _unit(manager: str, args: argparse.Namespace) -> int:
         name=args.name,
     )
     is_system = manager == "systemd" and not args.user
-    user = (args.run_as or units.user_of_process()) if is_system else None
+    user = (args.run_as or user_of_process()) if is_system else None
     if is_system:
-        text = units.systemd_unit(unit, user=user)
+        text = systemd_unit(unit, user=user)
     elif manager == "systemd":
-        text = units.systemd_user_unit(unit)
+        text = systemd_user_unit(unit)
     else:
-        text = units.launchd_plist(unit, home=Path.home())
+        text = launchd_plist(unit, home=Path.home())
     sys.stdout.write(text)
     for name in sorted(os.environ):
         if name.startswith(VARIABLE_PREFIX):
             sys.stderr.write(f"note: {name} is set here and will not be set in the service\n")
-    for remark in units.remarks(unit, is_system=is_system, user=user):
+    for remark in remarks(unit, is_system=is_system, user=user):
         sys.stderr.write(f"note: {remark}\n")
     return ExitStatus.OK

@@ -1,27 +1,23 @@
-"""Prints units: how systemd and launchd start, watch and stop a worker of this installation.
+"""What a unit says, whatever starts it: how a worker of this installation is run and stopped.
 
 Everything in a unit comes from the configuration and from where this environment is. Rules:
 
 1. A unit holds no secret: not from the command line, and not from a file.
-2. Every value is escaped for its place, or refused.
+2. Every value is escaped for its place, or refused (`systemd`, `launchd`).
 3. The times to start and to stop are above what the configuration allows the worker to take.
 """
 
 from __future__ import annotations
 
 import os
-import plistlib
 import pwd
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import Any
 
-from trio_worker.config import Config, all_keys, files_with_secrets, variable_of
+from trio_worker.config import Config, all_keys, files_with_secrets
 from trio_worker.errors import ConfigError
 
 NAME = "trio-worker"
@@ -29,9 +25,7 @@ START_MARGIN_S = 90
 """Until the first word of the load; from there on the worker asks for the time it needs."""
 STOP_MARGIN_S = 30
 """Beside the drain: the subscriptions, the engine's end, the last publications."""
-WATCHDOG_S = 60
 _NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*\Z")
-_HOMES = ("/home", "/root", "/run/user")
 _TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - it is asked whether something is there
 
 
@@ -103,58 +97,6 @@ def make_unit(
     )
 
 
-def systemd_unit(unit: Unit, *, user: str | None) -> str:
-    """A service of the machine's manager, run as `user`; None: as a user made for it."""
-    secrets = files_with_secrets(unit.config.nats)
-    # These come from the manager instead, which may read what the user may not; a `--set` would
-    # win over that.
-    command = _without(unit.command, secrets)
-    lines = [_secret_lines(path, Path(file).absolute()) for path, file in secrets.items()]
-    hint = (
-        "# A secret of NATS, from a file that only root can read:\n"
-        "#LoadCredential=password-file:/etc/trio-worker/nats-password\n"
-        "#Environment=TRIO_WORKER__NATS__PASSWORD_FILE=%d/password-file"
-    )
-    at_home = any(_is_below(path, _HOMES) for path in unit.paths)
-    return _filled(
-        "system.service",
-        _common(unit, command),
-        user="DynamicUser=yes" if user is None else f"User={_specifiers(user)}",
-        protect_home="read-only" if at_home else "yes",
-        secrets="\n".join(lines) or hint,
-    )
-
-
-def systemd_user_unit(unit: Unit) -> str:
-    """A service of a user's own manager, which has the user's files and rights."""
-    return _filled("user.service", _common(unit, unit.command))
-
-
-def launchd_plist(unit: Unit, *, home: Path) -> str:
-    """An agent of one user, for ~/Library/LaunchAgents."""
-    log = str(home / "Library" / "Logs" / f"{unit.name}.log")
-    tools = [str(Path(unit.command[0]).parent), "/opt/homebrew/bin", "/usr/local/bin"]
-    job: dict[str, Any] = {
-        "Label": unit.name,
-        "ProgramArguments": list(unit.command),
-        "EnvironmentVariables": {"PATH": ":".join([*tools, "/usr/bin:/bin:/usr/sbin:/sbin"])},
-        "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False},
-        "ThrottleInterval": 10,
-        "ExitTimeOut": unit.stop_s,
-        "ProcessType": "Interactive",
-        "StandardOutPath": log,
-        "StandardErrorPath": log,
-        "Umask": 0o077,
-    }
-    if unit.working_directory is not None:
-        job["WorkingDirectory"] = unit.working_directory
-    declaration, doctype, rest = plistlib.dumps(job, sort_keys=False).decode().split("\n", 2)
-    notes = (files(__package__) / "launchd-notes.txt").read_text(encoding="utf-8")
-    comment = f"<!--\n{Template(notes).substitute(name=unit.name)}-->"
-    return f"{declaration}\n{doctype}\n{comment}\n{rest}"
-
-
 def remarks(unit: Unit, *, is_system: bool, user: str | None) -> list[str]:
     """What will probably not work as printed, one sentence each."""
     if not is_system:
@@ -163,7 +105,7 @@ def remarks(unit: Unit, *, is_system: bool, user: str | None) -> list[str]:
         f"{path} is below {folder}, which PrivateTmp=yes hides from the service"
         for path in unit.paths
         for folder in _TEMPORARY
-        if _is_below(path, [folder])
+        if is_below(path, [folder])
     ]
     if user is None:
         loaded = files_with_secrets(unit.config.nats).values()
@@ -180,9 +122,6 @@ def user_of_process() -> str | None:
     """The name of the user who runs this; None for root, as whom no worker should run."""
     uid = os.getuid()
     return None if uid == 0 else pwd.getpwuid(uid).pw_name
-
-
-# --- what is in the configuration -----------------------------------------------------------
 
 
 def _refuse_secrets(overrides: Iterable[str]) -> None:
@@ -212,18 +151,7 @@ def _files(config: Config) -> list[str]:
     return found
 
 
-def _without(command: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """The command without the `--set` of these keys."""
-    kept: list[str] = []
-    for part in command:
-        if kept and kept[-1] == "--set" and part.partition("=")[0] in paths:
-            kept.pop()
-        else:
-            kept.append(part)
-    return kept
-
-
-def _is_below(path: Path, folders: Iterable[str]) -> bool:
+def is_below(path: Path, folders: Iterable[str]) -> bool:
     places = (path.absolute(), path.resolve())
     return any(place.is_relative_to(folder) for place in places for folder in folders)
 
@@ -236,55 +164,3 @@ def _is_open_to_all(path: Path) -> bool:
         return passable and bool(resolved.stat().st_mode & 0o004)
     except OSError:
         return False
-
-
-# --- systemd's syntax -----------------------------------------------------------------------
-
-
-def _filled(template: str, values: dict[str, str], **others: str) -> str:
-    text = (files(__package__) / template).read_text(encoding="utf-8")
-    filled = Template(text).substitute(values, **others)
-    # A line that is not wanted is filled with nothing.
-    return re.sub(r"\n{3,}", "\n\n", filled)
-
-
-def _common(unit: Unit, command: Iterable[str]) -> dict[str, str]:
-    folder = unit.working_directory
-    return {
-        "name": unit.name,
-        # The colon: no variables are looked for, so a dollar sign is one.
-        "command": " ".join(_quoted(part) for part in _with_colon(command)),
-        "working_directory": f"WorkingDirectory={_specifiers(folder)}" if folder else "",
-        "start_s": str(unit.start_s),
-        "stop_s": str(unit.stop_s),
-        "watchdog_s": str(WATCHDOG_S),
-        "memory_max_mb": str(unit.memory_max_mb),
-    }
-
-
-def _with_colon(command: Iterable[str]) -> list[str]:
-    program, *arguments = command
-    if set(program) & set("\\\"'"):
-        raise ConfigError(f"{program!r}: systemd starts no program with a quote in its path")
-    return [f":{program}", *arguments]
-
-
-def _secret_lines(path: str, file: Path) -> str:
-    credential = path.rpartition(".")[2].replace("_", "-")
-    return (
-        f"LoadCredential={credential}:{_specifiers(str(file))}\n"
-        f"Environment={variable_of(path)}=%d/{credential}"
-    )
-
-
-def _specifiers(text: str) -> str:
-    """For a value that takes the whole line as it stands, but for specifiers."""
-    if not text.isprintable() or text.endswith("\\") or text != text.strip():
-        raise ConfigError(f"{text!r}: a name like this has no place in a unit")
-    return text.replace("%", "%%")
-
-
-def _quoted(word: str) -> str:
-    """One word of a command line; see systemd.syntax(7) and systemd.service(5)."""
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return escaped if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", escaped) else f'"{escaped}"'
