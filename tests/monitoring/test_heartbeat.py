@@ -221,7 +221,7 @@ async def test_a_worker_that_only_waits_is_alive(
     """For work, for memory, or for its engine, however long that takes."""
     async with running_worker(restart_s=3000.0) as rig, trio.open_nursery() as nursery:
         for _ in range(3):
-            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=4000, timeout_ms=600_000))
+            nursery.start_soon(lambda: rig.ask(prompt="x", max_tokens=500, timeout_ms=600_000))
         await trio.sleep(0.1)
         happens(rig)
         await alive_throughout(rig, 1000)
@@ -230,7 +230,8 @@ async def test_a_worker_that_only_waits_is_alive(
 async def test_a_worker_under_load_and_faults_is_alive(autojump_clock: MockClock) -> None:
     async with running_worker(
         "worker.continuous_batching.turn_timeout_ms=5000",
-        faults=Faults(slow_turn=0.02, slow_turn_s=4.0, crash=0.01),
+        "worker.simulated.turn_ms=100",
+        faults=Faults(slow_turn=0.1, slow_turn_s=4.0, crash=0.05),
     ) as rig:
         async with trio.open_nursery() as nursery:
 

@@ -109,7 +109,7 @@ async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_lo
     limit = "worker.requests.max_tokens_limit=10000"
     async with running_command(
         tmp_path,
-        *("--engine", "simulated", "--set", "worker.simulated.turn_ms=20", "--set", limit),
+        *("--engine", "simulated", "--set", "worker.simulated.turn_ms=10", "--set", limit),
         *("--set", "worker.requests.refuse_unmeetable=false"),
     ) as worker:
         await worker.wait_ready()
@@ -129,7 +129,7 @@ async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_lo
             nursery.start_soon(ask)
             while not results:
                 seen.append(await scrape(worker))
-                await trio.sleep(0.05)
+                await trio.sleep(0.02)
         await until_metric(worker, "requests_in_flight", lambda value: value == 0)
         await until_metric(worker, "ready", lambda value: value == 1)
         after = await scrape(worker)
