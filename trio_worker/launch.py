@@ -1,4 +1,7 @@
-"""From a configuration to running adapters: what `run`, `bench` and tests of the whole share."""
+"""From a configuration to running edges, and a worker on them.
+
+What `run`, `bench` and tests of the whole share; where a configuration's units become ours.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ async def launch(
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
 ) -> None:
-    """Run a worker with the real adapters, as `run_worker` does, and with its exceptions.
+    """Run a worker on real edges; returns, and raises, as `run_worker` does.
 
     Takes the variables of the service manager out of the environment before a child process
     could inherit them.
@@ -54,10 +57,8 @@ async def launch(
     with open_service_manager(os.environ) as service_manager, open_stack_sampler() as sampler:
         world = World(
             stops=stops,
-            open_broker=lambda: open_configured_broker(
-                config, name=f"trio-worker {config.worker.id}"
-            ),
-            open_engine=lambda: _open_engine(config, engine, progressed),
+            open_broker=partial(_open_broker, config),
+            open_engine=partial(_open_engine, config, engine, progressed),
             probe=PsutilProbe(),
             # Callers see what is drawn; from a generator of ours they could work out the rest.
             rng=random.SystemRandom(),
@@ -74,21 +75,34 @@ async def launch(
 
 
 @asynccontextmanager
-async def open_configured_broker(config: Config, *, name: str) -> AsyncIterator[Broker]:
-    """The connection that the configuration describes, with the embedded server if it says so."""
-    nats = config.nats
-    embedded = nats.embedded == "always" or (
-        nats.embedded == "auto" and is_loopback(nats.url) and not await somebody_listens(nats.url)
-    )
-    if not embedded:
-        async with _open_broker(nats, name) as broker:
+async def _open_broker(config: Config) -> AsyncIterator[Broker]:
+    """A connection to NATS, and around it the embedded server where one is needed."""
+    nats, name = config.nats, f"trio-worker {config.worker.id}"
+    if await _needs_embedded_server(nats):
+        async with open_nats_server(nats.url), _connect(nats, name=name) as broker:
             yield broker
-        return
-    async with open_nats_server(nats.url), _open_broker(nats, name) as broker:
-        yield broker
+    else:
+        async with _connect(nats, name=name) as broker:
+            yield broker
+
+
+async def _needs_embedded_server(nats: NatsConfig) -> bool:
+    if nats.embedded == "auto":
+        return is_loopback(nats.url) and not await somebody_listens(nats.url)
+    return nats.embedded == "always"
+
+
+def _connect(nats: NatsConfig, *, name: str) -> AbstractAsyncContextManager[Broker, bool | None]:
+    return open_nats_broker(
+        nats.url,
+        name=name,
+        login=login_of(nats),
+        connect_timeout_s=nats.connect_timeout_ms / 1000,
+    )
 
 
 def login_of(nats: NatsConfig) -> Login:
+    """What identifies this worker, or a caller, to the server."""
     tls = nats.tls
     return Login(
         user=nats.user,
@@ -99,15 +113,6 @@ def login_of(nats: NatsConfig) -> Login:
         ca_file=tls.ca_file if tls else None,
         cert_file=tls.cert_file if tls else None,
         key_file=tls.key_file if tls else None,
-    )
-
-
-def _open_broker(nats: NatsConfig, name: str) -> AbstractAsyncContextManager[Broker, bool | None]:
-    return open_nats_broker(
-        nats.url,
-        name=name,
-        login=login_of(nats),
-        connect_timeout_s=nats.connect_timeout_ms / 1000,
     )
 
 

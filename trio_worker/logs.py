@@ -85,7 +85,7 @@ class Terminal:
 
 
 class RateLimit:
-    """A filter: in every second so many lines of each kind pass, and the rest is counted.
+    """A filter: in every second the first lines of each kind pass, and the rest is counted.
 
     The kind of a line is the statement that wrote it, so there are as many as statements. How
     many were left out, and what the first of them said, is a line of its own before the first

@@ -169,7 +169,7 @@ class Engine(Protocol):
         """
 
     def pardon(self, crashes: int) -> None:
-        """Give so many of the latest crashes back to the budget: one request was guilty."""
+        """Give the latest `crashes` back to the budget: one request was guilty of them."""
 
     def statistics(self) -> EngineStatistics: ...
 
@@ -182,13 +182,14 @@ class MemoryProbe(Protocol):
         """Read now; costs some milliseconds at most. A vanished process counts nothing."""
 
 
-# --- the observers ---
+# --- who looks on -------------------------------------------------------------------------
 
 
 class ProgressSink(Protocol):
-    """Told how far something long has come: of 0 where nobody knows how far that is."""
+    """Told how far something long has come."""
 
-    def __call__(self, step: str, done: int, total: int, unit: str, /) -> None: ...
+    def __call__(self, step: str, done: int, total: int, unit: str, /) -> None:
+        """`done` of `total` units of this step; a total of 0 where nobody knows it."""
 
 
 # --- the operating system -----------------------------------------------------------------

@@ -12,13 +12,16 @@ from trio_worker.monitoring.heartbeat import Heartbeat
 from trio_worker.ports import Engine, MemoryProbe
 
 WATCHFUL_S = 0.25
-"""The time between readings while there is pressure, if that is shorter than the configured."""
+"""Between two readings while there is pressure, if that is shorter than what is configured."""
 
 
 def read_memory(
     probe: MemoryProbe, engine: Engine, gauge: PressureGauge, scheduler: Scheduler
 ) -> None:
-    """Read once; the ledger is reconciled if there is a model to speak of."""
+    """Read once, and reconcile the ledger with that while the engine is ready.
+
+    Without a model, what is in use says nothing about the room beside it.
+    """
     gauge.read(probe.read(engine.statistics().pid))
     if engine.ready.value:
         scheduler.ledger.reconcile(used=gauge.used, cached_tokens=scheduler.cached_tokens)
@@ -35,10 +38,11 @@ async def run_monitor(
     check_interval_s: float,
     relief_timeout_s: float,
 ) -> None:
-    """Read now and then every `check_interval_s` until cancelled; under pressure more often.
+    """Read now, and then every `check_interval_s`, under pressure more often, until cancelled.
 
-    Memory that stays critical for `relief_timeout_s` gets the engine recycled: the running
-    requests resume in the fresh one.
+    Those who wait at the door hear of each reading. Memory that stays critical for
+    `relief_timeout_s` gets the engine recycled: the running requests resume in the fresh one.
+    Cancelled: the last reading stands.
     """
     logger.debug("Resource monitoring started")
     critical_since: float | None = None
@@ -48,14 +52,7 @@ async def run_monitor(
         read_memory(probe, engine, gauge, scheduler)
         door.pressure_changed()
         if gauge.level is not before:
-            logger.warning(
-                "Memory pressure is {} (was {}): {} MB in use, limits {} and {} MB",
-                gauge.level,
-                before,
-                round(gauge.used / MB),
-                round(gauge.soft_bytes / MB),
-                round(gauge.critical_bytes / MB),
-            )
+            _log_change(gauge, before)
         if gauge.level is not Pressure.CRITICAL:
             critical_since = None
         elif critical_since is None:
@@ -64,5 +61,16 @@ async def run_monitor(
             logger.warning("Memory stays critical: replacing the engine by a fresh one")
             engine.recycle()
             critical_since = None
-        calm = gauge.level is Pressure.NORMAL
-        await trio.sleep(check_interval_s if calm else min(check_interval_s, WATCHFUL_S))
+        is_calm = gauge.level is Pressure.NORMAL
+        await trio.sleep(check_interval_s if is_calm else min(check_interval_s, WATCHFUL_S))
+
+
+def _log_change(gauge: PressureGauge, before: Pressure) -> None:
+    logger.warning(
+        "Memory pressure is {} (was {}): {} MB in use, limits {} and {} MB",
+        gauge.level,
+        before,
+        round(gauge.used / MB),
+        round(gauge.soft_bytes / MB),
+        round(gauge.critical_bytes / MB),
+    )

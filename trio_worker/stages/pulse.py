@@ -11,7 +11,7 @@ from trio_worker.ports import StackSampler
 
 PULSE_S = 0.5
 BLOCKED_S = 1.0
-"""So late a timer is not noise: some task held the loop for so long."""
+"""A timer that is later than this is no noise: some task has held the loop."""
 
 
 async def run_pulse(
@@ -20,11 +20,13 @@ async def run_pulse(
     """Measure until cancelled; with a sampler, the log says where the loop was blocked.
 
     The sampler looks at the real clock: it has no use where the loop runs on another one.
+    Cancelled: the sampler is disarmed.
     """
     try:
         while True:
-            due = trio.current_time() + PULSE_S
-            heartbeat.beat(due - PULSE_S)
+            now = trio.current_time()
+            heartbeat.beat(now)
+            due = now + PULSE_S
             if sampler is not None:
                 # Taken while the loop is still blocked; each pulse in time puts it off.
                 sampler.arm(PULSE_S + BLOCKED_S)
@@ -40,6 +42,7 @@ async def run_pulse(
 
 
 def _where(stack: str | None) -> str:
+    """What the log line ends with; nothing if there is no sample."""
     if stack is None:
         return ""
     innermost, *outer = stack.splitlines()

@@ -10,9 +10,10 @@ from trio_worker.ports import Engine
 
 
 async def run_readiness(*, engine: Engine, door: Door, batcher: Heartbeat) -> None:
-    """Until cancelled: the door knows at once when the engine is lost and when it is back.
+    """Until cancelled, tell the door at once when the engine is lost, and when it is back.
 
-    A batcher that waits for the engine owes a sign of life from when it is back.
+    From then on a batcher that has waited for the engine owes a sign of life. Cancelled: the door
+    keeps what it was told last.
     """
     async for ready in engine.ready.eventual_values():
         door.set_engine_ready(ready=ready)

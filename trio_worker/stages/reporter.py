@@ -24,7 +24,11 @@ async def run_reporter(
     heartbeat: Heartbeat,
     interval_s: float,
 ) -> None:
-    """Report every `interval_s` until cancelled; the log line only if something happened."""
+    """Report every `interval_s` until cancelled; the log line only if something happened.
+
+    The first report comes after one interval. A message is put into the outbox or left out as a
+    whole; cancellation leaves nothing behind.
+    """
     subject = subjects.stats(worker_id)
     reported: tuple[int, int] | None = None
     async for elapsed, _ in trio_util.periodic(interval_s):
@@ -32,22 +36,25 @@ async def run_reporter(
         if elapsed == 0:
             continue
         now = snapshot()
-        broker_takes_it = True
+        is_published = True
         try:
             broker.publish(Message(subject=subject, body=msgspec.json.encode(now)))
         except MessageTooLarge:
-            broker_takes_it = False
+            is_published = False
         news = (now.requests.completed, now.tokens.generated)
         if news != reported or now.requests.in_flight:
             reported = news
-            logger.info(
-                "{} completed, {} in flight, {} queued, {} in the batch, "
-                "{:.1f} tokens/s, {:.0f} MB{}",
-                now.requests.completed,
-                now.requests.in_flight,
-                now.queue.depth,
-                now.batch.running,
-                now.tokens.per_second,
-                now.resources.memory_mb,
-                "" if broker_takes_it else "; the snapshot is over the server's max_payload",
-            )
+            _log(now, is_published=is_published)
+
+
+def _log(now: Snapshot, *, is_published: bool) -> None:
+    logger.info(
+        "{} completed, {} in flight, {} queued, {} in the batch, {:.1f} tokens/s, {:.0f} MB{}",
+        now.requests.completed,
+        now.requests.in_flight,
+        now.queue.depth,
+        now.batch.running,
+        now.tokens.per_second,
+        now.resources.memory_mb,
+        "" if is_published else "; the snapshot is over the server's max_payload",
+    )

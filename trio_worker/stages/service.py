@@ -64,7 +64,8 @@ async def run_service(
 ) -> None:
     """Answer until cancelled. Started when the subscriptions stand.
 
-    `started_at` is by the wall clock, in seconds since 1970.
+    `started_at` is by the wall clock, in seconds since 1970. Cancelled: the subscriptions stay,
+    and answers are given until the connection ends.
     """
     service = _Service(
         worker=worker, info=info, counters=counters, snapshot=snapshot, started_at=started_at
@@ -171,7 +172,7 @@ class _Service:
 
 
 def _metadata(worker: WorkerConfig, info: EngineInfo) -> Mapping[str, str]:
-    """What a caller or a scheduler wants to know before it sends anything; all text, by ADR-32."""
+    """What a caller needs to know before it sends anything; all text, as ADR-32 wants it."""
     batching = worker.continuous_batching
     values = {
         "worker_id": worker.id,
