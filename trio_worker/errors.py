@@ -217,14 +217,21 @@ class WorkerFault(StopWorker):
     status = ExitStatus.SOFTWARE
 
 
+class LossReason(StrEnum):
+    """Why an engine was lost: a label for metrics."""
+
+    CRASH = "crash"
+    HANG = "hang"
+    LOAD = "load"
+    """It ended, or hung, before it was ready."""
+    PLANNED = "planned"
+    """Nobody's fault: it was to be replaced."""
+
+
 class EngineLost(Exception):
-    """The engine process ended or hung; whatever it held is gone. Raised by the engine port.
+    """The engine process ended or hung; whatever it held is gone. Raised by the engine port."""
 
-    Attributes:
-        reason: `crash`, `hang`, `load` or `planned`: a label for metrics.
-    """
-
-    def __init__(self, message: str, *, reason: str) -> None:
+    def __init__(self, message: str, *, reason: LossReason) -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from trio_util import AsyncBool
@@ -122,12 +123,20 @@ class BrokerStatistics:
 # --- the engine ---------------------------------------------------------------------------
 
 
+class EngineState(StrEnum):
+    LOADING = "loading"
+    """For the first time."""
+    READY = "ready"
+    RESTARTING = "restarting"
+    """It was lost, and the next one is not ready yet."""
+    STOPPED = "stopped"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
     """A reading of the engine; `info` is None until the model has been loaded once."""
 
-    state: str
-    """`loading`, `ready`, `restarting` or `stopped`."""
+    state: EngineState
     pid: int | None
     restarts: int
     info: EngineInfo | None
@@ -142,7 +151,7 @@ class Engine(Protocol):
         """Whether a turn can be taken now; to be watched, not to be set."""
 
     async def wait_ready(self) -> EngineInfo:
-        """Return once the engine can take a turn: at once, unless it is loading."""
+        """Return once the engine can take a turn. Leaves nothing behind when cancelled."""
 
     async def tokenise(self, request: Request) -> tuple[int, ...]:
         """The prompt's tokens, through the chat template if there are messages.
@@ -157,8 +166,8 @@ class Engine(Protocol):
     async def turn(self, work: Work) -> Report:
         """Do one turn. Raises `EngineLost` if the engine is, or becomes, unavailable.
 
-        Then everything it held is gone. Cancelled: the engine's state is unknown; only its
-        end may follow.
+        Then everything it held is gone. Cancelled: the turn may be done all the same, and its
+        report is lost, so nobody knows any more what the engine holds: `recycle` it, or end it.
         """
 
     def recycle(self) -> None:
@@ -169,7 +178,7 @@ class Engine(Protocol):
         """
 
     def pardon(self, crashes: int) -> None:
-        """Give the latest `crashes` back to the budget: one request was guilty of them."""
+        """Give this many of the latest crashes back to the budget: one request was guilty."""
 
     def statistics(self) -> EngineStatistics: ...
 

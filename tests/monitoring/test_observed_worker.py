@@ -25,7 +25,7 @@ from trio_worker.monitoring.heartbeat import heartbeats
 from trio_worker.monitoring.metrics import GaugeReading
 from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.monitoring.worker_parts import WorkerParts
-from trio_worker.ports import BrokerStatistics, EngineStatistics
+from trio_worker.ports import BrokerStatistics, EngineState, EngineStatistics
 from trio_worker.protocol.turn import EngineInfo
 
 INFO = EngineInfo(
@@ -35,9 +35,13 @@ INFO = EngineInfo(
     cache_bytes_per_token=65_600,
     device="a chip, bfloat16",
 )
-LOADING = EngineStatistics(state="loading", pid=None, restarts=0, info=None)
+LOADING = EngineStatistics(state=EngineState.LOADING, pid=None, restarts=0, info=None)
 SERVING = EngineStatistics(
-    state="ready", pid=4242, restarts=7, info=INFO, restarts_by_reason={"crash": 4, "planned": 3}
+    state=EngineState.READY,
+    pid=4242,
+    restarts=7,
+    info=INFO,
+    restarts_by_reason={"crash": 4, "planned": 3},
 )
 DOWN = BrokerStatistics(
     url="nats://there:4222",
@@ -472,16 +476,16 @@ async def test_it_is_ready_exactly_while_a_request_would_be_taken(
     parts.gauge.read(MemoryReading(used=2000 * MB, available=MB, total=MB))
     parts.door.pressure_changed()
     assert said() == (False, "memory: 2000 MB is over the critical limit")
-    parts.told.engine = replace(SERVING, state="restarting")
+    parts.told.engine = replace(SERVING, state=EngineState.RESTARTING)
     parts.door.set_engine_ready(ready=False)
     assert said() == (False, "restarting: the engine was lost and starts again")
     parts.door.close()
     assert said() == (False, "draining: the worker is shutting down")
 
 
-@pytest.mark.parametrize("engine_state", ["loading", "ready", "restarting", "stopped"])
+@pytest.mark.parametrize("engine_state", EngineState)
 async def test_the_workers_state_is_its_engines_until_it_drains(
-    autojump_clock: MockClock, engine_state: str
+    autojump_clock: MockClock, engine_state: EngineState
 ) -> None:
     parts = Parts()
     parts.told.engine = replace(SERVING, state=engine_state)

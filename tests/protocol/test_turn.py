@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trio_worker.ports import EngineStatistics
+from trio_worker.ports import EngineState, EngineStatistics
 from trio_worker.protocol.turn import (
     EngineInfo,
     EngineMemory,
@@ -54,7 +54,7 @@ def test_by_default_a_turn_does_no_more_than_one_step() -> None:
         model="m", context_length=1, vocabulary_size=2, cache_bytes_per_token=1, device="d"
     )
     assert info.accelerator == "cpu"
-    reading = EngineStatistics(state="loading", pid=None, restarts=0, info=None)
+    reading = EngineStatistics(state=EngineState.LOADING, pid=None, restarts=0, info=None)
     assert reading.restarts_by_reason == {}
 
 

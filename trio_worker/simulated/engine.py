@@ -22,8 +22,9 @@ from trio_util import AsyncBool
 
 from trio_worker.config import SimulatedConfig
 from trio_worker.core.request import Request
-from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, WorkerFault
-from trio_worker.ports import EngineStatistics
+from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossReason, WorkerFault
+from trio_worker.exception_groups import sole_exceptions
+from trio_worker.ports import EngineState, EngineStatistics
 from trio_worker.protocol.turn import (
     Admit,
     EngineInfo,
@@ -246,13 +247,13 @@ class SimulatedEngine:
         self._kept = _KeptCaches(prefix_cache_tokens)
         self._ready = AsyncBool(value=False)
         self._lost = trio.Event()
-        self._end_reason = "load"
+        self._end_reason = LossReason.LOAD
         self._loaded_once = False
         self._turning = False
         self._hangs_next = False
         self._deaths = 0
         """Ends that count against `max_restarts`."""
-        self._restarts: Counter[str] = Counter()
+        self._restarts: Counter[LossReason] = Counter()
         """By the reason of the end before it."""
         self.largest_batch = 0
         """The most sequences that got a token in one turn."""
@@ -267,19 +268,19 @@ class SimulatedEngine:
 
     def crash(self) -> None:
         """End as a killed process would: at once, with all it holds."""
-        self._end("crash")
+        self._end(LossReason.CRASH)
 
     def hang(self) -> None:
         """Let the next turn not return: `turn_timeout_s` ends it, and the engine with it."""
         self._hangs_next = True
 
     def recycle(self) -> None:
-        self._end("planned")
+        self._end(LossReason.PLANNED)
 
     def pardon(self, crashes: int) -> None:
         self._deaths = max(0, self._deaths - crashes)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: LossReason) -> None:
         self._residents.clear()
         self._kept.clear()
         if self._ready.value:
@@ -295,7 +296,7 @@ class SimulatedEngine:
             self._loaded_once = True
             self._ready.value = True
             await self._lost.wait()
-            if self._end_reason != "planned":
+            if self._end_reason is not LossReason.PLANNED:
                 self._deaths += 1
             if self._deaths > max_restarts:
                 raise WorkerFault(f"the simulated engine ended {self._deaths} times")
@@ -303,11 +304,11 @@ class SimulatedEngine:
             await trio.sleep(restart_s)
 
     async def wait_ready(self) -> EngineInfo:
-        # It may have gone down again before the waiting task runs.
-        while not self._ready.value:
+        while True:
             await self._ready.wait_value(True)
-        await trio.lowlevel.checkpoint()
-        return self._info
+            # It may have gone down again before this task ran.
+            if self._ready.value:
+                return self._info
 
     async def tokenise(self, request: Request) -> tuple[int, ...]:
         await self.wait_ready()
@@ -353,10 +354,10 @@ class SimulatedEngine:
         self._take_in(work)
         if self._hit_by(self._faults.deadly_words):
             self.crash()
-            raise EngineLost("the simulated engine met a deadly prompt", reason="crash")
+            raise EngineLost("the simulated engine met a deadly prompt", reason=LossReason.CRASH)
         if any(self._chance(self._faults.out_of_memory) for _ in work.admit):
             self.crash()
-            raise EngineLost("the simulated engine ran out of memory", reason="crash")
+            raise EngineLost("the simulated engine ran out of memory", reason=LossReason.CRASH)
         failures = tuple(
             SequenceFailure(request_id=request_id, message="a word that cannot be computed")
             for request_id in self._failing(work)
@@ -413,14 +414,17 @@ class SimulatedEngine:
         return self._restarts.total()
 
     def statistics(self) -> EngineStatistics:
-        state = "ready" if self._ready.value else "restarting" if self._loaded_once else "loading"
+        if self._ready.value:
+            state = EngineState.READY
+        else:
+            state = EngineState.RESTARTING if self._loaded_once else EngineState.LOADING
         info = self._info if self._loaded_once else None
         return EngineStatistics(
             state=state,
             pid=None,
             restarts=self.restarts,
             info=info,
-            restarts_by_reason=dict(self._restarts),
+            restarts_by_reason={each.value: count for each, count in self._restarts.items()},
         )
 
     async def _spend(self, *, decoding: bool, prefilled: int) -> None:
@@ -439,9 +443,9 @@ class SimulatedEngine:
         with trio.move_on_after(min(duration_s, crash_s, self._turn_timeout_s)):
             await lost.wait()
         if not lost.is_set() and min(duration_s, crash_s) > self._turn_timeout_s:
-            self._end("hang")
+            self._end(LossReason.HANG)
         elif not lost.is_set() and crash_s <= duration_s:
-            self._end("crash")
+            self._end(LossReason.CRASH)
         if lost.is_set():
             raise EngineLost("the simulated engine was lost in a turn", reason=self._end_reason)
 
@@ -518,11 +522,11 @@ async def open_simulated_engine(
         context_length: tokens of prompt and answer together.
         load_s: how long the first start takes.
         restart_s: how long each later one takes.
-        max_restarts: the end after so many that were not planned is a `WorkerFault`.
+        max_restarts: one unplanned end more than this is a `WorkerFault`.
         faults: what shall go wrong.
         random: decides where `faults` has probabilities.
         turn_timeout_s: a turn that takes longer ends the engine, for the reason `hang`.
-        prefix_cache_tokens: so many tokens of sequences that have left are kept, the latest used;
+        prefix_cache_tokens: this many tokens of sequences that have left are kept, the latest used;
             a sequence that begins with them pays prefill for the rest only.
         model_bytes: what the engine holds with no sequence in it.
         cache_bytes_per_token: what each token of residents and of kept caches takes.
@@ -538,9 +542,10 @@ async def open_simulated_engine(
         model_bytes=model_bytes,
         cache_bytes_per_token=cache_bytes_per_token,
     )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(
-            lambda: engine.run(load_s=load_s, restart_s=restart_s, max_restarts=max_restarts)
-        )
-        yield engine
-        nursery.cancel_scope.cancel(reason="closed")
+    with sole_exceptions():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: engine.run(load_s=load_s, restart_s=restart_s, max_restarts=max_restarts)
+            )
+            yield engine
+            nursery.cancel_scope.cancel(reason="closed")

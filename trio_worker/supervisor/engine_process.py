@@ -1,22 +1,16 @@
-"""The engine port over a child process: starts it, talks to it, restarts it, and kills it.
+"""The engine port over a child process, which is started again whenever it comes to an end.
 
-1. One supervisor task owns the child. When the context ends, however it ends, the child has been
-   killed and reaped, and nothing of it is left.
-2. Each line to the child is one task that asks and awaits the answer. Who wanted to know may give
-   up at any time: no half frame is left behind, and a hung engine is noticed all the same.
-3. The end of a child closes every answer still awaited; `turn` then raises `EngineLost`, and
-   `tokenise` asks the next child, once.
+1. One supervisor task owns the child: one life follows the other (`engine_life.py`). When the
+   context ends, however it ends, nothing of the child is left.
+2. The end of a life closes every answer still awaited; `turn` then raises `EngineLost`, and
+   `tokenise` asks the next one, once.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 from loguru import logger
@@ -28,127 +22,59 @@ from trio_worker.errors import (
     EngineFailed,
     EngineLost,
     InvalidRequest,
+    LossReason,
     WorkerFault,
 )
-from trio_worker.machine.child_process import (
-    how_it_ended,
-    kill_group,
-    read_lines,
-    start_group,
-)
-from trio_worker.ports import EngineStatistics, ProgressSink
-from trio_worker.protocol.frames import (
-    PREWARMING,
-    FrameBuffer,
-    FrameError,
-    FromEngine,
-    Hello,
-    LoadFailed,
-    Progress,
-    Tokenise,
-    Tokenised,
-    TokeniseFailed,
-    decode_from_engine,
-    encode,
-)
+from trio_worker.exception_groups import sole_exceptions
+from trio_worker.ports import EngineState, EngineStatistics, ProgressSink
+from trio_worker.protocol.frames import Hello, Tokenise, Tokenised, TokeniseFailed, encode
 from trio_worker.protocol.turn import EngineInfo, Report, Work
+from trio_worker.supervisor.engine_life import ENGINE_PROGRAM, End, EngineLife, EngineSettings
+from trio_worker.supervisor.engine_log import EngineLog
+from trio_worker.supervisor.line import NeverAsked, NoAnswer
 from trio_worker.supervisor.load_patience import LoadPatience
 from trio_worker.supervisor.restart_budget import RestartBudget
 
-KILL_GRACE_S = 0.5
-"""A killed child is gone in milliseconds; this bounds the wait for the system to say so."""
-
-LOG_GRACE_S = 0.2
-"""How long to read what a dead child had still written."""
-
-LAST_LINES = 20
-LINE_CHARACTERS = 400
-LEVELS = frozenset({"INFO", "WARNING", "ERROR"})
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 1.0
 TOKENISE_TRIES = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    hello: Hello
-    turn_timeout_s: float
-    max_restarts: int
-    restart_window_s: float
-    on_progress: ProgressSink | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One question, and where its answer goes: a channel of one, closed if there will be none."""
-
-    frame: bytes
-    answer: trio.MemorySendChannel[FromEngine]
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Why a child's life ended; `reason` as in `EngineLost`."""
-
-    reason: str
-    message: str
-    by_itself: bool = False
-    """Rather than killed for it: then its exit status tells something."""
-
-
-class _Child:
-    """One life of the engine process: its lines, and the reason of its end once there is one."""
-
-    def __init__(self, scope: trio.CancelScope) -> None:
-        self.scope = scope
-        self.end: _End | None = None
-        self.has_loaded = False
-        self.load_failed: str | None = None
-        # Without a buffer: a question that nobody has taken yet can be taken back.
-        self.control, self.control_calls = trio.open_memory_channel[_Call](0)
-        self.tokenise, self.tokenise_calls = trio.open_memory_channel[_Call](0)
-
-    def close(self) -> None:
-        for channel in (self.control, self.control_calls, self.tokenise, self.tokenise_calls):
-            channel.close()
-
-
 class EngineProcess:
-    """The engine port. Its state: the ready child, if any, and what the last ones came to."""
+    """The engine port. Its state: the life that goes on, and what the ones before came to."""
 
-    def __init__(self, settings: _Settings) -> None:
+    def __init__(self, settings: EngineSettings, budget: RestartBudget) -> None:
         self._settings = settings
-        self._state = "loading"
-        self._pid: int | None = None
-        self._restarts: Counter[str] = Counter()
-        """By the reason of the end before each."""
-        self._last_end = "load"
-        """Why there is no child, while there is none: a planned end is nobody's fault."""
+        self._budget = budget
+        self._patience = LoadPatience(turn_timeout_s=settings.turn_timeout_s)
+        self._log = EngineLog()
+        self._ready = AsyncBool(value=False)
+        """True exactly while `_life` can be asked."""
+        self._life: EngineLife | None = None
+        """The one that goes on, or went on last; None before the first."""
+        self._last_end: End | None = None
+        """Of the lives before that."""
+        self._last_info: EngineInfo | None = None
+        """Of the lives before that: the latest that was ready."""
         self._failed_loads = 0
         """In a row; these may be too far apart to spend the budget."""
-        self._info: EngineInfo | None = None
-        self._patience = LoadPatience(turn_timeout_s=settings.turn_timeout_s)
-        self._child: _Child | None = None
-        # True exactly while there is a `_child`.
-        self._is_ready = AsyncBool(value=False)
-        self._budget = RestartBudget(
-            max_restarts=settings.max_restarts, window_s=settings.restart_window_s
-        )
-        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._restarts: Counter[LossReason] = Counter()
+        """By the reason of the end before each."""
+        self._is_closed = False
 
     @property
     def ready(self) -> AsyncBool:
         """Whether a turn can be taken now; to be watched, not to be set."""
-        return self._is_ready
+        return self._ready
 
     async def wait_ready(self) -> EngineInfo:
-        """Return once the engine can take a turn; leaves nothing behind when cancelled."""
-        await self._wait_child()
-        assert self._info is not None
-        return self._info
+        """See the port."""
+        life = await self._wait_life()
+        assert life.info is not None
+        return life.info
 
     async def tokenise(self, request: Request) -> tuple[int, ...]:
-        """The prompt's tokens. Waits while the engine is down; see the port."""
+        """See the port."""
         messages = tuple((message.role, message.content) for message in request.messages)
         question = Tokenise(
             prompt=request.prompt, messages=messages if request.prompt is None else None
@@ -162,12 +88,12 @@ class EngineProcess:
             ) from exc
         tries = 0
         while tries < TOKENISE_TRIES:
-            child = await self._wait_child()
+            life = await self._wait_life()
             try:
-                answer = await _ask(child, child.tokenise, frame)
-            except _NeverAskedError:
+                answer = await life.tokenise.ask(frame)
+            except NeverAsked:
                 continue
-            except EngineLost:
+            except NoAnswer:
                 tries += 1
                 continue
             if isinstance(answer, TokeniseFailed) and answer.is_models_fault:
@@ -182,50 +108,75 @@ class EngineProcess:
         raise EngineFailed("tokenising this request brought the engine down twice")
 
     async def turn(self, work: Work) -> Report:
-        """Do one turn. Raises `EngineLost` if the engine is, or becomes, unavailable.
-
-        Cancelled: the turn is done all the same and its results are lost.
-        """
-        child = self._child
-        if child is None:
-            raise EngineLost("the engine is not ready", reason=self._last_end)
+        """See the port."""
+        if not self._ready.value:
+            await trio.lowlevel.checkpoint()
+            raise EngineLost("the engine is not ready", reason=self._why_not_ready())
+        life = self._life
+        assert life is not None
         try:
-            answer = await _ask(child, child.control, encode(work))
-        except _NeverAskedError as exc:
-            raise _lost(child) from exc
+            answer = await life.control.ask(encode(work))
+        except (NeverAsked, NoAnswer):
+            raise life.lost() from None
         assert isinstance(answer, Report)
         return answer
 
     def recycle(self) -> None:
-        """End this child and start the next, without touching the restart budget."""
-        if self._child is not None:
-            self._finish(self._child, "planned", "a planned restart")
+        """End this life and start the next, without touching the budget of restarts."""
+        if self._ready.value:
+            assert self._life is not None
+            self._life.finish(End(reason=LossReason.PLANNED, message="a planned restart"))
 
-    def pardon(self, count: int) -> None:
-        """Give back so many of the latest deaths to the budget: one request was guilty of them."""
-        self._budget.give_back(count)
+    def pardon(self, crashes: int) -> None:
+        """See the port."""
+        self._budget.give_back(crashes)
 
     def statistics(self) -> EngineStatistics:
+        life = self._life
         return EngineStatistics(
-            state=self._state,
-            pid=self._pid,
+            state=self._state(),
+            pid=None if life is None else life.pid,
             restarts=self._restarts.total(),
-            info=self._info,
-            restarts_by_reason=dict(self._restarts),
+            info=self._info(),
+            restarts_by_reason={each.value: count for each, count in self._restarts.items()},
         )
 
-    async def _wait_child(self) -> _Child:
-        # It may have gone down again before a waiting task runs.
-        while self._child is None:
-            await self._is_ready.wait_value(True)
-        return self._child
+    def _state(self) -> EngineState:
+        if self._is_closed:
+            return EngineState.STOPPED
+        if self._ready.value:
+            return EngineState.READY
+        return EngineState.LOADING if self._latest_end() is None else EngineState.RESTARTING
+
+    def _latest_end(self) -> End | None:
+        if self._life is not None and self._life.end is not None:
+            return self._life.end
+        return self._last_end
+
+    def _why_not_ready(self) -> LossReason:
+        end = self._latest_end()
+        return LossReason.LOAD if end is None else end.reason
+
+    def _info(self) -> EngineInfo | None:
+        if self._life is not None and self._life.info is not None:
+            return self._life.info
+        return self._last_info
+
+    async def _wait_life(self) -> EngineLife:
+        """The life that can be asked, once there is one."""
+        while True:
+            await self._ready.wait_value(True)
+            # It may have gone down again before this task ran.
+            if self._ready.value:
+                assert self._life is not None
+                return self._life
 
     async def _supervise(self) -> None:
         """Keep a child alive. Raises `ConfigError` or `WorkerFault` when that is hopeless."""
         try:
             while True:
                 end = await self._live_once()
-                if end.reason == "planned":
+                if end.reason is LossReason.PLANNED:
                     logger.info("the engine restarts as planned")
                 else:
                     logger.warning("the engine was lost ({}): {}", end.reason, end.message)
@@ -233,176 +184,41 @@ class EngineProcess:
                     await trio.sleep(self._backoff_s())
                 self._restarts[end.reason] += 1
         finally:
-            self._state = "stopped"
+            self._is_closed = True
 
-    def _spend_restart(self, end: _End) -> None:
-        self._failed_loads += end.reason == "load"
+    async def _live_once(self) -> End:
+        self._life = EngineLife(
+            self._settings, patience=self._patience, log=self._log, serving=self._ready
+        )
+        end = await self._life.live()
+        self._last_info = self._info()
+        if end.is_models_fault:
+            if self._last_info is None:
+                raise ConfigError(end.message)
+            # It was good before: whatever has become of it may be mended, or come back.
+            message = f"the model cannot be loaded again: {end.message}"
+            end = End(reason=end.reason, message=message)
+        self._last_end = end
+        self._failed_loads = self._failed_loads + 1 if end.reason is LossReason.LOAD else 0
+        return end
+
+    def _spend_restart(self, end: End) -> None:
         if not self._budget.spend(trio.current_time()):
             how_often = f"ended {self._budget.spent} times within {self._budget.window_s:g} s"
         elif self._failed_loads > self._budget.max_restarts:
             how_often = f"failed to load {self._failed_loads} times in a row"
         else:
             return
-        said = "\n  ".join(self._lines)
+        said = "\n  ".join(self._log.last_lines)
         raise WorkerFault(
             f"the engine {how_often}, at last: {end.message}"
             + (f"; its last lines:\n  {said}" if said else "")
         )
 
     def _backoff_s(self) -> float:
-        """0.0 before the first restart of a window, then doubling."""
+        """None before the first restart of a window, then doubling, up to a second."""
         earlier = self._budget.spent - 1
         return min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** (earlier - 1)) if earlier > 0 else 0.0
-
-    async def _live_once(self) -> _End:
-        """One child from its start to its end, of which nothing is left when this returns."""
-        self._lines.clear()
-        control, their_control = trio.socket.socketpair()
-        tokenise, their_tokenise = trio.socket.socketpair()
-        with control, tokenise:
-            with their_control, their_tokenise:
-                process = await _start(their_control.fileno(), their_tokenise.fileno())
-            async with trio.open_nursery() as logs:
-                logs.start_soon(self._read_log, process)
-                self._pid = process.pid
-                try:
-                    child = await self._run_child(process, control, tokenise)
-                finally:
-                    if process.returncode is None:
-                        kill_group(process)
-                    with trio.move_on_after(KILL_GRACE_S, shield=True):
-                        await process.wait()
-                    self._pid = None
-                logs.cancel_scope.deadline = trio.current_time() + LOG_GRACE_S
-        if child.load_failed is not None:
-            if self._info is None:
-                raise ConfigError(child.load_failed)
-            # It was good before: whatever has become of it may be mended, or come back.
-            return _End("load", f"the model cannot be loaded again: {child.load_failed}")
-        assert child.end is not None
-        if child.end.by_itself:
-            message = f"{child.end.message} ({how_it_ended(process.returncode)})"
-            return replace(child.end, message=message)
-        return child.end
-
-    async def _run_child(
-        self,
-        process: trio.Process,
-        control: trio.socket.SocketType,
-        tokenise: trio.socket.SocketType,
-    ) -> _Child:
-        """Load and serve until the child ends; everything it was asked is answered or closed."""
-        with trio.CancelScope() as scope:
-            child = _Child(scope)
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch, child, process)
-                    line = _Line(control)
-                    if not await self._load(child, line):
-                        scope.cancel(reason="the model was not loaded")
-                    else:
-                        nursery.start_soon(self._serve_line, child, line, child.control_calls)
-                        nursery.start_soon(
-                            self._serve_line, child, _Line(tokenise), child.tokenise_calls
-                        )
-                        self._state = "ready"
-                        self._failed_loads = 0
-                        self._child = child
-                        self._is_ready.value = True
-            finally:
-                self._forget(child)
-                child.close()
-        return child
-
-    def _finish(self, child: _Child, reason: str, message: str, *, by_itself: bool = False) -> None:
-        """Begin the end of this child; the first reason counts, and `load` until it has loaded."""
-        if child.end is None:
-            if not child.has_loaded:
-                reason = "load"
-            self._last_end = reason
-            child.end = _End(reason, message, by_itself)
-            self._forget(child)
-            child.scope.cancel(reason=message)
-
-    def _forget(self, child: _Child) -> None:
-        if self._child is child:
-            self._child = None
-            self._is_ready.value = False
-        self._state = "restarting"
-
-    async def _load(self, child: _Child, line: _Line) -> bool:
-        try:
-            await line.send(encode(self._settings.hello))
-            # A download may take its time; computing may not.
-            self._patience.begun(trio.current_time())
-            step = ""
-            while True:
-                with trio.fail_after(self._patience.patience_s):
-                    frame = await line.receive()
-                if isinstance(frame, EngineInfo):
-                    self._patience.loaded(trio.current_time())
-                    child.has_loaded = True
-                    self._info = frame
-                    logger.info("the engine is ready: {} on {}", frame.model, frame.device)
-                    return True
-                if isinstance(frame, LoadFailed):
-                    child.load_failed = frame.message
-                    return False
-                assert isinstance(frame, Progress)
-                if frame.step == PREWARMING:
-                    self._patience.prewarming()
-                elif frame.step != step:
-                    self._patience.stepped(trio.current_time())
-                step = frame.step
-                if self._settings.on_progress is not None:
-                    self._settings.on_progress(frame.step, frame.done, frame.total, frame.unit)
-        except _HungUpError:
-            self._finish(child, "load", "it ended while loading", by_itself=True)
-        except trio.TooSlowError:
-            late = self._patience
-            where = f", at {step}" if step else ""
-            self._finish(
-                child, "load", f"it did not {late.step} within {late.patience_s:g} s{where}"
-            )
-        except FrameError as exc:
-            self._finish(child, "load", str(exc))
-        return False
-
-    async def _serve_line(
-        self, child: _Child, line: _Line, calls: trio.MemoryReceiveChannel[_Call]
-    ) -> None:
-        async with calls:
-            async for call in calls:
-                with call.answer:
-                    try:
-                        with trio.fail_after(self._settings.turn_timeout_s):
-                            await line.send(call.frame)
-                            answer = await line.receive()
-                    except trio.TooSlowError:
-                        timeout_s = self._settings.turn_timeout_s
-                        self._finish(child, "hang", f"it gave no answer within {timeout_s:g} s")
-                        return
-                    except (_HungUpError, FrameError) as exc:
-                        hung_up = isinstance(exc, _HungUpError)
-                        self._finish(child, "crash", str(exc), by_itself=hung_up)
-                        return
-                    with suppress(trio.BrokenResourceError):
-                        call.answer.send_nowait(answer)
-
-    async def _watch(self, child: _Child, process: trio.Process) -> None:
-        await process.wait()
-        self._finish(child, "crash", "its process ended", by_itself=True)
-
-    async def _read_log(self, process: trio.Process) -> None:
-        await read_lines(process, self._log, longest_bytes=LINE_CHARACTERS)
-
-    def _log(self, line: str) -> None:
-        text = line.rstrip()[:LINE_CHARACTERS]
-        if text:
-            self._lines.append(text)
-            # What libraries say is for those who look for it; what the engine itself says is not.
-            level, _, rest = text.partition(" trio_worker.")
-            logger.log(level if rest and level in LEVELS else "DEBUG", "engine: {}", text)
 
 
 @asynccontextmanager
@@ -421,106 +237,36 @@ async def open_engine(
     wired_limit_bytes: int | None = None,
     allocator_cache_bytes: int | None = None,
     on_progress: ProgressSink | None = None,
+    program: Sequence[str] = ENGINE_PROGRAM,
 ) -> AsyncIterator[EngineProcess]:
     """An engine in a child process of its own, restarted when it dies, gone when this ends.
 
     Enters at once, while the model loads. Leaving takes at most a second, whatever the child
-    does. Raises, as an exception group: `ConfigError` if the model cannot be loaded, and
-    `WorkerFault` if the child ends more than `max_restarts` times within `restart_window_s`.
+    does. Raises, out of the block: `ConfigError` if the model cannot be loaded, and `WorkerFault`
+    if the child ends more than `max_restarts` times within `restart_window_s`, or fails to load
+    more often than that in a row.
     """
-    engine = EngineProcess(
-        _Settings(
-            hello=Hello(
-                model=model,
-                model_name=model_name,
-                max_batch_size=max_batch_size,
-                prewarm=prewarm,
-                prewarm_prompt=prewarm_prompt,
-                prewarm_max_tokens=prewarm_max_tokens,
-                prefix_cache_bytes=prefix_cache_bytes,
-                wired_limit_bytes=wired_limit_bytes,
-                allocator_cache_bytes=allocator_cache_bytes,
-                answer_within_s=turn_timeout_s,
-            ),
-            turn_timeout_s=turn_timeout_s,
-            max_restarts=max_restarts,
-            restart_window_s=restart_window_s,
-            on_progress=on_progress,
-        )
+    hello = Hello(
+        model=model,
+        model_name=model_name,
+        max_batch_size=max_batch_size,
+        prewarm=prewarm,
+        prewarm_prompt=prewarm_prompt,
+        prewarm_max_tokens=prewarm_max_tokens,
+        prefix_cache_bytes=prefix_cache_bytes,
+        wired_limit_bytes=wired_limit_bytes,
+        allocator_cache_bytes=allocator_cache_bytes,
+        answer_within_s=turn_timeout_s,
     )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._supervise)  # noqa: SLF001 - the other half of this class
-        try:
-            yield engine
-        finally:
-            nursery.cancel_scope.cancel(reason="the engine is closed")
-
-
-class _HungUpError(Exception):
-    """The child's end of a line is closed."""
-
-
-class _NeverAskedError(Exception):
-    """The child ended before it could be asked."""
-
-
-class _Line:
-    """The worker's end of one line, in whole frames."""
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._stream = trio.SocketStream(sock)
-        self._buffer = FrameBuffer()
-
-    async def send(self, frame: bytes) -> None:
-        try:
-            await self._stream.send_all(frame)
-        except trio.BrokenResourceError as exc:
-            raise _HungUpError("it hung up") from exc
-
-    async def receive(self) -> FromEngine:
-        while (body := self._buffer.take()) is None:
+    settings = EngineSettings(
+        hello=hello, turn_timeout_s=turn_timeout_s, on_progress=on_progress, program=program
+    )
+    budget = RestartBudget(max_restarts=max_restarts, window_s=restart_window_s)
+    engine = EngineProcess(settings, budget)
+    with sole_exceptions():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine._supervise)  # noqa: SLF001 - the other half of this class
             try:
-                data = await self._stream.receive_some(2**18)
-            except trio.BrokenResourceError:
-                data = b""
-            if not data:
-                raise _HungUpError("it hung up")
-            self._buffer.feed(data)
-        return decode_from_engine(body)
-
-
-async def _ask(child: _Child, line: trio.MemorySendChannel[_Call], frame: bytes) -> FromEngine:
-    send, receive = trio.open_memory_channel[FromEngine](1)
-    with receive:
-        try:
-            await line.send(_Call(frame, send))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            send.close()
-            raise _NeverAskedError from None
-        except trio.Cancelled:
-            send.close()
-            raise
-        try:
-            return await receive.receive()
-        except trio.EndOfChannel:
-            raise _lost(child) from None
-
-
-def _lost(child: _Child) -> EngineLost:
-    end = child.end or _End("crash", "it ended")
-    return EngineLost(f"the engine was lost: {end.message}", reason=end.reason)
-
-
-async def _start(control_fd: int, tokenise_fd: int) -> trio.Process:
-    return await start_group(
-        [
-            sys.executable,
-            # -P: no module comes from where we were started, which may be a model's folder.
-            *("-P", "-m", "trio_worker.engine", "serve"),
-            *("--control-fd", str(control_fd)),
-            *("--tokenise-fd", str(tokenise_fd)),
-        ],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(control_fd, tokenise_fd),
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+                yield engine
+            finally:
+                nursery.cancel_scope.cancel(reason="the engine is closed")

@@ -1,0 +1,209 @@
+"""One life of the engine process: started, loaded, served, and killed when it comes to an end.
+
+1. When `live` returns or raises, however that comes, the process has been killed and reaped, and
+   nothing of it is left.
+2. The first reason for its end is the one that counts, and it is known before anybody is told that
+   there will be no answer.
+3. It serves from the moment its model is loaded until the moment its end has a reason.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import trio
+from loguru import logger
+from trio_util import AsyncBool
+
+from trio_worker.errors import EngineLost, LossReason
+from trio_worker.machine.child_process import (
+    how_it_ended,
+    kill_group,
+    read_lines,
+    start_group,
+)
+from trio_worker.ports import ProgressSink
+from trio_worker.protocol.frames import FrameError, Hello
+from trio_worker.protocol.turn import EngineInfo
+from trio_worker.supervisor.engine_log import LINE_CHARACTERS, EngineLog
+from trio_worker.supervisor.line import FrameStream, HungUp, Line
+from trio_worker.supervisor.load_patience import LoadPatience
+from trio_worker.supervisor.loading import CannotLoad, Silent, load
+
+# -P: no module comes from where we were started, which may be a model's folder.
+ENGINE_PROGRAM = (sys.executable, "-P", "-m", "trio_worker.engine", "serve")
+
+KILL_GRACE_S = 0.5
+"""A killed child is gone in milliseconds; this bounds the wait for the system to say so."""
+
+LOG_GRACE_S = 0.2
+"""How long to read what a dead child had still written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What is the same in every life."""
+
+    hello: Hello
+    turn_timeout_s: float
+    """An answer on either line that takes longer ends the life."""
+    on_progress: ProgressSink | None
+    program: Sequence[str]
+    """The command that serves; its ends of the two lines are appended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Why a life ended."""
+
+    reason: LossReason
+    message: str
+    by_itself: bool = False
+    """Rather than killed for it: then its exit status tells something."""
+    is_models_fault: bool = False
+    """It says itself that the model cannot be loaded."""
+
+
+class EngineLife:
+    """See above. Its state: the process's number while there is one, what is loaded, and the end.
+
+    `serving` is shared by all lives, of which one at a time goes on: true while that one can be
+    asked. What is to be asked goes into `control` and `tokenise`.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        patience: LoadPatience,
+        log: EngineLog,
+        serving: AsyncBool,
+    ) -> None:
+        self._settings = settings
+        self._patience = patience
+        self._log = log
+        self._serving = serving
+        self._has_end = trio.Event()
+        self.control, self.tokenise = Line(), Line()
+        self.pid: int | None = None
+        self.info: EngineInfo | None = None
+        self.end: End | None = None
+
+    async def live(self) -> End:
+        """From start to end; returns why it ended, with the exit status where that tells more.
+
+        Cancelled: takes less than a second all the same, whatever the process does.
+        """
+        self._log.begin()
+        control, their_control = trio.socket.socketpair()
+        tokenise, their_tokenise = trio.socket.socketpair()
+        with control, tokenise:
+            with their_control, their_tokenise:
+                process = await self._start(their_control.fileno(), their_tokenise.fileno())
+            async with trio.open_nursery() as logs:
+                logs.start_soon(self._read_log, process)
+                self.pid = process.pid
+                try:
+                    await self._run(process, FrameStream(control), FrameStream(tokenise))
+                finally:
+                    self._close()
+                    if process.returncode is None:
+                        kill_group(process)
+                    with trio.move_on_after(KILL_GRACE_S, shield=True):
+                        await process.wait()
+                    self.pid = None
+                logs.cancel_scope.deadline = trio.current_time() + LOG_GRACE_S
+        assert self.end is not None
+        if self.end.by_itself:
+            message = f"{self.end.message} ({how_it_ended(process.returncode)})"
+            return replace(self.end, message=message)
+        return self.end
+
+    def finish(self, end: End) -> None:
+        """Begin the end of this life, unless it has begun. Synchronous: it serves no more."""
+        if self.end is not None:
+            return
+        if self.info is None:
+            end = replace(end, reason=LossReason.LOAD)
+        self.end = end
+        self._serving.value = False
+        self._has_end.set()
+
+    def lost(self) -> EngineLost:
+        """For whoever asked this life and got no answer."""
+        if self.end is None:  # it is cancelled
+            return EngineLost("the engine was lost: it ended", reason=LossReason.CRASH)
+        return EngineLost(f"the engine was lost: {self.end.message}", reason=self.end.reason)
+
+    async def _start(self, control_fd: int, tokenise_fd: int) -> trio.Process:
+        return await start_group(
+            [
+                *self._settings.program,
+                *("--control-fd", str(control_fd)),
+                *("--tokenise-fd", str(tokenise_fd)),
+            ],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(control_fd, tokenise_fd),
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+    async def _run(
+        self, process: trio.Process, control: FrameStream, tokenise: FrameStream
+    ) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, process)
+            nursery.start_soon(self._load_and_serve, control, tokenise)
+            await self._has_end.wait()
+            assert self.end is not None
+            nursery.cancel_scope.cancel(reason=self.end.message)
+
+    def _close(self) -> None:
+        self._serving.value = False
+        self.control.close()
+        self.tokenise.close()
+
+    async def _load_and_serve(self, control: FrameStream, tokenise: FrameStream) -> None:
+        self.info = await self._load(control)
+        if self.info is None or self.end is not None:
+            return
+        logger.info("the engine is ready: {} on {}", self.info.model, self.info.device)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve, self.control, control)
+            nursery.start_soon(self._serve, self.tokenise, tokenise)
+            self._serving.value = True
+
+    async def _load(self, control: FrameStream) -> EngineInfo | None:
+        settings = self._settings
+        try:
+            return await load(control, settings.hello, self._patience, settings.on_progress)
+        except CannotLoad as exc:
+            end = End(reason=LossReason.LOAD, message=str(exc), is_models_fault=True)
+        except HungUp:
+            end = End(reason=LossReason.LOAD, message="it ended while loading", by_itself=True)
+        except (Silent, FrameError) as exc:
+            end = End(reason=LossReason.LOAD, message=str(exc))
+        self.finish(end)
+        return None
+
+    async def _serve(self, line: Line, stream: FrameStream) -> None:
+        within_s = self._settings.turn_timeout_s
+        try:
+            await line.serve(stream, answer_within_s=within_s)
+        except trio.TooSlowError:
+            end = End(reason=LossReason.HANG, message=f"it gave no answer within {within_s:g} s")
+        except HungUp as exc:
+            end = End(reason=LossReason.CRASH, message=str(exc), by_itself=True)
+        except FrameError as exc:
+            end = End(reason=LossReason.CRASH, message=str(exc))
+        self.finish(end)
+
+    async def _watch(self, process: trio.Process) -> None:
+        await process.wait()
+        self.finish(End(reason=LossReason.CRASH, message="its process ended", by_itself=True))
+
+    async def _read_log(self, process: trio.Process) -> None:
+        await read_lines(process, self._log.take, longest_bytes=LINE_CHARACTERS)
