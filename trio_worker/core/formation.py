@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 PATIENCE = 2.0
-"""With `adaptive_timeout`, so many mean gaps without an arrival mean that nobody is coming."""
+"""With `adaptive_timeout`, this many mean gaps without an arrival mean that nobody is coming."""
 
 
 class Trigger(StrEnum):

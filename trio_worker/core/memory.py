@@ -13,7 +13,7 @@ MB = 2**20
 HYSTERESIS = 0.05
 """A step or level is left this share of the band between the limits below where it begins."""
 GRANULE_TOKENS = 256
-"""mlx-lm's caches grow by so many tokens at a time."""
+"""mlx-lm's caches grow by this many tokens at a time."""
 SCARCE_SHARE = 0.02
 """Less of the machine's memory than this available is critical, whatever we use ourselves."""
 
@@ -146,7 +146,7 @@ class ReservationLedger:
         return granules * GRANULE_TOKENS * self.bytes_per_token
 
     def fits(self, need: int, *, instead_of: RequestId | None = None) -> bool:
-        """Whether so much more can be promised now, or once this request has left."""
+        """Whether this much more can be promised now, or once this request has left."""
         promised = [each for request_id, each in self._promised.items() if request_id != instead_of]
         return self._beside + _padded((*promised, need)) <= self.limit_bytes
 
@@ -155,7 +155,7 @@ class ReservationLedger:
         return self.limit_bytes - (self._least_beside or 0)
 
     def fits_ever(self, need: int) -> bool:
-        """Whether so much could be promised if nothing else ran."""
+        """Whether this much could be promised if nothing else ran."""
         return need <= self.room_ever()
 
     def reserve(self, request_id: RequestId, need: int) -> None:
@@ -171,7 +171,7 @@ class ReservationLedger:
         self._promised.clear()
 
     def reconcile(self, *, used: int, cached_tokens: int) -> None:
-        """`used` bytes were read while the running sequences' caches held so many tokens."""
+        """`used` bytes were read while the running sequences' caches held `cached_tokens`."""
         self._beside = max(0, used - cached_tokens * self.bytes_per_token)
         if self._least_beside is None or self._beside < self._least_beside:
             self._least_beside = self._beside

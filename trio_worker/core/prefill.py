@@ -12,14 +12,15 @@ CHUNK_FIRST = 32
 CHUNK_MIN = 8
 """Below this a turn does little but read the model's weights, even with much context."""
 GROWTH = 4
-"""A chunk is at most so many times the largest measured: a small one says little of a large one."""
+"""A chunk is at most this many times the largest measured: a small one says little of a large
+one."""
 IDLE_S = 1.0
 """What a turn may take while no answer is running: how late a cancel may then take effect."""
 PATIENCE = 4.0
 """Where more than half as many requests wait for their prefill as decode, the gap may grow in that
-proportion, up to so many times the target: holding seven back for one would help nobody."""
+proportion, up to this many times the target: holding seven back for one would help nobody."""
 AT_ONCE = 1.5
-"""So many times the target may the last tokens that anybody waits for take, once."""
+"""The last tokens that anybody waits for may take this many times the target, once."""
 WEIGHT = 0.25
 """Of a new measurement in the running means."""
 
@@ -44,7 +45,7 @@ class PrefillBudget:
         self._decode_s = _mean(self._decode_s or seconds, seconds)
 
     def prefilled(self, *, seconds: float, tokens: int, calls: int) -> None:
-        """So many `tokens` took `seconds`, in so many `calls` of the model, one at least."""
+        """`tokens` took `seconds`, in `calls` of the model, one at least."""
         each, each_s = tokens / calls, seconds / calls
         if not self._largest:
             self._n, self._s = each, each_s
@@ -54,7 +55,7 @@ class PrefillBudget:
         self._largest = max(self._largest, each)
 
     def chunk(self, *, decoding: int, waiting: int, left: int) -> int:
-        """For a turn in which so many requests decode; others wait, for `left` tokens in all."""
+        """For a turn in which `decoding` requests decode, and `waiting` need `left` tokens in all."""
         if not self._largest:
             return min(CHUNK_FIRST, self.chunk_max)
         fixed_s, token_s = self._line()

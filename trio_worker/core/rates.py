@@ -8,7 +8,7 @@ RETRY_MS_MIN = 50
 RETRY_MS_MAX = 60_000
 RETRY_MS_UNKNOWN = 1000
 COMPLETIONS_NEEDED = 8
-"""Before so many requests have completed, nothing is said about the service rate."""
+"""Before this many requests have completed, nothing is said about the service rate."""
 
 
 class ServiceRate:

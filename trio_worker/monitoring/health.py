@@ -6,6 +6,7 @@ from trio_worker.flow.door import DoorState
 from trio_worker.monitoring.heartbeat import Heartbeats
 from trio_worker.monitoring.observed import Health
 from trio_worker.monitoring.worker_parts import WorkerParts
+from trio_worker.ports import EngineState
 
 
 def liveness_of(heartbeats: Heartbeats, *, now: float) -> Health:
@@ -27,6 +28,6 @@ def readiness_of(parts: WorkerParts, *, is_subscribed: bool) -> Health:
         if not parts.broker.statistics().connected:
             return Health(ok=False, reason="nats: the connection is down")
         return Health(ok=True, reason="accepting requests")
-    if not parts.admission.draining and parts.engine.statistics().state == "restarting":
+    if not parts.admission.draining and parts.engine.statistics().state is EngineState.RESTARTING:
         return Health(ok=False, reason="restarting: the engine was lost and starts again")
     return Health(ok=False, reason=parts.admission.why_not_accepting())
