@@ -55,7 +55,7 @@ class PrefillBudget:
         self._largest = max(self._largest, each)
 
     def chunk(self, *, decoding: int, waiting: int, left: int) -> int:
-        """For a turn in which `decoding` requests decode, and `waiting` need `left` tokens in all."""
+        """For a turn in which `decoding` requests decode, `waiting` need `left` tokens in all."""
         if not self._largest:
             return min(CHUNK_FIRST, self.chunk_max)
         fixed_s, token_s = self._line()
