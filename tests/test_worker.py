@@ -10,7 +10,8 @@ from trio.testing import MockClock
 
 from trio_worker.errors import WorkerFault
 from trio_worker.ports import Message
-from trio_worker.simulated.engine import Faults, answer_tokens, word
+from trio_worker.simulated.batch import answer_tokens, word
+from trio_worker.simulated.engine import Faults
 
 
 async def ask_all(rig: Rig, requests: list[dict[str, object]]) -> list[Reply]:

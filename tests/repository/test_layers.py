@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(*PLUMBING, "config", "exception_groups", "nats.outbox", "nats.parcel"),
         *("supervisor.load_patience", "supervisor.restart_budget"),
     },
+    "simulated.batch": {"protocol"},
     "engine": {"errors", "protocol"},
     "worker": {
         *(*PLUMBING, "config", "flow", "monitoring", "stages", "wire"),
@@ -85,7 +86,7 @@ PURE = {
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
-    *("nats.address", "nats.outbox", "nats.parcel"),
+    *("nats.address", "nats.outbox", "nats.parcel", "simulated.batch"),
     *("supervisor.load_patience", "supervisor.restart_budget"),
 }
 """Decisions and values: without a loop, a clock, chance, or anything outside of the process."""

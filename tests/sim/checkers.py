@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from trio_worker.core.memory import MB
 from trio_worker.ports import Message
-from trio_worker.simulated.engine import answer_tokens, word
+from trio_worker.simulated.batch import answer_tokens, word
 from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
 from trio_worker.wire import subjects
 

@@ -15,7 +15,8 @@ from trio.testing import MockClock
 from trio_worker.core.memory import DegradationStep, MemoryReading
 from trio_worker.flow.door import DoorState
 from trio_worker.protocol.turn import EngineMemory, Report, Work
-from trio_worker.simulated.engine import Faults, word
+from trio_worker.simulated.batch import word
+from trio_worker.simulated.engine import Faults
 
 MB = 2**20
 SOFT_MB, CRITICAL_MB = 1000, 2000

@@ -1,17 +1,15 @@
-"""An engine that needs no model: words that depend on the prompt and the seed, on Trio's clock.
+"""An engine that needs no model: it takes Trio's time, and goes wrong as it is told to.
 
 It keeps the contract of the engine port to the letter, so the whole worker runs with it, in tests
-on the mock clock and from the command line with `--engine simulated`. A token is a word and a
-space; the prompt has a token for each word between white space.
+on the mock clock and from the command line with `--engine simulated`. What it says is worked out
+in `batch.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random as randomness
-import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,156 +24,19 @@ from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossRea
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.ports import EngineState, EngineStatistics
 from trio_worker.protocol.turn import (
-    Admit,
     EngineInfo,
     EngineMemory,
-    FinishReason,
     Output,
-    Prefill,
     Report,
     RequestId,
     SequenceFailure,
-    TokenLogprob,
     Work,
 )
+from trio_worker.simulated.batch import SimulatedBatch, word
 
 CACHE_BYTES_PER_TOKEN = 4096
 MODEL_BYTES = 64 * 2**20
 PREFIX_CACHE_TOKENS = 32_768
-SHORTEST_PREFIX = 16
-"""As in the real one: fewer tokens are computed as fast as they are copied."""
-_SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "so", "tu")
-
-
-def word(token: int) -> str:
-    """The word of a token: its digits as syllables."""
-    return "".join(_SYLLABLES[int(digit)] for digit in str(token))
-
-
-def answer_tokens(prompt: tuple[int, ...], seed: int, count: int, vocabulary: int) -> list[int]:
-    """The first `count` tokens of the answer to `prompt` under `seed`."""
-    base = hashlib.blake2b(repr((prompt, seed)).encode(), digest_size=8).digest()
-    return [
-        zlib.crc32(base + position.to_bytes(8, "big")) % vocabulary for position in range(count)
-    ]
-
-
-class _KeptCaches:
-    """Token strings whose caches are kept after their sequence has left; bounded, LRU."""
-
-    def __init__(self, limit_tokens: int) -> None:
-        self._limit = limit_tokens
-        self._entries: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self.tokens = 0
-
-    def find(self, wanted: tuple[int, ...]) -> int:
-        """How many of the first tokens need not be computed; the last one always is."""
-        best: tuple[int, ...] = ()
-        length = SHORTEST_PREFIX - 1
-        for entry in self._entries:
-            if entry[0] == wanted[0]:
-                common = _common(entry, wanted[:-1])
-                if common > length:
-                    best, length = entry, common
-        if not best:
-            return 0
-        self._entries.move_to_end(best)
-        return length
-
-    def keep(self, tokens: tuple[int, ...]) -> None:
-        if not SHORTEST_PREFIX <= len(tokens) <= self._limit:
-            return
-        if tokens in self._entries:
-            self._entries.move_to_end(tokens)
-            return
-        self._entries[tokens] = None
-        self.tokens += len(tokens)
-        while self.tokens > self._limit:
-            oldest, _ = self._entries.popitem(last=False)
-            self.tokens -= len(oldest)
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.tokens = 0
-
-
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    return next(at for at in range(length) if one[at] != other[at])
-
-
-class _Resident:
-    """A sequence in the engine: how far its prefill is, and what it will say."""
-
-    def __init__(self, admit: Admit, vocabulary: int, kept: _KeptCaches) -> None:
-        self.admit = admit
-        self.to_prefill = len(admit.prompt) + len(admit.produced)
-        self.cached = kept.find(admit.prompt + admit.produced)
-        self.prefilled = self.cached
-        self.position = len(admit.produced)
-        self._tokens = answer_tokens(
-            admit.prompt, admit.sampling.seed, admit.max_tokens, vocabulary
-        )
-        self._text = "".join(f"{word(token)} " for token in admit.produced)
-        self._shown = self._safe_end()
-
-    @property
-    def held(self) -> int:
-        """Tokens in its cache."""
-        return self.prefilled + self.position - len(self.admit.produced)
-
-    def computed(self) -> tuple[int, ...]:
-        """Those tokens."""
-        everything = (*self.admit.prompt, *self.admit.produced)
-        if not self.decoding:
-            return everything[: self.prefilled]
-        return everything + tuple(self._tokens[len(self.admit.produced) : self.position])
-
-    @property
-    def decoding(self) -> bool:
-        return self.prefilled == self.to_prefill
-
-    def step(self) -> Output:
-        """The next token."""
-        token = self._tokens[self.position]
-        self.position += 1
-        self._text += f"{word(token)} "
-        finish = FinishReason.LENGTH if self.position == self.admit.max_tokens else None
-        stops = [at for stop in self.admit.stop if (at := self._text.find(stop)) >= 0]
-        end = self._safe_end()
-        if stops:
-            finish, end = FinishReason.STOP, min(stops)
-        elif finish is not None:
-            end = len(self._text)
-        text, self._shown = self._text[self._shown : end], end
-        return Output(
-            request_id=self.admit.request_id,
-            token=token,
-            text=text,
-            finish=finish,
-            logprob=self._logprob(token) if self.admit.sampling.logprobs else None,
-        )
-
-    def _safe_end(self) -> int:
-        """Where the text ends that no stop string can reach back into."""
-        held = 0
-        for stop in self.admit.stop:
-            for length in range(min(len(stop) - 1, len(self._text)), held, -1):
-                if self._text.endswith(stop[:length]):
-                    held = length
-                    break
-        return len(self._text) - held
-
-    def _logprob(self, token: int) -> TokenLogprob:
-        value = -math.log(2)
-        others = range(token, token + self.admit.sampling.top_logprobs)
-        return TokenLogprob(
-            token=f"{word(token)} ",
-            logprob=value,
-            top=tuple((f"{word(other)} ", value * (1 + other - token)) for other in others),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,8 +104,9 @@ class SimulatedEngine:
             vocabulary_size=config.vocabulary,
             device="simulated",
         )
-        self._residents: dict[RequestId, _Resident] = {}
-        self._kept = _KeptCaches(prefix_cache_tokens)
+        self._batch = SimulatedBatch(
+            vocabulary=config.vocabulary, prefix_cache_tokens=prefix_cache_tokens
+        )
         self._ready = AsyncBool(value=False)
         self._lost = trio.Event()
         self._end_reason = LossReason.LOAD
@@ -264,7 +126,7 @@ class SimulatedEngine:
 
     @property
     def residents(self) -> frozenset[RequestId]:
-        return frozenset(self._residents)
+        return self._batch.residents
 
     def crash(self) -> None:
         """End as a killed process would: at once, with all it holds."""
@@ -281,8 +143,7 @@ class SimulatedEngine:
         self._deaths = max(0, self._deaths - crashes)
 
     def _end(self, reason: LossReason) -> None:
-        self._residents.clear()
-        self._kept.clear()
+        self._batch.clear()
         if self._ready.value:
             self._end_reason = reason
             self._ready.value = False
@@ -311,7 +172,21 @@ class SimulatedEngine:
                 return self._info
 
     async def tokenise(self, request: Request) -> tuple[int, ...]:
+        if request.prompt is not None:
+            text = request.prompt
+        else:
+            text = " ".join(message.content for message in request.messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequest(
+                "the prompt has a lone surrogate, which is no text",
+                details={"field": request.text_field},
+            ) from exc
         await self.wait_ready()
+        # As in the process, where a question goes out and its answer comes back.
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
         if self._chance(self._faults.slow_tokenise):
             await trio.sleep(self._faults.slow_tokenise_s)
             await self.wait_ready()
@@ -325,19 +200,7 @@ class SimulatedEngine:
             raise InvalidRequest(
                 "the template refuses these messages", details={"field": request.text_field}
             )
-        if request.prompt is not None:
-            text = request.prompt
-        else:
-            text = " ".join(message.content for message in request.messages)
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidRequest(
-                "the prompt has a lone surrogate, which is no text",
-                details={"field": request.text_field},
-            ) from exc
-        tokens = tuple(self._token(each) for each in text.split())
-        return tokens or (0,)
+        return self._batch.tokens_of(text)
 
     async def turn(self, work: Work) -> Report:
         assert not self._turning, "one turn at a time"
@@ -351,8 +214,8 @@ class SimulatedEngine:
         await trio.lowlevel.checkpoint()
         if not self._ready.value:
             raise EngineLost("the simulated engine is not running", reason=self._end_reason)
-        self._take_in(work)
-        if self._hit_by(self._faults.deadly_words):
+        self._batch.take_in(work)
+        if self._batch.with_a_word_of(self._faults.deadly_words):
             self.crash()
             raise EngineLost("the simulated engine met a deadly prompt", reason=LossReason.CRASH)
         if any(self._chance(self._faults.out_of_memory) for _ in work.admit):
@@ -363,17 +226,14 @@ class SimulatedEngine:
             for request_id in self._failing(work)
         )
         for failure in failures:
-            del self._residents[failure.request_id]
+            self._batch.fail(failure.request_id)
         began_at = trio.current_time()
-        decoding = [each for each in self._residents.values() if each.decoding]
-        prefills = self._prefill(work.prefill_tokens)
+        decoding = self._batch.decoding()
+        prefills = self._batch.prefill(work.prefill_tokens)
         prefilled = sum(count for _, count in prefills)
         await self._spend(decoding=bool(decoding), prefilled=prefilled)
-        outputs = tuple(each.step() for each in decoding)
+        outputs = self._batch.step(decoding)
         self.largest_batch = max(self.largest_batch, len(outputs))
-        for output in outputs:
-            if output.finish is not None:
-                self._let_go(output.request_id)
         return Report(
             outputs=self._spoil(outputs),
             prefills=tuple(progress for progress, _ in prefills),
@@ -386,24 +246,8 @@ class SimulatedEngine:
             prefill_seconds=self._config.prefill_ms_per_token * prefilled / 1000,
         )
 
-    def _take_in(self, work: Work) -> None:
-        # Sorted: what is kept, and so what a later prefill costs, is not left to a set's order.
-        for request_id in sorted(work.remove):
-            self._let_go(request_id)
-        if work.trim_caches:
-            self._kept.clear()
-        for admit in work.admit:
-            assert admit.request_id not in self._residents, f"{admit.request_id} is here already"
-            self._residents[admit.request_id] = _Resident(
-                admit, self._config.vocabulary, self._kept
-            )
-
-    def _let_go(self, request_id: RequestId) -> None:
-        if (resident := self._residents.pop(request_id, None)) is not None:
-            self._kept.keep(resident.computed())
-
     def _failing(self, work: Work) -> list[RequestId]:
-        hit = self._hit_by(self._faults.failing_words)
+        hit = self._batch.with_a_word_of(self._faults.failing_words)
         unlucky = [
             admit.request_id for admit in work.admit if self._chance(self._faults.fail_sequence)
         ]
@@ -464,38 +308,9 @@ class SimulatedEngine:
     def _chance(self, probability: float) -> bool:
         return probability > 0 and self._random.random() < probability
 
-    def _prefill(self, budget: int) -> list[tuple[Prefill, int]]:
-        """Spend the budget on the residents in order; returns each one's progress and share."""
-        shares: list[tuple[Prefill, int]] = []
-        for each in self._residents.values():
-            count = min(budget, each.to_prefill - each.prefilled)
-            if count:
-                budget -= count
-                each.prefilled += count
-                progress = Prefill(
-                    request_id=each.admit.request_id,
-                    done=each.prefilled,
-                    total=each.to_prefill,
-                    cached=each.cached,
-                )
-                shares.append((progress, count))
-        return shares
-
     def _memory(self) -> EngineMemory:
-        tokens = sum(each.held for each in self._residents.values()) + self._kept.tokens
-        active = self._model_bytes + tokens * self._info.cache_bytes_per_token
-        return EngineMemory(active=active, cache=0)
-
-    def _token(self, text: str) -> int:
-        return zlib.crc32(text.encode()) % self._config.vocabulary
-
-    def _hit_by(self, words: frozenset[str]) -> list[RequestId]:
-        tokens = {self._token(each) for each in words}
-        return [
-            request_id
-            for request_id, each in self._residents.items()
-            if tokens.intersection(each.admit.prompt)
-        ]
+        held = self._batch.held_tokens * self._info.cache_bytes_per_token
+        return EngineMemory(active=self._model_bytes + held, cache=0)
 
 
 @asynccontextmanager
