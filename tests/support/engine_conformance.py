@@ -16,6 +16,7 @@ from typing import TypeAlias
 import pytest
 import trio
 from msgspec.structs import replace
+from trio.testing import assert_checkpoints, assert_no_checkpoints
 
 from trio_worker.core.request import ChatMessage, Request
 from trio_worker.errors import EngineLost, InvalidRequest, WorkerFault
@@ -129,6 +130,33 @@ async def check_every_token_is_of_the_vocabulary_and_every_one_may_be_biased(
         assert all(0 <= token < size for token in run.tokens)
     for sequence in sequences:
         assert all(0 <= token < size for token in sequence.prompt)
+
+
+async def check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait(
+    engine: Engine,
+) -> None:
+    """So a cancelled task ends at each of them, and one that asks in a loop lets others run."""
+    await engine.wait_ready()
+    with assert_checkpoints():
+        await engine.wait_ready()
+    with assert_checkpoints():
+        prompt = await engine.tokenise(request(PROMPTS[0]))
+    with assert_checkpoints():
+        await engine.turn(Work())
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await engine.wait_ready()
+    assert scope.cancelled_caught
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await engine.tokenise(request(PROMPTS[0]))
+    assert scope.cancelled_caught
+    sequence = replace((await admits(engine))[0], prompt=prompt)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await engine.turn(Work(admit=(sequence,)))
+    assert scope.cancelled_caught
+    assert not (await engine.turn(Work())).residents, "it had not been asked yet"
 
 
 async def check_what_is_no_text_is_refused_by_its_field(engine: Engine) -> None:
@@ -307,11 +335,14 @@ async def check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget(
         whole = await run_all(engine, sequences)
         report = await engine.turn(Work(admit=tuple(sequences)))
         assert report.residents
-        engine.recycle()
-        assert not engine.ready.value
-        engine.recycle()  # there is nothing to replace
+        with assert_no_checkpoints():
+            engine.recycle()
+            assert not engine.ready.value
+            engine.recycle()  # there is nothing to replace
+            engine.pardon(0)
+            assert engine.statistics().state == "restarting"
         for _ in range(2):
-            with pytest.raises(EngineLost) as caught:
+            with assert_checkpoints(), pytest.raises(EngineLost) as caught:
                 await engine.turn(Work())
             assert caught.value.reason == "planned"
         await engine.wait_ready()
@@ -366,6 +397,7 @@ ENDS: tuple[Callable[[Open, Harm], Awaitable[None]], ...] = (
 
 CHECKS: tuple[Callable[[Engine], Awaitable[None]], ...] = (
     check_ready_tells_what_the_engine_is,
+    check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait,
     check_every_token_is_of_the_vocabulary_and_every_one_may_be_biased,
     check_what_is_no_text_is_refused_by_its_field,
     check_residents_are_those_who_came_and_have_not_left,
