@@ -160,7 +160,7 @@ def made_by_nats(new_inbox: Callable[[], str]) -> bool:
 @pytest.mark.nats
 async def test_inboxes_do_not_follow_from_each_other(nats_url: str) -> None:
     async with open_nats_broker(nats_url, name="someone") as broker:
-        assert made_by_nats(broker._client.new_inbox), "the attack works where it can"
+        assert made_by_nats(broker.connection.client.new_inbox), "the attack works where it can"
         assert not made_by_nats(broker.new_inbox)
 
 

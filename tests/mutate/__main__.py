@@ -31,7 +31,8 @@ DECISIONS = (
     *("trio_worker/core/", "trio_worker/wire/", "trio_worker/protocol/", "trio_worker/config/"),
     *("trio_worker/monitoring/counters.py", "trio_worker/monitoring/heartbeat.py"),
     *("trio_worker/monitoring/metrics.py", "trio_worker/monitoring/snapshot.py"),
-    *("trio_worker/nats/address.py", "trio_worker/nats/outbox.py", "trio_worker/nats/parcel.py"),
+    *("trio_worker/nats/address.py", "trio_worker/nats/connection_life.py"),
+    *("trio_worker/nats/outbox.py", "trio_worker/nats/parcel.py"),
     *("trio_worker/supervisor/load_patience.py", "trio_worker/supervisor/restart_budget.py"),
     "trio_worker/calling/attempts.py",
 )

@@ -19,6 +19,7 @@ import nkeys
 import psutil
 import pytest
 import trio
+import trio_asyncio
 from loguru import logger
 from support.broker_conformance import PATIENCE_S, Inbox
 from support.nats_fixtures import (
@@ -700,7 +701,7 @@ async def test_what_nats_py_leaves_behind_in_asyncio_does_not_end_the_worker(
 ) -> None:
     """Trio-asyncio's own handler raises such exceptions into the nursery of the loop."""
     async with quick(nats_url) as broker:
-        broker._loop.call_exception_handler(
+        trio_asyncio.current_loop.get().call_exception_handler(
             {"message": "never retrieved", "exception": ConnectionResetError()}
         )
         assert await works(broker)

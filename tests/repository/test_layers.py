@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine.child_process": set(),
     "nats": {*PLUMBING, "exception_groups", "machine.child_process"},
     "nats.address": {"errors"},
+    "nats.connection_life": set(),
     "nats.outbox": {"errors"},
     "nats.parcel": {"errors"},
     "supervisor": {*PLUMBING, "exception_groups", "machine.child_process"},
@@ -86,7 +87,7 @@ PURE = {
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
-    *("nats.address", "nats.outbox", "nats.parcel", "simulated.batch"),
+    *("nats.address", "nats.connection_life", "nats.outbox", "nats.parcel", "simulated.batch"),
     *("supervisor.load_patience", "supervisor.restart_budget"),
 }
 """Decisions and values: without a loop, a clock, chance, or anything outside of the process."""

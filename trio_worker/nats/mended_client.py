@@ -1,7 +1,7 @@
-"""nats-py's client without the ways in which it goes deaf.
+"""nats-py's client without the ways in which it goes deaf, hangs or ends unheard.
 
-Each override says what it is for; each has a test that fails without it. Nothing else in the
-package knows of nats-py's private names.
+Every mend has a comment that begins with "Without this" and says what breaks, and names a test
+that fails without it. Nothing else in the package knows of nats-py's private names.
 """
 
 # ruff: noqa: SLF001 - nats-py's own parts
@@ -16,6 +16,7 @@ from typing import Any
 
 from nats import errors as nats_errors
 from nats.aio.client import Client
+from nats.protocol import command as protocol_command
 from nats.protocol.parser import Parser
 
 _LINE_BYTES = 64 * 1024
@@ -30,16 +31,16 @@ class PlainServer(nats_errors.Error):  # type: ignore[misc]
 
 
 class MendedClient(Client):  # type: ignore[misc]
-    """nats-py's client without the ways in which it goes deaf.
+    """nats-py's client; what is public here is all that others use beside its public names."""
 
-    Each override says what it is for; each has a test that fails without it.
-    """
-
-    def __init__(self, wants_tls: bool, on_lost: Callable[[str], None]) -> None:  # noqa: FBT001
+    def __init__(self, *, wants_tls: bool, on_ended: Callable[[Exception | None], None]) -> None:
+        """`on_ended` is called, with the last error, when there will be no other connection."""
         super().__init__()
         self._ps = StrictParser(self)
         self._wants_tls = wants_tls
-        self._on_lost = on_lost
+        self._on_ended = on_ended
+
+    # --- what nats-py lacks -------------------------------------------------------------------
 
     async def ping(self) -> None:
         """A round trip that may be cancelled; raises `OSError` when the connection breaks."""
@@ -53,60 +54,55 @@ class MendedClient(Client):  # type: ignore[misc]
         if writer is not None:
             writer.transport.abort()
 
-    def release_waiters(self) -> None:
-        """Let go whoever waits for an answer on a connection that has gone."""
-        for pong in self._pongs:
-            if not pong.done():
-                pong.set_exception(ConnectionResetError("the connection broke"))
-                pong.exception()
-        self._pongs.clear()
-        if self._flush_queue is not None:
-            while not self._flush_queue.empty():
-                flushed = self._flush_queue.get_nowait()
-                if not flushed.done():
-                    flushed.set_result(None)
+    def withdraw(self, subscription: Any) -> None:
+        """Tell the server that we no longer want it, before anything that is sent later.
 
-    async def send_unsubscribe(self, subscription: Any) -> None:
+        Synchronous, and legal in Trio's tasks; without a connection there is nobody to tell.
+        """
         if self.is_connected:
-            await self._send_unsubscribe(subscription._id)
+            self._pending.append(protocol_command.unsub_cmd(subscription._id, 0))
+            self._pending_data_size += len(self._pending[-1])
+            if self._flush_queue.empty():
+                self._flush_queue.put_nowait(self._flusher_task.get_loop().create_future())
+
+    def forget(self, subscription: Any) -> None:
+        """Neither deliver nor renew `subscription` from now on."""
+        self._remove_sub(subscription._id)
+        subscription._stop_processing()
 
     async def join(self, subscription: Any) -> None:
         """Return when the callback has had everything that has arrived."""
         await subscription._pending_queue.join()
 
-    def forget(self, subscription: Any) -> bool:
-        """Neither deliver nor renew `subscription` from now on; False if that was so before."""
-        known = subscription._id in self._subs
-        self._remove_sub(subscription._id)
-        subscription._stop_processing()
-        return known
+    # --- cancellation -------------------------------------------------------------------------
 
-    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        # nats-py writes a PING past the commands that wait to be written, so its answer would
-        # say nothing about them. The keep-alive (no future) must not wait for a hung server.
-        if future is not None:
-            await self._flush_pending(force_flush=True)
-            if not self.is_connected:
-                raise ConnectionResetError("the connection broke")
-        await super()._send_ping(future)
+    async def _flush_pending(self, force_flush: bool = False) -> Any:  # noqa: FBT001, FBT002
+        # Without this a cancelled wait for a hung server swallows the cancellation and goes on:
+        # test_waits_on_a_hung_server_end_with_their_scopes.
+        flushed = await super()._flush_pending(force_flush)
+        _raise_if_cancelled()
+        return flushed
 
-    async def _process_pong(self) -> None:
-        # Setting the result of a cancelled future would end the read loop.
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-    async def _process_msg(self, *args: Any) -> None:
-        # Subjects that are not UTF-8 and malformed header blocks come through the server; what
-        # they raise would end the read loop.
+    async def _send_subscribe(self, subscription: Any) -> None:
+        # Without this a subscription whose caller was cancelled here would be renewed for ever:
+        # test_a_subscription_that_is_cancelled_while_it_is_sent_leaves_nothing.
         try:
-            await super()._process_msg(*args)
-        except (ValueError, IndexError) as exc:
-            await self._error_cb(nats_errors.Error(f"a malformed message was ignored: {exc!r}"))
+            await super()._send_subscribe(subscription)
+        except asyncio.CancelledError:
+            self.forget(subscription)
+            self.withdraw(subscription)
+            raise
+
+    async def _connect_to_server(self, server: Any) -> None:
+        # Without this, before Python 3.12, a cancellation that comes just when the server answers
+        # is swallowed by `wait_for`, and nats-py makes attempts for ever:
+        # test_connecting_ends_whenever_it_is_cancelled.
+        _raise_if_cancelled()
+        await super()._connect_to_server(server)
+
+    # --- connecting ---------------------------------------------------------------------------
 
     async def _process_connect_init(self) -> None:
-        # Without these nats-py takes half a greeting for a connection, or a reconnection
-        # attempt ends with an exception that nobody sees.
         greeted = False
         try:
             await super()._process_connect_init()
@@ -114,43 +110,110 @@ class MendedClient(Client):  # type: ignore[misc]
         except ssl.SSLError:  # some of them are ValueErrors too
             raise
         except ValueError as exc:
+            # Without this an endless line from what is no nats-server ends all attempts with an
+            # exception that nobody expects: test_what_is_not_a_nats_server_is_given_up_in_time.
             raise nats_errors.Error(f"what answered does not speak NATS: {exc}") from exc
         finally:
             if not greeted:
-                self.abort()  # nats-py would leave the socket to the garbage collector
+                # Without this the socket is left open until it is collected as garbage:
+                # test_a_socket_that_was_not_greeted_is_closed.
+                self.abort()
         if not greeted:
+            # Without this a server that hangs up while it greets counts as connected:
+            # test_what_is_not_a_nats_server_is_given_up_in_time.
             for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
                 task.cancel()
             raise nats_errors.Error("the server closed the connection while greeting")
 
-    async def _attempt_reconnect(self) -> None:
-        # nats-py would first wait until a hung server has read what is in the socket's buffer.
-        self.abort()
-        try:
-            await super()._attempt_reconnect()
-        except Exception as exc:  # noqa: BLE001 - nobody awaits this task: it must not end unheard
-            self._err = exc
-            await self._close(Client.CLOSED)
-
     def _connect_command(self) -> bytes:
-        # nats-py would send the credentials in the clear if the server does not offer TLS.
+        # Without this the credentials go in the clear to a server that does not offer TLS:
+        # test_nothing_is_sent_to_a_server_without_the_tls_that_was_configured.
         if self._wants_tls and not self._server_info.get("tls_required"):
             raise PlainServer
         command: bytes = super()._connect_command()
         return command
 
+    # --- the round trip -----------------------------------------------------------------------
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # Without this a PING overtakes the commands that wait to be written, and its answer says
+        # nothing about them: test_a_ping_is_written_behind_what_it_is_to_confirm. The keep-alive
+        # (no future) must not wait for a hung server.
+        if future is not None:
+            await self._flush_pending(force_flush=True)
+            if not self.is_connected:
+                raise ConnectionResetError("the connection broke")
+        await super()._send_ping(future)
+
+    async def _process_pong(self) -> None:
+        # Without this the answer to a cancelled PING ends the read loop:
+        # test_flush_can_be_cancelled_and_the_connection_goes_on.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+    def _release_waiters(self) -> None:
+        # Without this whoever waits for an answer on a connection that has broken waits for ever:
+        # test_a_flush_under_way_when_the_line_breaks_goes_on_over_the_next_one.
+        for pong in self._pongs:
+            if not pong.done():
+                pong.set_exception(ConnectionResetError("the connection broke"))
+                pong.exception()  # not all of them are waited for
+        self._pongs.clear()
+        if self._flush_queue is not None:
+            while not self._flush_queue.empty():
+                flushed = self._flush_queue.get_nowait()
+                if not flushed.done():
+                    flushed.set_result(None)
+
+    # --- what arrives -------------------------------------------------------------------------
+
+    async def _process_msg(self, *args: Any) -> None:
+        # Without this a subject that is not UTF-8 or a malformed header block, which any client
+        # can send and a server passes on, ends the read loop:
+        # test_what_another_client_sends_costs_that_message_at_most.
+        try:
+            await super()._process_msg(*args)
+        except (ValueError, IndexError) as exc:
+            await self._error_cb(nats_errors.Error(f"a malformed message was ignored: {exc!r}"))
+
+    # --- the end of a connection --------------------------------------------------------------
+
+    async def _attempt_reconnect(self) -> None:
+        # Without this a hung server is waited for until it has read what the socket holds:
+        # test_a_server_that_hangs_for_long_is_given_up.
+        self.abort()
+        self._release_waiters()
+        try:
+            await super()._attempt_reconnect()
+        except Exception as exc:  # noqa: BLE001 - see below
+            # Without this the task, for which nobody waits, ends unheard, and the client stays
+            # deaf: test_a_fault_while_reconnecting_is_told.
+            self._err = exc
+            await self._close(Client.CLOSED)
+
     async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
-        # `closed_cb` is not called for an error of the server while connecting.
+        # Without this nobody is told of an end between the first greeting and its answer, where
+        # nats-py calls no `closed_cb`: test_an_error_right_after_the_greeting_ends_it_at_once.
         if status == Client.CLOSED:
-            self._on_lost(str(self.last_error or "it was closed"))
+            self._on_ended(self.last_error)
+        self._release_waiters()
         await super()._close(status, do_cbs)
 
 
-class StrictParser(Parser):  # type: ignore[misc]
-    """nats-py's parser with the server's idea of white space: a space, and nothing else.
+def _raise_if_cancelled() -> None:
+    """Raise `CancelledError` if that was asked for and somebody has swallowed it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
-    Its own takes vertical tabs for white space too. A server passes them on inside subjects,
-    so with it any client could break the connection of any other.
+
+class StrictParser(Parser):  # type: ignore[misc]
+    """A parser with the server's idea of white space: a space, and nothing else.
+
+    Without this any client can break the connection of any other, since nats-py's own takes
+    vertical tabs for white space too, and a server passes them on inside subjects:
+    test_what_another_client_sends_costs_that_message_at_most.
     """
 
     async def parse(self, data: bytes = b"") -> None:
