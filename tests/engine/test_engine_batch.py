@@ -26,10 +26,10 @@ from support.tiny_model import (
     write_tiny_model,
 )
 
-from trio_worker.engine import shared_prefixes as stems
+from trio_worker.engine import stem_lengths
 from trio_worker.engine.caches import can_share
 from trio_worker.engine.models.load import load
-from trio_worker.engine.prompts import CALL
+from trio_worker.engine.prefill_plan import CALL_TOKENS
 from trio_worker.engine.sampling import Plan
 from trio_worker.engine.serve import GREEDY, open_batch, prewarm
 from trio_worker.protocol.turn import Admit, Work
@@ -241,9 +241,9 @@ def test_nor_does_one_of_rows_that_share_what_they_begin_with(
     padding_max: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stems, "STEP", 4)
-    monkeypatch.setattr(stems, "SHORTEST", 8)
-    monkeypatch.setattr(stems, "ALONE", 16)
+    monkeypatch.setattr(stem_lengths, "STEP", 4)
+    monkeypatch.setattr(stem_lengths, "SHORTEST", 8)
+    monkeypatch.setattr(stem_lengths, "ALONE", 16)
     live_through(
         Random(seed), sharing(), sharing_alone, lambda: opened(model, prefix_bytes, padding_max)
     )
@@ -292,16 +292,21 @@ def test_sixteen_rows_of_unequal_length_get_the_tokens_that_each_gets_alone(batc
         assert together[one.request_id].tokens == run(batch, one)[one.request_id].tokens
 
 
+def together(batch: Any) -> list[list[str]]:
+    """The ids of those that decode together."""
+    return [[row.request_id for row in each.rows] for each in batch._decodings]
+
+
 def test_rows_decode_together_while_their_padding_is_small(model: Any) -> None:
     """And apart beyond that: a long one neither slows the short ones nor takes memory for each."""
     batch = opened(model, 0, padding_max=100)
     turn(batch, *(admit(name, range(3, 23), max_tokens=40) for name in "abc"))
     turn(batch, admit("long", range(3, 100), max_tokens=40))
-    assert [each.uids for each in batch._decodings] == [["a", "b", "c"], ["long"]]
+    assert together(batch) == [["a", "b", "c"], ["long"]]
     turn(batch, admit("alike", range(3, 33), max_tokens=40))
-    assert [sorted(each.uids) for each in batch._decodings] == [["a", "alike", "b", "c"], ["long"]]
+    assert [sorted(each) for each in together(batch)] == [["a", "alike", "b", "c"], ["long"]]
     rows_and_columns = [
-        sum(layer.keys.shape[0] * layer._idx for layer in each.prompt_cache) // LAYERS
+        sum(layer.keys.shape[0] * layer.size() for layer in each.caches) // LAYERS
         for each in batch._decodings
     ]
     assert sum(rows_and_columns) < 4 * 40 + 110
@@ -312,7 +317,7 @@ def test_rows_come_together_when_what_kept_them_apart_has_left(model: Any) -> No
     turn(batch, *(admit(name, range(3, 23), max_tokens=40) for name in "abc"))
     turn(batch, admit("long", range(3, 100), max_tokens=40))
     turn(batch, remove=("a", "b"))
-    assert [each.uids for each in batch._decodings] == [["c", "long"]]
+    assert together(batch) == [["c", "long"]]
     turn(batch, remove=("c", "long"))
     assert not batch._decodings
     assert not batch.residents
@@ -322,7 +327,7 @@ def test_prompts_that_are_ready_at_once_begin_in_sets_of_similar_length(model: A
     batch = opened(model, 0, padding_max=30)
     lengths = (5, 90, 10, 80, 12)
     turn(batch, *(admit(str(n), range(3, 3 + n), max_tokens=40) for n in lengths))
-    assert [each.uids for each in batch._decodings] == [["5", "10", "12"], ["80", "90"]]
+    assert together(batch) == [["5", "10", "12"], ["80", "90"]]
 
 
 def test_a_model_with_a_sliding_window_batches_too(tmp_path: Any) -> None:
@@ -655,7 +660,7 @@ def test_a_failure_while_handing_out_fails_only_that_sequence(
     tokens = tokens_of(turn(batch, admit("bad"), admit("greedy", PROMPTS[0])), "greedy")
     for step in range(1, 12):
         if step == fails_at:
-            rows = (row for each in batch._decodings for row in each.samplers)
+            rows: Any = (row for each in batch._decodings for row in each.rows)
             next(row for row in rows if row.request_id == "bad").answer = None
         done = turn(batch)
         tokens += tokens_of(done, "greedy")
@@ -824,7 +829,7 @@ def test_who_comes_makes_the_first_step_with_all_others(batch: Any, model: Any) 
     tokens = {"old": tokens_of(done, "old")}
     batch._model = watched = Watched(model.module)
     for each in batch._decodings:
-        each.model = watched
+        each._model = watched
     done = turn(batch, admit("new", PROMPTS[3]), admit("other", PROMPTS[3]))
     assert watched.shapes == [(2, 16), (3, 1), (3, 1)]
     counts = {name: len(tokens_of(done, name)) for name in ("old", "new", "other")}
@@ -858,8 +863,8 @@ def test_prompts_of_very_different_lengths_are_computed_apart(batch: Any, model:
     [
         (30, [(1, 16)]),
         (60, [(1, 16)]),
-        (17 + 2 * CALL, [(1, 16), (1, CALL)]),
-        (17 + CALL + 80, [(1, 16), (1, 79)]),
+        (17 + 2 * CALL_TOKENS, [(1, 16), (1, CALL_TOKENS)]),
+        (17 + CALL_TOKENS + 80, [(1, 16), (1, 79)]),
     ],
 )
 def test_a_further_call_of_the_model_is_paid_from_the_turns_bound(
@@ -898,10 +903,7 @@ def test_padding_counts_against_the_turns_bound(batch: Any, model: Any, budget: 
 def segments(batch: Any) -> list[list[tuple[int, int]]]:
     """Of each set of rows that decode together: how many rows begin with a stem of what length."""
     return [
-        [
-            (rows, 0 if stem is None else stem[0].shape[2])
-            for rows, stem in each.prompt_cache[0].shared()
-        ]
+        [(rows, 0 if stem is None else stem[0].shape[2]) for rows, stem in each.caches[0].shared()]
         for each in batch._decodings
     ]
 
@@ -1044,7 +1046,7 @@ def test_trimming_gives_back_what_is_kept_for_reuse(model: Any, alone: Any) -> N
 
 
 def nbytes(batch: Any) -> int:
-    return int(batch._prefixes.nbytes)
+    return int(batch._beginnings.nbytes)
 
 
 def test_the_prefixes_stay_within_their_bytes(model: Any) -> None:

@@ -36,7 +36,6 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
     """Whether rows differ in where they begin."""
     asked = False
     """Whether attention has asked for what is shared."""
-    _idx: int
     _stems: Sequence[Stem | None]
     """Of each row."""
     _segments: Sequence[Segment]
@@ -71,21 +70,21 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
         rows.offset += mx.array(begins) + longest
         if not longest:
             return rows
-        rows._idx = longest
         if len(layers) == 1 and not any(begins):
             # A row by itself goes on in its own memory.
-            rows.keys, rows.values = layers[0].keys, layers[0].values
-            return rows
-        places = list(zip(begins, held, padding, strict=True))
-        rows.keys, rows.values = (
-            _stacked([getattr(layer, name) for layer in layers], places, longest + room)
-            for name in ("keys", "values")
-        )
+            keys, values = layers[0].keys, layers[0].values
+        else:
+            places = list(zip(begins, held, padding, strict=True))
+            keys, values = (
+                _stacked([getattr(layer, name) for layer in layers], places, longest + room)
+                for name in ("keys", "values")
+            )
+        rows.state = keys, values, rows.offset, rows.left_padding, longest
         return rows
 
     @property
     def step(self) -> int:
-        return _step(self._idx)
+        return _step(self.size())
 
     def shared(self) -> Sequence[Segment]:
         """What rows begin with, for the attention to add; empty if none begins with a stem."""
@@ -101,15 +100,13 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
             return
         longest = max(self.size(), other.size())
         places = [(0, each.size(), longest - each.size()) for each in (self, other)]
-        self.keys, self.values = (
+        keys, values = (
             _stacked([getattr(each, name) for each in (self, other)], places, longest + 1)
             for name in ("keys", "values")
         )
-        self.left_padding, self.offset = (
-            mx.concatenate([self.left_padding + places[0][2], other.left_padding + places[1][2]]),
-            mx.concatenate([self.offset, other.offset]),
-        )
-        self._idx = longest
+        offset = mx.concatenate([self.offset, other.offset])
+        padding = [self.left_padding + places[0][2], other.left_padding + places[1][2]]
+        self.state = keys, values, offset, mx.concatenate(padding), longest
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows, in this order."""
@@ -124,13 +121,10 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
         padding: list[int] = self.left_padding.tolist()
         padding[idx] += stem.length
         cut, count = min(padding), len(padding)
-        size = self._idx - cut
+        keys, values, size = self.keys, self.values, self.size() - cut
         if cut:
-            self.keys, self.values = (
-                _stacked([array], [(cut, size, 0)], size + 1) for array in (self.keys, self.values)
-            )
-        self.left_padding = mx.array([each - cut for each in padding])
-        self._idx = size
+            keys, values = (_stacked([each], [(cut, size, 0)], size + 1) for each in (keys, values))
+        self.state = keys, values, self.offset, mx.array([each - cut for each in padding]), size
         self.padded = count > 1
 
     def extract(self, idx: int) -> KVCache:
@@ -141,7 +135,7 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
         """A copy of the first tokens of a row, of all of them if `length` is None."""
         stem = self._stems[idx]
         padding: int = self.left_padding[idx].item()
-        own = self._idx - padding
+        own = self.size() - padding
         if length is not None:
             own = min(own, max(length - (stem.length if stem else 0), 0))
         parts = [] if stem is None else [stem.layers[self._layer]]

@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from trio_worker.engine import stem_lengths
 from trio_worker.engine.padding import padding
+from trio_worker.protocol.turn import RequestId
 
 CALL_TOKENS = 32
 """Tokens that take about as long as one more call (38 to 60 on a CPU of two cores)."""
@@ -28,7 +29,7 @@ CALL_TOKENS = 32
 class Prompt:
     """The lengths of a row whose prompt is to be computed, in tokens."""
 
-    request_id: str
+    request_id: RequestId
     length: int
     done: int
     """Computed already, or found."""
@@ -51,7 +52,7 @@ class Prompt:
 class ComputePart:
     """The next `count` tokens of one prompt, in a call of its own."""
 
-    request_id: str
+    request_id: RequestId
     count: int
     ends_later: bool
     """Whether the prompt ends in a later turn, rather than with a call of this one."""
@@ -61,7 +62,7 @@ class ComputePart:
 class ComputeEnds:
     """All that is left of these prompts, in one call."""
 
-    request_ids: tuple[str, ...]
+    request_ids: tuple[RequestId, ...]
 
 
 ModelCall: TypeAlias = ComputePart | ComputeEnds
@@ -92,7 +93,7 @@ class PrefillPlan:
         return self._budget <= _cost(self._ends)
 
     @property
-    def open_ids(self) -> list[str]:
+    def open_ids(self) -> list[RequestId]:
         """Those whose ends are computed in a call that others may still join."""
         return [prompt.request_id for prompt in self._ends]
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from trio_worker.engine.shared_prefixes import Stem, Stems
+from trio_worker.engine.shared_prefixes import Stem, StemsInUse
 
 SHORTEST = 16
 """Fewer tokens than this are computed as fast as they are copied."""
@@ -34,10 +34,10 @@ class _Entry:
     tokens: TokenArray
     cache: list[Any]
     size: int
-    stems: Stems = field(init=False)
+    stems: StemsInUse = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stems = Stems(self.cache, len(self.tokens))
+        self.stems = StemsInUse(self.cache, len(self.tokens))
 
 
 class Found(NamedTuple):

@@ -13,11 +13,12 @@ answer, as OpenAI's do. Log-probabilities are the model's own, before any of thi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from trio_worker.engine.logprobs import Logprobs, Place
 from trio_worker.protocol.turn import Sampling
 
 GREEDY_BELOW = 1e-5
@@ -30,7 +31,7 @@ ten times as much on a CPU. The same for every row, since the noise of a row dep
 _MASK64 = 2**64 - 1
 
 
-class Row(Protocol):
+class Sampled(Protocol):
     """What a plan must know of a row."""
 
     @property
@@ -40,27 +41,6 @@ class Row(Protocol):
     def prompt_length(self) -> int: ...
 
 
-class Logprobs:
-    """The log-probabilities of one step, read from the device once and for all rows."""
-
-    def __init__(self, chosen: mx.array, tops: mx.array | None, values: mx.array | None) -> None:
-        self._arrays = (chosen, tops, values)
-        self._read: list[Any] | None = None
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [array for array in self._arrays if array is not None]
-
-    def read(self, index: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-        """Of the asking row `index`: its token's value, and its `top` likeliest tokens."""
-        if self._read is None:
-            self._read = [None if a is None else a.tolist() for a in self._arrays]
-        chosen, tops, values = self._read
-        if not top or tops is None:
-            return chosen[index], []
-        return chosen[index], list(zip(tops[index][:top], values[index][:top], strict=True))
-
-
 class Plan:
     """How to choose the tokens of one membership of the batch.
 
@@ -68,7 +48,9 @@ class Plan:
     token, in its answer and at all.
     """
 
-    def __init__(self, rows: Sequence[Row], tokens: Sequence[list[int]], vocabulary: int) -> None:
+    def __init__(
+        self, rows: Sequence[Sampled], tokens: Sequence[list[int]], vocabulary: int
+    ) -> None:
         self._rows = rows
         asked = [row.sampling for row in rows]
         drawn = [s.temperature >= GREEDY_BELOW for s in asked]
@@ -104,7 +86,7 @@ class Plan:
 
     def draw(
         self, logits: mx.array, inputs: mx.array, tokens: Sequence[list[int]]
-    ) -> tuple[mx.array, list[tuple[Logprobs, int] | None]]:
+    ) -> tuple[mx.array, list[Place]]:
         """The next token of every row, and for each row its place in the log-probabilities.
 
         `tokens` are those before `inputs`, the ones that went in to give `logits`.
@@ -119,7 +101,7 @@ class Plan:
             logits = self._penalise(logits, inputs, tokens)
         # The token being drawn comes after `inputs`, which comes after `tokens`.
         chosen = self._choose(logits, [len(before) + 1 for before in tokens])
-        places: list[tuple[Logprobs, int] | None] = [None] * len(self._rows)
+        places: list[Place] = [None] * len(self._rows)
         if of_the_model is not None:
             logprobs = self._logprobs(of_the_model.astype(mx.float32), chosen)
             for place, index in enumerate(self._asked):

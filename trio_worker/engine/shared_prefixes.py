@@ -1,5 +1,6 @@
 """What several rows begin with: held once, and read once for all of them at every step.
 
+Such a beginning, apart from the rows, is called their stem. How long it is: `stem_lengths.py`.
 The attention of a row is that to its stem and that to its own tokens, put together by the sums of
 their weights (Hydragen, arXiv:2402.05099). Rows that begin with the same system prompt do not copy
 it to join a batch; a row with much context does not make the others as long as itself.
@@ -15,13 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-STEP = 32
-"""Lengths are multiples of it, so that rows whose prompts differ a little later share one."""
-SHORTEST = 256
-"""Of a stem that others may come to share, in tokens."""
-ALONE = 1024
-"""Of one that nobody shares: below, another set of products at every step takes longer than
-padding does."""
+from trio_worker.engine import stem_lengths
+from trio_worker.engine.stem_lengths import stem_length
 
 Part: TypeAlias = tuple[mx.array, mx.array]
 """Keys and values of one layer."""
@@ -54,27 +50,21 @@ class Segment(NamedTuple):
     stem: Part | None
 
 
-def stem_of(cache: Sequence[Any], done: int) -> Stem | None:
-    """Of a row's cache that holds `done` tokens, sharing its memory; None if they are too few."""
-    length = done // STEP * STEP
-    if length < SHORTEST:
-        return None
+def stem_of(cache: Sequence[Any], length: int) -> Stem:
+    """The first `length` tokens that a row's cache holds, sharing its memory."""
     layers = tuple((layer.keys[..., :length, :], layer.values[..., :length, :]) for layer in cache)
     mx.eval(layers)
     return Stem(layers, length)
 
 
 def lengthened(stem: Stem | None, cache: Sequence[Any], done: int) -> Stem | None:
-    """What a row whose `cache` holds `done` tokens begins with, if it has begun with `stem`.
-
-    A longer one if many were computed since: what comes after a stem is copied, and padded to.
-    """
-    if done - (stem.length if stem else 0) < ALONE:
-        return stem
-    return stem_of(cache, done)
+    """What a row whose `cache` holds `done` tokens begins with, if it has begun with `stem`."""
+    before = stem.length if stem else 0
+    length = stem_lengths.lengthened(before, done)
+    return stem if length == before else stem_of(cache, length)
 
 
-class Stems:
+class StemsInUse:
     """The stems in use of one kept prefix, of `size` tokens."""
 
     def __init__(self, cache: Sequence[Any], size: int) -> None:
@@ -84,12 +74,12 @@ class Stems:
 
     def first(self, done: int) -> Stem | None:
         """One that holds at most the first `done` tokens, the same for all who ask for it."""
-        length = done // STEP * STEP
+        length = stem_length(done)
+        if not length:
+            return None
         stem = self._in_use.get(length)
         if stem is None:
-            stem = stem_of(self._cache, done)
-            if stem is None:
-                return None
+            stem = stem_of(self._cache, length)
             if 2 * length < self._size:
                 # Its rows would hold on to the memory of all the rest, when it is kept no more.
                 stem = _copied(stem)

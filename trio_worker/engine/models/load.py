@@ -31,6 +31,7 @@ from trio_worker.engine.models.store import (
     prepare_demo,
     prepare_gguf,
 )
+from trio_worker.engine.padding import padding_max
 
 _REPOSITORY = re.compile(r"\A[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -61,13 +62,9 @@ class LoadedModel:
 
     @property
     def padding_max(self) -> int:
-        """Tokens of padding that a decode step may compute rather than read the weights again.
-
-        Attention reads its cache as a step reads the weights; half of their size is where two
-        batches become faster than one on a CPU (0.4), and what padding may take of the memory.
-        """
+        """Tokens of padding that a decode step may compute rather than read the weights again."""
         weights = sum(array.nbytes for _, array in tree_flatten(self.module.parameters()))
-        return int(weights // 2 // max(self.cache_bytes_per_token, 1))
+        return padding_max(weights, self.cache_bytes_per_token)
 
 
 def load(model: str, model_name: str | None, progress: ProgressSink) -> LoadedModel:

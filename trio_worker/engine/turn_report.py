@@ -1,0 +1,77 @@
+"""What one turn did, while it is being done, in the words that the worker is told it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trio_worker.engine.logprobs import Place
+from trio_worker.engine.row import Row
+from trio_worker.protocol.turn import (
+    FinishReason,
+    Output,
+    Prefill,
+    RequestId,
+    SequenceFailure,
+    TokenLogprob,
+)
+
+
+@dataclass(slots=True)
+class TurnReport:
+    """Tokens handed out, prompts computed, and sequences that failed."""
+
+    outputs: list[Output] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    failures: list[SequenceFailure] = field(default_factory=list)
+    prefill_tokens: int = 0
+    prefill_calls: int = 0
+
+    def prefill(self, row: Row) -> None:
+        """How far a row's prompt is computed."""
+        self.prefills.append(
+            Prefill(
+                request_id=row.request_id,
+                done=row.done,
+                total=len(row.tokens),
+                cached=row.cached,
+            )
+        )
+
+    def output(
+        self,
+        row: Row,
+        token: int,
+        text: str,
+        finish: FinishReason | None,
+        logprob: TokenLogprob | None,
+    ) -> None:
+        self.outputs.append(
+            Output(
+                request_id=row.request_id, token=token, text=text, finish=finish, logprob=logprob
+            )
+        )
+
+    def failure(self, request_id: RequestId, exc: Exception) -> None:
+        """A sequence that cannot be computed, or whose token could not be handed out."""
+        self.failures.append(
+            SequenceFailure(request_id=request_id, message=f"{type(exc).__name__}: {exc}")
+        )
+
+
+def logprob_of(
+    place: Place, token: int, top: int, name: Callable[[int], str]
+) -> TokenLogprob | None:
+    """The log-probability of a row's token and of the `top` likeliest, if the row has asked.
+
+    `name` gives a token as text.
+    """
+    if place is None:
+        return None
+    logprobs, index = place
+    value, likeliest = logprobs.read(index, top)
+    return TokenLogprob(
+        token=name(token),
+        logprob=value,
+        top=tuple((name(other), number) for other, number in likeliest),
+    )
