@@ -18,6 +18,7 @@ from support.engine_rig import chat, opened, until
 from support.tiny_model import write_tiny_model
 
 from trio_worker.engine import template_program as render
+from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.serve import tokenise
 from trio_worker.engine.template_renderer import (
     START_S,
@@ -25,7 +26,6 @@ from trio_worker.engine.template_renderer import (
     Renderer,
     TemplateFailed,
     TemplateRefused,
-    has_template,
     tokens_of,
 )
 from trio_worker.errors import EngineFailed, InvalidRequest
@@ -101,14 +101,14 @@ def test_the_tokens_are_those_of_the_library(
     tmp_path: Path, renderer: Renderer, template: Any
 ) -> None:
     tokenizer = tokenizer_with(tmp_path, template)
-    assert has_template(tokenizer)
+    assert has_text_template(tokenizer)
     expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
     assert tokens_of(tokenizer, CHAT, renderer) == expected
 
 
 def test_a_function_of_the_library_is_called_as_it_is(tmp_path: Path, renderer: Renderer) -> None:
     tokenizer = tokenizer_with(tmp_path, None, chat_template_type="deepseek_v32")
-    assert not has_template(tokenizer)
+    assert not has_text_template(tokenizer)
     expected = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True)
     assert tokens_of(tokenizer, CHAT[:2], renderer) == expected
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from trio_worker.engine.batch import Batch
+from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.models.load import CannotLoad, LoadedModel, blas_warning, load
 from trio_worker.engine.models.progress import LoadProgress, measure_of
 from trio_worker.engine.sockets import Line, leave
@@ -24,7 +25,6 @@ from trio_worker.engine.template_renderer import (
     Renderer,
     TemplateFailed,
     TemplateRefused,
-    has_template,
     tokens_of,
 )
 from trio_worker.engine.text import Vocabulary
@@ -77,7 +77,7 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     if (warning := blas_warning()) is not None:
         log.warning("%s", warning)
     batch = open_batch(model, hello.prefix_cache_bytes)
-    if has_template(model.tokenizer):
+    if has_text_template(model.tokenizer):
         with suppress(TemplateFailed):
             renderer.wait_ready()
     else:

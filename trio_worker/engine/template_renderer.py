@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import msgspec
 
+from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.template_program import (
     Answer,
     Excess,
@@ -148,18 +149,9 @@ class Renderer:
         self.start()
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether `tokens_of` renders a template that came with the model."""
-    from transformers import PreTrainedTokenizerBase  # noqa: PLC0415 - slow
-
-    inner = tokenizer._tokenizer  # noqa: SLF001 - mlx-lm says it nowhere else, as the next
-    is_plain = type(inner).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    return is_plain and tokenizer._chat_template is None and inner.chat_template is not None  # noqa: SLF001
-
-
 def tokens_of(tokenizer: Any, messages: list[dict[str, str]], renderer: Renderer) -> list[int]:
     """What `tokenizer.apply_chat_template` gives, by way of `renderer`; raises as that does."""
-    if not has_template(tokenizer):
+    if not has_text_template(tokenizer):
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     else:
         variables = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
@@ -21,6 +20,7 @@ import numpy as np
 from mlx_lm.models import activations, base
 
 from trio_worker.engine.caches import RowsCache
+from trio_worker.engine.mended_mlx_lm import call_instead
 from trio_worker.engine.shared_prefixes import Part, Segment
 
 _SPAN = 32.0
@@ -226,16 +226,14 @@ def _sums(weights: mx.array) -> mx.array:
 
 
 def use_for(module: Any) -> None:
-    """Have the layers of `module` call these functions instead of mlx-lm's of the same names.
-
-    They are looked up in the Python modules that define the layers, for the whole process.
-    """
-    for name in {type(layer).__module__ for layer in module.modules()}:
-        names = vars(sys.modules[name])
-        if names.get("swiglu") is activations.swiglu:
-            names["swiglu"] = _swiglu
-        if names.get("scaled_dot_product_attention") is base.scaled_dot_product_attention:
-            names["scaled_dot_product_attention"] = _scaled_dot_product_attention
+    """Have the layers of `module` call these functions instead of mlx-lm's of the same names."""
+    call_instead(
+        module,
+        {
+            activations.swiglu: _swiglu,
+            base.scaled_dot_product_attention: _scaled_dot_product_attention,
+        },
+    )
 
 
 def _fewest_gates() -> int:
