@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from hypothesis import settings
 from loguru import logger
 
 import trio_worker.client  # noqa: F401 - silences the package, so it has to come before
 from trio_worker.engine.cpu.blas import preload_blas
+
+# How long an example takes is the machine's matter, and what else it does.
+settings.register_profile("without a deadline", deadline=None)
+settings.load_profile("without a deadline")
 
 # Before any test imports MLX: some compute with the demo model in this process.
 preload_blas()
