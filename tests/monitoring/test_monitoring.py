@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from support.commands import RunningCommand, running_command, until
+from support.commands import RunningCommand, background_command, running_command, until
 from support.metric_values import samples_in
 from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F401 - a fixture
 from support.raw_nats import raw_requests
@@ -92,8 +93,32 @@ async def load(worker: RunningCommand, requests: list[dict[str, Any]]) -> AsyncI
         nursery.cancel_scope.cancel()
 
 
+PLACES = 70
+
+
+@pytest.fixture(name="shared", scope="module")
+def shared_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCommand]:
+    """A worker for all who do it no harm. What it has counted goes on from test to test."""
+    with background_command(
+        tmp_path_factory.mktemp("shared"),
+        *("--engine", "simulated", "--set", "worker.simulated.turn_ms=10"),
+        *("--set", f"worker.request_queue.max_depth={PLACES}"),
+        *("--set", "worker.requests.max_tokens_limit=10000"),
+        *("--set", "worker.requests.refuse_unmeetable=false"),
+    ) as worker:
+        yield worker
+
+
+async def until_idle(worker: RunningCommand) -> dict[str, float]:
+    """What has been counted when nobody is served any more."""
+    await worker.wait_ready()
+    await until_metric(worker, "requests_in_flight", lambda value: value == 0)
+    await until_metric(worker, "ready", lambda value: value == 1)
+    return await scrape(worker)
+
+
 async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_load(
-    tmp_path: Path,
+    shared: RunningCommand,
 ) -> None:
     requests: list[dict[str, Any]] = [
         {
@@ -106,41 +131,26 @@ async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_lo
     ]
     wrong: list[dict[str, Any]] = [{"prompt": "a", "max_tokens": 0}] * 5
     never: list[dict[str, Any]] = [{"prompt": "a", "max_tokens": 9000}] * 3
-    limit = "worker.requests.max_tokens_limit=10000"
-    async with running_command(
-        tmp_path,
-        *("--engine", "simulated", "--set", "worker.simulated.turn_ms=10", "--set", limit),
-        *("--set", "worker.requests.refuse_unmeetable=false"),
-    ) as worker:
-        await worker.wait_ready()
-        before = await scrape(worker)
-        assert before["requests_in_flight"] == 0
-        assert before["generated_tokens_total"] == 0
-        assert before["turn_seconds_count"] == 0
-        assert before["ready"] == 1
+    before, data_before = await until_idle(shared), await service_data(shared)
+    results: list[tuple[Counter[str], Counter[str]]] = []
+    seen: list[dict[str, float]] = []
+    async with trio.open_nursery() as nursery:
 
-        results: list[tuple[Counter[str], Counter[str]]] = []
-        seen: list[dict[str, float]] = []
-        async with trio.open_nursery() as nursery:
+        async def ask() -> None:
+            results.append(await ask_many(shared, [*requests, *wrong, *never]))
 
-            async def ask() -> None:
-                results.append(await ask_many(worker, [*requests, *wrong, *never]))
-
-            nursery.start_soon(ask)
-            while not results:
-                seen.append(await scrape(worker))
-                await trio.sleep(0.02)
-        await until_metric(worker, "requests_in_flight", lambda value: value == 0)
-        await until_metric(worker, "ready", lambda value: value == 1)
-        after = await scrape(worker)
-        data = await service_data(worker)
+        nursery.start_soon(ask)
+        while not results:
+            seen.append(await scrape(shared))
+            await trio.sleep(0.02)
+    final, data = await until_idle(shared), await service_data(shared)
 
     ((outcomes, tokens),) = results
     assert outcomes == {"ok": 60, "INVALID_REQUEST": 5, "CONTEXT_LENGTH_EXCEEDED": 3}
     in_flight = [each["requests_in_flight"] for each in seen]
     assert max(in_flight) > 8
     assert max(sum(each[f"queue_depth{{priority={level}}}"] for level in LEVELS) for each in seen)
-    for earlier, later in zip(seen, [*seen[1:], after], strict=True):
+    for earlier, later in pairwise([before, *seen, final]):
         falling = [
             name
             for name, value in earlier.items()
@@ -149,6 +159,7 @@ async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_lo
         ]
         assert not falling
 
+    after = {name: value - before.get(name, 0) for name, value in final.items()}
     for level in LEVELS:
         assert after[f"requests_total{{outcome=ok,priority={level}}}"] == 20
         assert after[f"time_to_first_token_seconds_count{{priority={level}}}"] == 20
@@ -161,31 +172,32 @@ async def test_the_counters_are_what_the_client_saw_before_during_and_after_a_lo
     assert after["inter_token_seconds_count"] == tokens["generated"] - 60
     assert after["request_seconds_count{outcome=ok}"] == 60
     assert after["turn_seconds_count"] >= after["batch_size_count"] > 0
-    assert data["requests"]["by_outcome"] == dict(outcomes)
-    assert data["tokens"]["generated"] == tokens["generated"]
+    ended = Counter(data["requests"]["by_outcome"])
+    ended.subtract(data_before["requests"]["by_outcome"])
+    assert +ended == outcomes
+    generated = data["tokens"]["generated"] - data_before["tokens"]["generated"]
+    assert generated == tokens["generated"]
 
 
 LEVELS = ("high", "medium", "low")
 LONG = "CONTEXT_LENGTH_EXCEEDED"
 
 
-async def test_a_full_queue_is_visible_everywhere(tmp_path: Path) -> None:
-    async with running_command(
-        tmp_path,
-        *("--engine", "simulated", "--set", "worker.request_queue.max_depth=4"),
-        *("--set", "worker.continuous_batching.max_batch_size=1"),
-    ) as worker:
-        await worker.wait_ready()
-        async with load(worker, [{"prompt": "a", "max_tokens": 4000}] * 8):
-            await until_ready_says(worker, "queue: 4 of 4 places")
-            refused = "rejections_total{code=QUEUE_FULL}"
-            await until_metric(worker, refused, lambda value: value == 3)
-            found = await scrape(worker)
-            assert sum(found[f"queue_depth{{priority={level}}}"] for level in LEVELS) == 4
-            assert found["ready"] == 0
-            assert (await service_data(worker))["queue"]["is_full"]
-            assert (await worker.get("/livez"))[0] == 200
-        await until_ready_says(worker, "accepting")
+async def test_a_full_queue_is_visible_everywhere(shared: RunningCommand) -> None:
+    refused = "rejections_total{code=QUEUE_FULL}"
+    before = (await until_idle(shared))[refused]
+    request = {"prompt": "a", "max_tokens": 4000, "timeout_ms": 300_000}
+    async with load(shared, [request] * (PLACES + 8)):
+        await until_ready_says(shared, f"queue: {PLACES} of {PLACES} places", within_s=20)
+        outcomes, _ = await ask_many(shared, [request] * 3)
+        assert outcomes == {"QUEUE_FULL": 3}
+        await until_metric(shared, refused, lambda value: value == before + 3)
+        found = await scrape(shared)
+        assert sum(found[f"queue_depth{{priority={level}}}"] for level in LEVELS) == PLACES
+        assert found["ready"] == 0
+        assert (await service_data(shared))["queue"]["is_full"]
+        assert (await shared.get("/livez"))[0] == 200
+    await until_ready_says(shared, "accepting")
 
 
 async def test_a_nats_server_that_is_away_is_visible_and_so_is_its_return(
@@ -269,22 +281,21 @@ def _is_above(bound: float, value: float) -> bool:
 
 
 async def test_pages_tell_how_things_are_while_sixty_four_requests_are_served(
-    tmp_path: Path,
+    shared: RunningCommand,
 ) -> None:
     """Every page asked for again and again says so, and the turns go on meanwhile."""
-    async with running_command(tmp_path, "--engine", "simulated") as worker:
-        await worker.wait_ready()
-        request = {"prompt": "word " * 20, "max_tokens": 4000, "stream": True}
-        async with load(worker, [{**request, "timeout_ms": 300_000}] * 64):
-            await until_metric(worker, "requests_in_flight", lambda value: value == 64, within_s=20)
-            before = (await worker.stats())["batch"]["turns"]
-            asked = 0
-            while (await scrape(worker))["turn_seconds_count"] < before + 10:
-                status, ready = await worker.get("/readyz")
-                assert (status, ready.startswith("accepting requests")) == (200, True)
-                stats = await worker.stats()
-                assert stats["requests"]["in_flight"] == 64
-                assert stats["batch"]["running"] + stats["queue"]["depth"] == 64
-                asked += 1
-            assert asked
-            assert (await scrape(worker))["requests_in_flight"] == 64
+    await until_idle(shared)
+    request = {"prompt": "word " * 20, "max_tokens": 4000, "stream": True}
+    async with load(shared, [{**request, "timeout_ms": 300_000}] * 64):
+        await until_metric(shared, "requests_in_flight", lambda value: value == 64, within_s=20)
+        before = (await shared.stats())["batch"]["turns"]
+        asked = 0
+        while (await scrape(shared))["turn_seconds_count"] < before + 10:
+            status, ready = await shared.get("/readyz")
+            assert (status, ready.startswith("accepting requests")) == (200, True)
+            stats = await shared.stats()
+            assert stats["requests"]["in_flight"] == 64
+            assert stats["batch"]["running"] + stats["queue"]["depth"] == 64
+            asked += 1
+        assert asked
+        assert (await scrape(shared))["requests_in_flight"] == 64

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,7 @@ async def running_command(
     log = tmp_path / f"worker-{port}.log"
     with log.open("wb") as output:
         process = await trio.lowlevel.open_process(
-            [
-                *(*program, "run"),
-                *("--log-level", "debug", "--log-format", "human"),
-                *("--set", f"nats.url={url}"),
-                *("--set", f"worker.monitoring.port={port}"),
-                *("--set", "worker.id=w1"),
-                *args,
-            ],
+            [*program, *_run_arguments(url, port), *args],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -155,3 +148,48 @@ async def running_command(
             process.kill()
             with trio.move_on_after(5, shield=True):
                 await process.wait()
+
+
+@contextmanager
+def background_command(folder: Path, *args: str) -> Iterator[RunningCommand]:
+    """As `running_command`, without a loop: for a worker that several tests share."""
+    port = free_port()
+    url = f"nats://127.0.0.1:{free_port()}"
+    log = folder / f"worker-{port}.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*THIS_TREE, *_run_arguments(url, port), *args],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=clean_environment(),
+        ) as process,
+    ):
+        worker = RunningCommand(
+            process=process,  # type: ignore[arg-type]  # of which tests that share it only `poll`
+            url=url,
+            monitoring=f"http://127.0.0.1:{port}",
+            log=log,
+        )
+        try:
+            yield worker
+            family = worker.children()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(40) == 0, log.read_text()
+            assert not alive(family)
+        finally:
+            if process.poll() is None:
+                for child in worker.children():
+                    child.kill()
+                process.kill()
+
+
+def _run_arguments(url: str, port: int) -> list[str]:
+    return [
+        "run",
+        *("--log-level", "debug", "--log-format", "human"),
+        *("--set", f"nats.url={url}"),
+        *("--set", f"worker.monitoring.port={port}"),
+        *("--set", "worker.id=w1"),
+    ]
