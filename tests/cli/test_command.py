@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import trio
-from support.commands import RunningCommand, alive, command, running_command, until
+from support.commands import (
+    BAD_OVERRIDE,
+    RunningCommand,
+    alive,
+    assert_every_problem_is_said,
+    bad_configuration,
+    command,
+    running_command,
+    until,
+)
 from support.nats_fixtures import free_port
 
 from trio_worker.client import Client, open_client
@@ -156,27 +165,10 @@ async def test_nats_out_of_reach_ends_run_with_unavailable() -> None:
     assert b"127.0.0.1" in outcome.stderr
 
 
-async def test_every_problem_of_a_configuration_is_said_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(
-        "cluster:\n  worker:\n    continuous_batching: {max_batch_size: 0, min_batch_sise: 1}\n"
-    )
-    for subcommand in ("check-config", "run"):
-        outcome = await command(
-            subcommand, "--config", str(path), "--set", "worker.drain_timeout_ms=soon"
-        )
-        assert outcome.returncode == 78
-        said = outcome.stderr.decode()
-        assert "cluster.worker.continuous_batching.max_batch_size" in said
-        assert "min_batch_size" in said
-        assert "cluster.worker.drain_timeout_ms" in said
-
-
-async def test_check_config_and_schema_answer() -> None:
-    valid = await command("check-config", "--config", "cluster.yaml")
-    assert valid.returncode == 0
-    schema = await command("schema")
-    assert json.loads(schema.stdout)["properties"]["cluster"]
+async def test_a_bad_configuration_ends_run_before_it_starts_anything(tmp_path: Path) -> None:
+    outcome = await command("run", "--config", str(bad_configuration(tmp_path)), *BAD_OVERRIDE)
+    assert outcome.returncode == 78
+    assert_every_problem_is_said(outcome.stderr.decode())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -24,7 +24,6 @@ from support.configurations import (
 from support.paths import REPOSITORY
 
 from trio_worker import config
-from trio_worker.__main__ import main
 from trio_worker.config import all_keys, load_config, load_with_sources, strict_yaml, variable_of
 
 
@@ -152,22 +151,6 @@ def test_a_secret_of_a_file_of_its_own_stays_there(tmp_path: Path, load: Load, n
     assert SECRET not in text
     assert remarks_of(text)[f"nats.{name}"] == f"hidden, from nats.{name}_file"
     assert value_at(load(text), f"nats.{name}") == SECRET
-
-
-def test_what_check_config_prints_is_a_file_that_it_accepts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "cluster.yaml"
-    asked = ["check-config", "--set", "worker.model=a\nb", "--set", "nats.jetstream.stream=S"]
-    assert main(asked) == 0
-    first = capsys.readouterr()
-    path.write_text(first.out)
-    assert main(["check-config", "--config", str(path)]) == 0
-    second = capsys.readouterr()
-    assert first.out.startswith("# the defaults: valid.")
-    assert second.out.startswith(f"# {path}: valid.")
-    assert yaml.safe_load(first.out) == yaml.safe_load(second.out)
-    assert "nats.jetstream.stream" in second.err
 
 
 def test_a_file_name_cannot_end_its_remark(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import command
+from support.commands import command, command_here
 
 from trio_worker.config import load_config
 from trio_worker.deploy.launchd import launchd_plist
@@ -336,13 +336,18 @@ def test_what_a_private_tmp_hides_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert any("/tmp/env" in each and "PrivateTmp" in each for each in said(user="me"))
 
 
-async def test_the_command_prints_units_and_nothing_else_to_standard_output(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "cluster.yaml"
+def configuration_with_a_secret(folder: Path) -> Path:
+    path = folder / "cluster.yaml"
     path.write_text(
         f"cluster: {{nats: {{user: u, password: {SECRET}}}, worker: {{drain_timeout_ms: 1000}}}}"
     )
+    return path
+
+
+async def test_the_command_prints_a_unit_and_nothing_else_to_standard_output(
+    tmp_path: Path,
+) -> None:
+    path = configuration_with_a_secret(tmp_path)
     env = {"TRIO_WORKER__WORKER__DRAIN_TIMEOUT_MS": "2000000"}
     system = await command("unit", "systemd", "--config", str(path), "--as", "me", env=env)
     assert system.returncode == 0
@@ -351,15 +356,22 @@ async def test_the_command_prints_units_and_nothing_else_to_standard_output(
     # The variable is of this shell, not of the service; and that is said.
     assert found["TimeoutStopSec"] == ["31"]
     assert b"TRIO_WORKER__WORKER__DRAIN_TIMEOUT_MS is set here" in system.stderr
-    user = await command("unit", "systemd", "--user", "--config", str(path))
-    assert settings(user.stdout.decode())["WantedBy"] == ["default.target"]
-    mac = await command("unit", "launchd", "--config", str(path), "--name", "other")
-    assert plistlib.loads(mac.stdout)["Label"] == "other"
-    for each in (system, user, mac):
-        assert SECRET.encode() not in each.stdout + each.stderr
+    assert SECRET.encode() not in system.stdout + system.stderr
 
 
-async def test_the_command_refuses_a_bad_configuration() -> None:
-    bad = await command("unit", "systemd", "--set", "worker.drain_timeout_ms=soon")
-    assert bad.returncode == 78
-    assert bad.stdout == b""
+def test_each_manager_gets_its_own_format_and_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configuration_with_a_secret(tmp_path)
+    assert command_here("unit", "systemd", "--user", "--config", str(path)) == 0
+    user = capsys.readouterr()
+    assert settings(user.out)["WantedBy"] == ["default.target"]
+    assert command_here("unit", "launchd", "--config", str(path), "--name", "other") == 0
+    mac = capsys.readouterr()
+    assert plistlib.loads(mac.out.encode())["Label"] == "other"
+    assert SECRET not in user.out + user.err + mac.out + mac.err
+
+
+def test_the_command_refuses_a_bad_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_here("unit", "systemd", "--set", "worker.drain_timeout_ms=soon") == 78
+    assert capsys.readouterr().out == ""

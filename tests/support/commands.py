@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import trio
 
 from support.nats_fixtures import free_port
+from trio_worker.__main__ import main
 
 START_S = 60
 THIS_TREE = (sys.executable, "-m", "trio_worker")
@@ -40,6 +42,17 @@ async def command(
             check=False,
             env={**clean_environment(), **(env or {})},
         )
+
+
+def command_here(*args: str) -> int:
+    """`trio-worker` in this process, where another one would show nothing more; its exit status.
+
+    Not for what runs a loop or sets up logging. The caller looks at `capsys`.
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        for name in os.environ.keys() - clean_environment().keys():
+            environment.delenv(name)
+        return main(list(args))
 
 
 @dataclass
@@ -193,3 +206,21 @@ def _run_arguments(url: str, port: int) -> list[str]:
         *("--set", f"worker.monitoring.port={port}"),
         *("--set", "worker.id=w1"),
     ]
+
+
+BAD_OVERRIDE = ("--set", "worker.drain_timeout_ms=soon")
+
+
+def bad_configuration(folder: Path) -> Path:
+    """A file with two problems; `BAD_OVERRIDE` is a third."""
+    path = folder / "cluster.yaml"
+    path.write_text(
+        "cluster:\n  worker:\n    continuous_batching: {max_batch_size: 0, min_batch_sise: 1}\n"
+    )
+    return path
+
+
+def assert_every_problem_is_said(text: str) -> None:
+    assert "cluster.worker.continuous_batching.max_batch_size" in text
+    assert "min_batch_size" in text
+    assert "cluster.worker.drain_timeout_ms" in text
