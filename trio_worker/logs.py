@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from loguru import logger
 
@@ -21,26 +21,30 @@ FORMATS = ("auto", "human", "json")
 LEVELS = ("trace", "debug", "info", "warning", "error")
 
 LINES_PER_SECOND = 100
-"""Of one kind. Whoever reads the log learns nothing from more."""
+"""Of one kind, at level `info` and above. Whoever reads the log learns nothing from more."""
 DEBUG_LINES_PER_SECOND = 1000
-"""The same below level `info`, where the log is there to be complete: a bound for any load."""
+"""Of one kind below `info`, where the log is meant to be complete: still a bound, for any load."""
 
 
 class Terminal:
     """Standard error, shared by the log and the line that shows the progress of something long.
 
     On a terminal that line changes in place and log lines go above it; elsewhere each step, and
-    each tenth of it, is a line of the log. Nothing here waits: what a stuck terminal or pipe does
-    not take at once is dropped, and its number said as soon as it takes something again.
+    each tenth of it, is a line of the log. Nothing here waits: a line that a stuck terminal or pipe
+    does not take at once is dropped, and the number of such lines is written as soon as it takes
+    something again.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self._fd = sys.stderr.fileno() if fd is None else fd
-        self._live = os.isatty(self._fd)
+        self._is_terminal = os.isatty(self._fd)
         self._line = ""
+        """The progress that stands in the last line of a terminal; "" if there is none."""
         self._step = ""
-        self._shown = 0
+        self._tenth = 0
+        """Elsewhere, the step and the tenth of it that the log has told last."""
         self.dropped = 0
+        """Lines that were not taken, and not told of yet."""
 
     def write(self, text: str) -> None:
         """A line of the log."""
@@ -50,18 +54,18 @@ class Terminal:
             self.dropped += 1
 
     def progress(self, step: str, done: int, total: int, unit: str) -> None:
-        """Something long has come so far; of 0 where nobody knows how far that is."""
+        """Show how far something long is; `total` is 0 where nobody knows how much there is."""
         measure = f" {100 * done // total:3d} % of {total} {unit}" if total else " …"
         if done and not total:
             measure = f" {done} {unit} …"
-        if self._live:
+        if self._is_terminal:
             self._line = f"{step}{measure}"
             self.write("")
             return
         tenth = 10 * done // total if total else 0
-        if step != self._step or tenth > self._shown:
+        if step != self._step or tenth > self._tenth:
             logger.info("{}{}", step, measure)
-        self._step, self._shown = step, tenth
+        self._step, self._tenth = step, tenth
 
     def end_progress(self) -> None:
         if self._line:
@@ -84,19 +88,24 @@ class Terminal:
         return True
 
 
-class RateLimit:
-    """A filter: in every second the first lines of each kind pass, and the rest is counted.
+_Kind: TypeAlias = tuple[str | None, int]
+"""The module and the line of a statement."""
 
-    The kind of a line is the statement that wrote it, so there are as many as statements. How
-    many were left out, and what the first of them said, is a line of its own before the first
+
+class RateLimit:
+    """A filter: in every second a limited number of lines of each kind pass; the rest is counted.
+
+    The kind of a line is the statement that wrote it, so there are no more kinds than statements.
+    How many were left out, and what the first of them said, is a line of its own before the first
     line of a later second.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._second = -1
-        self._passed: dict[tuple[str | None, int], int] = {}
-        self._left_out: dict[tuple[str | None, int], tuple[int, Record]] = {}
+        self._passed: dict[_Kind, int] = {}
+        self._left_out: dict[_Kind, tuple[int, Record]] = {}
+        """How many, and the first of them."""
 
     def __call__(self, record: Record) -> bool:
         if "left_out" in record["extra"]:
@@ -172,7 +181,7 @@ def _json(record: Record) -> str:
 
 
 class _ToLoguru(logging.Handler):
-    """Libraries that use the standard library's logging end up in the same place."""
+    """Hands over what libraries write with the standard library's logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         def written_there(line: Record) -> None:
