@@ -57,6 +57,7 @@ async def test_every_part_measures_a_whole_worker() -> None:
         assert required in figure
 
 
+@pytest.mark.process
 def test_when_nobody_reads_on_it_ends_quietly() -> None:
     """As in `trio-worker bench overhead | head -1`."""
     with subprocess.Popen(

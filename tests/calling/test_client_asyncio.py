@@ -151,6 +151,7 @@ async def test_asyncio_streams_completes_and_cancels_at_a_worker(tmp_path: Path)
     assert outcomes == {"ok": 2, "INVALID_REQUEST": 1, "CANCELLED": 3}
 
 
+@pytest.mark.process
 def test_the_asyncio_flavour_leaves_asyncio_as_it_is() -> None:
     code = (
         "import sys, trio_worker.client_asyncio\n"

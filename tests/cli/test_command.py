@@ -20,7 +20,7 @@ from support.commands import (
     running_command,
     until,
 )
-from support.nats_fixtures import free_port
+from support.ports import free_port
 
 from trio_worker.client import Client, open_client
 from trio_worker.errors import WorkerError

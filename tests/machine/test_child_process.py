@@ -13,6 +13,9 @@ import trio
 
 from trio_worker.machine.child_process import how_it_ended, kill_group, read_lines, start_group
 
+pytestmark = pytest.mark.process
+
+
 PATIENCE_S = 10.0
 
 

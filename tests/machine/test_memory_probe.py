@@ -36,6 +36,7 @@ def test_memory_that_is_touched_is_counted() -> None:
     assert probe.read(None).used - before < 30 * MIB
 
 
+@pytest.mark.process
 def test_the_engine_process_is_counted_until_it_has_vanished() -> None:
     probe = PsutilProbe()
     # The child has no memory worth counting before it says so.
@@ -53,6 +54,7 @@ def test_the_engine_process_is_counted_until_it_has_vanished() -> None:
         assert abs(probe.read(child.pid).used - probe.read(None).used) < 30 * MIB
 
 
+@pytest.mark.process
 def test_what_the_engine_has_started_is_counted_with_it() -> None:
     probe = PsutilProbe()
     program = "b = bytearray(b'x') * (64 << 20); print(flush=True); input()"
@@ -67,6 +69,7 @@ def test_what_the_engine_has_started_is_counted_with_it() -> None:
         child.stdin.close()
 
 
+@pytest.mark.process
 def test_a_process_that_was_not_reaped_yet_counts_nothing() -> None:
     probe = PsutilProbe()
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:

@@ -16,7 +16,7 @@ import trio
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from support.commands import until
-from support.nats_fixtures import free_port
+from support.ports import free_port
 from support.worker_rig import MB, Rig, running_worker
 
 from trio_worker.monitoring.http_server import serve_http

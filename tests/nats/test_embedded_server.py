@@ -17,7 +17,8 @@ import pytest
 import trio
 from loguru import logger
 from support.broker_conformance import PATIENCE_S, Inbox
-from support.nats_fixtures import NatsServer, free_port, private_server_fixture  # noqa: F401
+from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F401
+from support.ports import free_port
 
 from trio_worker.errors import ConfigError, WorkerFault
 from trio_worker.nats import embedded_server as nats_server

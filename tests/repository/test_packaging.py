@@ -22,6 +22,8 @@ from support.paths import PACKAGE, REPOSITORY
 
 from trio_worker import __version__
 
+pytestmark = pytest.mark.process
+
 
 @dataclass(frozen=True)
 class Built:

@@ -504,6 +504,7 @@ async def test_pressure_holds_the_lowest_of_three_levels_back_for_what_aging_is_
     assert waited_s == pytest.approx(expected_s, abs=0.3)
 
 
+@pytest.mark.thorough
 async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_answered(
     autojump_clock: MockClock,
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from support.commands import clean_environment
 from support.log_records import logged, texts
-from support.nats_fixtures import free_port
+from support.ports import free_port
 from trio.testing import MockClock
 
 from trio_worker.monitoring.heartbeat import Heartbeat

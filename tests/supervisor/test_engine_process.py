@@ -33,6 +33,8 @@ from trio_worker.errors import ConfigError, EngineLost, WorkerFault
 from trio_worker.protocol.turn import Work
 from trio_worker.supervisor import load_patience
 
+pytestmark = pytest.mark.process
+
 
 def scripted(model: Path, **settings: Any) -> AbstractAsyncContextManager[Any]:
     return opened(str(model), program=SCRIPTED, **settings)

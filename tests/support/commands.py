@@ -19,7 +19,7 @@ import psutil
 import pytest
 import trio
 
-from support.nats_fixtures import free_port
+from support.ports import free_port
 from trio_worker.__main__ import main
 
 START_S = 60

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from support.ports import free_port
 from trio_worker.nats.embedded_server import find_nats_server
 
 
@@ -101,9 +101,3 @@ def private_server_fixture() -> Iterator[NatsServer]:
 
 def fresh_subject() -> str:
     return f"test.{uuid.uuid4().hex[:12]}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
