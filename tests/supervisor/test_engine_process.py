@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import time
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,20 @@ async def test_a_model_that_cannot_be_loaded_is_a_mistake_of_configuration(tmp_p
         async with scripted(tmp_path / "nowhere") as engine:
             await engine.wait_ready()
     assert children() == []
+
+
+async def test_what_the_engine_said_before_it_ended_is_heard(tmp_path: Path) -> None:
+    """Also where a busy event loop notices both at once, in whatever order."""
+
+    heard: list[object] = []
+    for tries in range(1, 5):
+        with pytest.raises(ConfigError, match="there is no folder"):
+            async with scripted(
+                tmp_path / "nowhere", max_restarts=0, on_progress=lambda *step: heard.append(step)
+            ):
+                await until(lambda tries=tries: len(heard) == tries)  # type: ignore[misc]
+                time.sleep(0.2)  # noqa: ASYNC251 - nobody hears anything meanwhile
+                await trio.sleep_forever()
 
 
 # --- leaving --------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def serve(control: Line, tokenising: Line) -> NoReturn:
     assert isinstance(hello, Hello)
     control.send(Progress(step="loading", done=0, total=0, unit=""))
     if not Path(hello.model).exists():
+        time.sleep(0.05)  # by now the worker has read what came before
         control.send(LoadFailed(message=f"there is no folder '{hello.model}'"))
         leave(ExitStatus.CONFIG)
     if hello.prewarm:

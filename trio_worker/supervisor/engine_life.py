@@ -2,8 +2,8 @@
 
 1. When `live` returns or raises, however that comes, the process has been killed and reaped, and
    nothing of it is left.
-2. The first reason for its end is the one that counts, and it is known before anybody is told that
-   there will be no answer.
+2. The first reason for its end is the one that counts, unless the engine has said what is wrong
+   with its model. It is known before anybody is told that there will be no answer.
 3. It serves from the moment its model is loaded until the moment its end has a reason.
 """
 
@@ -125,7 +125,8 @@ class EngineLife:
 
     def finish(self, end: End) -> None:
         """Begin the end of this life, unless it has begun. Synchronous: it serves no more."""
-        if self.end is not None:
+        # What it says and that it has ended may be noticed at the same moment, in either order.
+        if self.end is not None and not end.is_models_fault:
             return
         if self.info is None:
             end = replace(end, reason=LossReason.LOAD)
