@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import trio
@@ -182,7 +183,7 @@ def test_it_ends_with_the_other_end_though_a_template_loops(
     question = render.Question(
         messages=[{"role": "user", "content": "x"}], template=LOOP, variables={}, within_s=0.1
     )
-    render.send(renderer._line, question)
+    renderer._line.send(msgspec.msgpack.encode(question))
     renderer._line.close()
     assert renderer._process is not None
     assert renderer._process.wait(10) == -signal.SIGALRM

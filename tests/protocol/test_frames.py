@@ -11,9 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trio_worker.protocol.frames import (
-    MAX_FRAME_BYTES,
-    FrameBuffer,
-    FrameError,
     FromEngine,
     Hello,
     LoadFailed,
@@ -26,6 +23,7 @@ from trio_worker.protocol.frames import (
     decode_to_engine,
     encode,
 )
+from trio_worker.protocol.framing import MAX_FRAME_BYTES, FrameError
 from trio_worker.protocol.turn import (
     Admit,
     EngineInfo,
@@ -57,13 +55,6 @@ INFO = EngineInfo(
     vocabulary_size=2,
     device="cpu",
 )
-FRAMES = (
-    HELLO,
-    Work(remove=(RequestId("a"), RequestId("b")), prefill_tokens=7),
-    Tokenise(prompt=None, messages=(("user", "h\u00e9\U0001f600"),)),
-    Tokenise(prompt="\0", messages=None),
-)
-
 numbers = st.integers(-(2**63), 2**63 - 1)
 reals = st.floats(allow_nan=False)
 names = st.text(max_size=8)
@@ -182,20 +173,6 @@ def test_the_end_of_an_answer_arrives_as_one_of_its_reasons() -> None:
         decode_from_engine(body_of(report).replace(b"length", b"weight"))
 
 
-@given(st.lists(st.sampled_from(FRAMES)), st.data())
-def test_frames_come_out_whole_however_the_bytes_are_cut(frames: Any, data: Any) -> None:
-    stream = b"".join(encode(frame) for frame in frames)
-    buffer, got = FrameBuffer(), []
-    while stream:
-        cut = data.draw(st.integers(1, len(stream)))
-        buffer.feed(stream[:cut])
-        stream = stream[cut:]
-        while (body := buffer.take()) is not None:
-            got.append(decode_to_engine(body))
-    assert got == frames
-    assert buffer.take() is None
-
-
 @given(st.binary())
 @example(b"\x91\xa1\xff")
 def test_bytes_that_are_no_frame_raise_a_frame_error_and_nothing_else(body: Any) -> None:
@@ -243,13 +220,6 @@ def test_a_frame_of_the_other_direction_is_refused() -> None:
     assert decode_from_engine(body) == INFO
     with pytest.raises(FrameError):
         decode_to_engine(body)
-
-
-def test_a_length_beyond_the_limit_is_refused_before_the_bytes_arrive() -> None:
-    buffer = FrameBuffer()
-    buffer.feed((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
-    with pytest.raises(FrameError, match="limit"):
-        buffer.take()
 
 
 def test_a_frame_beyond_the_limit_is_not_sent() -> None:

@@ -28,7 +28,8 @@ from support.tiny_model import write_tiny_model
 from trio.testing import wait_all_tasks_blocked
 
 from trio_worker.errors import ConfigError, EngineLost, InvalidRequest
-from trio_worker.protocol.frames import FrameBuffer, Hello, Progress, decode_from_engine, encode
+from trio_worker.protocol.frames import Hello, Progress, decode_from_engine, encode
+from trio_worker.protocol.framing import FrameBuffer
 from trio_worker.protocol.turn import Admit, EngineInfo, Report, RequestId, Sampling, Work
 
 pytestmark = pytest.mark.mlx

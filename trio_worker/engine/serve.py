@@ -2,8 +2,8 @@
 
 1. Every MLX call happens on the main thread: MLX's streams belong to a thread.
 2. The tokenise line is served by a thread of its own, from the moment the model is loaded.
-3. When the worker is gone, so is this process, whatever it is doing (`lines.py`).
-4. The model's chat template is rendered in yet another process (`templates.py`).
+3. When the worker is gone, so is this process, whatever it is doing (`sockets.py`).
+4. The model's chat template is rendered in yet another process (`template_renderer.py`).
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import socket
 import threading
 from typing import NoReturn
 
+from trio_worker.engine.frame_socket import FrameSocket, HungUp
 from trio_worker.errors import ExitStatus
-from trio_worker.protocol.frames import FrameBuffer, FromEngine, ToEngine, decode_to_engine, encode
+from trio_worker.protocol.frames import FromEngine, ToEngine, decode_to_engine, encode
 
 
 class Line:
@@ -22,18 +23,14 @@ class Line:
     def __init__(self, file_descriptor: int) -> None:
         self._socket = socket.socket(fileno=file_descriptor)
         self._socket.setblocking(True)
-        self._buffer = FrameBuffer()
+        self._frames = FrameSocket(self._socket)
 
     def receive(self) -> ToEngine:
         """The next frame; the process ends here if the worker has gone."""
-        while (body := self._buffer.take()) is None:
-            try:
-                data = self._socket.recv(2**18)
-            except OSError:
-                data = b""
-            if not data:
-                leave(ExitStatus.OK)
-            self._buffer.feed(data)
+        try:
+            body = self._frames.receive()
+        except (HungUp, OSError):
+            leave(ExitStatus.OK)
         return decode_to_engine(body)
 
     def send(self, frame: FromEngine) -> None:

@@ -2,7 +2,7 @@
 
 A template can loop or take memory without end, and a thread cannot be killed. So it runs here,
 without mlx, one question and one answer at a time over the socket that is standard input:
-`templates.py` is the other end, and kills this process when an answer is late.
+`template_renderer.py` is the other end, and kills this process when an answer is late.
 
 1. Nothing of a template is kept but what transformers keeps of it, compiled.
 2. The process ends when the other end hangs up; also in the middle of a template, a second after
@@ -15,19 +15,21 @@ import os
 import resource
 import signal
 import socket
-import struct
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import msgspec
 
+from trio_worker.engine.frame_socket import FrameSocket, HungUp
+
 MEMORY_BYTES = 512 * 2**20
 """What the process may hold, some 100 MB of libraries included; on Linux only."""
 TEXT_FACTOR, TEXT_BYTES = 4, 4 * 2**20
-"""A text may have so many times the bytes of the messages, and as many more."""
+"""A text may have this many times the bytes of the messages, and this many bytes more."""
 ALARM_S = 1.0
 
-_LENGTH = struct.Struct(">I")
+MOST_BYTES = 2**32 - 1
+"""Of a frame: any text is let through whose messages were."""
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -62,35 +64,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 Answer: TypeAlias = Rendered | Refused | Excess | Ready
 
 
-class HungUp(Exception):
-    """The other end is gone."""
-
-
-def send(to: socket.socket, message: Question | Answer) -> None:
-    """Send one message. Raises `OSError`, which `TimeoutError` is."""
-    body = msgspec.msgpack.encode(message)
-    to.sendall(_LENGTH.pack(len(body)) + body)
-
-
-def receive(origin: socket.socket) -> bytes:
-    """The next message's body. Raises `HungUp`, and `OSError` as the socket does."""
-    (length,) = _LENGTH.unpack(_exactly(origin, _LENGTH.size))
-    return _exactly(origin, length)
-
-
-def _exactly(origin: socket.socket, count: int) -> bytes:
-    held = bytearray()
-    while len(held) < count:
-        data = origin.recv(min(count - len(held), 2**18))
-        if not data:
-            raise HungUp
-        held += data
-    return bytes(held)
-
-
 def main() -> None:
     """Answer until the other end hangs up."""
-    asked = socket.socket(fileno=os.dup(0))
+    asked = FrameSocket(socket.socket(fileno=os.dup(0)), most_bytes=MOST_BYTES)
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
 
     # Where the system knows no such limit, time is what bounds it.
@@ -98,13 +74,13 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with suppress(HungUp, OSError):
-        send(asked, Ready())
+        asked.send(msgspec.msgpack.encode(Ready()))
         while True:
-            question = msgspec.msgpack.decode(receive(asked), type=Question)
+            question = msgspec.msgpack.decode(asked.receive(), type=Question)
             signal.setitimer(signal.ITIMER_REAL, question.within_s + ALARM_S)
             answer = render(render_jinja_template, question)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            send(asked, answer)
+            asked.send(msgspec.msgpack.encode(answer))
 
 
 def render(render_jinja_template: Any, question: Question) -> Rendered | Refused | Excess:

@@ -1,8 +1,8 @@
 """Turns messages into tokens as the model's chat template says, which is rendered elsewhere.
 
-The template is a program that came with the model: it runs in `render.py`, a process of its own
-that is killed when it takes too long. A function in place of a template, as mlx-lm and transformers
-have for some models, came with the library, and is called as it is.
+The template is a program that came with the model: it runs in `template_program.py`, a process of
+its own that is killed when it takes too long. A function in place of a template, as mlx-lm and
+transformers have for some models, came with the library, and is called as it is.
 
 Imports nothing slow: the process is started before MLX is imported, and is ready as early.
 """
@@ -19,17 +19,16 @@ from typing import Any, Self
 
 import msgspec
 
+from trio_worker.engine.frame_socket import FrameSocket, HungUp
 from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.template_program import (
+    MOST_BYTES,
     Answer,
     Excess,
-    HungUp,
     Question,
     Ready,
     Refused,
     Rendered,
-    receive,
-    send,
 )
 
 log = logging.getLogger("trio_worker.engine")
@@ -58,7 +57,7 @@ class Renderer:
         self.within_s = WITHIN_S
         self.start_s = START_S
         self._process: subprocess.Popen[bytes] | None = None
-        self._line: socket.socket | None = None
+        self._line: FrameSocket | None = None
         self._is_ready = False
 
     def __enter__(self) -> Self:
@@ -81,7 +80,8 @@ class Renderer:
         """Start the process unless there is one; `wait_ready` says when it can be asked."""
         if self._line is not None:
             return
-        self._line, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        self._line = FrameSocket(ours, most_bytes=MOST_BYTES)
         with theirs:
             # In the engine's process group: who kills that group kills this process, too.
             self._process = subprocess.Popen(
@@ -122,7 +122,7 @@ class Renderer:
         )
         assert self._line is not None
         with suppress(OSError):  # then there is no answer either
-            send(self._line, question)
+            self._line.send(msgspec.msgpack.encode(question))
         answer = self._receive(self.within_s, f"it takes longer than {self.within_s:g} s")
         if isinstance(answer, Refused):
             raise TemplateRefused(answer.message)
@@ -133,9 +133,9 @@ class Renderer:
 
     def _receive(self, within_s: float, too_late: str) -> Answer:
         assert self._line is not None
-        self._line.settimeout(within_s)
+        self._line.socket.settimeout(within_s)
         try:
-            answer: Answer = msgspec.msgpack.decode(receive(self._line), type=Answer)
+            answer: Answer = msgspec.msgpack.decode(self._line.receive(), type=Answer)
         except TimeoutError:
             self._replace()
             raise TemplateFailed(too_late) from None

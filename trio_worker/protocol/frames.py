@@ -1,8 +1,7 @@
 """What the worker and the engine process say to each other.
 
-A frame is four bytes of length (big endian) and a MessagePack body, over a socket pair passed by
-file descriptor: nothing a library prints can corrupt it. The body is an array that begins with
-the name of what it is.
+A frame's body is a MessagePack array that begins with the name of what it is. Frames go over a
+socket pair passed by file descriptor: nothing a library prints can corrupt them.
 
 There are two lines, each strictly one question, one answer: `control` (Hello, then Work after
 Work, each answered by a Report, on the engine's MLX thread) and `tokenise`. While the model loads
@@ -11,15 +10,12 @@ the engine sends `Progress` frames on the control line, then its `EngineInfo` or
 
 from __future__ import annotations
 
-import struct
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from trio_worker.protocol.framing import FrameError, framed
 from trio_worker.protocol.turn import EngineInfo, Report, Value, Work
-
-MAX_FRAME_BYTES = 64 * 2**20
-_LENGTH = struct.Struct(">I")
 
 PREWARMING = "prewarming"
 """The `step` of the last `Progress`: from here on the engine computes, and must not take long."""
@@ -92,40 +88,9 @@ _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
-class FrameError(Exception):
-    """The other side did not send a frame: a programmer's error, or two versions mixed."""
-
-
 def encode(frame: ToEngine | FromEngine) -> bytes:
-    """The frame with its length before it."""
-    body = _encoder.encode(frame)
-    if len(body) > MAX_FRAME_BYTES:
-        raise FrameError(f"a frame of {len(body)} bytes is over {MAX_FRAME_BYTES}")
-    return _LENGTH.pack(len(body)) + body
-
-
-class FrameBuffer:
-    """Cuts a stream of bytes into frame bodies. Its state is the bytes not yet cut off."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        self._bytes += data
-
-    def take(self) -> bytes | None:
-        """The next whole frame's body, or None if more bytes are needed."""
-        if len(self._bytes) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._bytes)
-        if length > MAX_FRAME_BYTES:
-            raise FrameError(f"a frame claims {length} bytes; the limit is {MAX_FRAME_BYTES}")
-        end = _LENGTH.size + length
-        if len(self._bytes) < end:
-            return None
-        body = bytes(self._bytes[_LENGTH.size : end])
-        del self._bytes[:end]
-        return body
+    """The frame's bytes, its length before them."""
+    return framed(_encoder.encode(frame))
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

@@ -27,7 +27,8 @@ from trio_worker.machine.child_process import (
     start_group,
 )
 from trio_worker.ports import ProgressSink
-from trio_worker.protocol.frames import FrameError, Hello
+from trio_worker.protocol.frames import Hello
+from trio_worker.protocol.framing import FrameError
 from trio_worker.protocol.turn import EngineInfo
 from trio_worker.supervisor.engine_log import LINE_CHARACTERS, EngineLog
 from trio_worker.supervisor.line import FrameStream, HungUp, Line

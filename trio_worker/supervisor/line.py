@@ -12,7 +12,8 @@ from typing import NoReturn
 
 import trio
 
-from trio_worker.protocol.frames import FrameBuffer, FromEngine, decode_from_engine
+from trio_worker.protocol.frames import FromEngine, decode_from_engine
+from trio_worker.protocol.framing import FrameBuffer
 
 RECEIVE_BYTES = 2**18
 

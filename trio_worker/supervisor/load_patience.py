@@ -4,13 +4,13 @@ from __future__ import annotations
 
 FIRST_SILENCE_S = 600.0
 """The first load may be a download, and takes what it takes; but it says each step, and each
-megabyte that has come or been read, and is hung if it says nothing for so long."""
+megabyte that has come or been read, and is hung if it says nothing for this long."""
 RELOAD_TIMES = 5
 RELOAD_LEAST_S = 20.0
-"""A model that has been loaded is here: loading it again may be silent for so many times as long
-as the whole load took, or at least for so long."""
+"""A model that has been loaded is here: loading it again may be silent for this many times as
+long as the whole load took, and for this many seconds at least."""
 PREWARM_TURNS = 10
-"""Prewarming may take as long as so many turns: it compiles what later turns only run."""
+"""Prewarming may take as long as this many turns: it compiles what later turns only run."""
 
 
 class LoadPatience:
