@@ -338,10 +338,10 @@ async def test_flush_can_be_cancelled_and_the_connection_goes_on(system: System)
     subject, inbox = fresh_subject(), Inbox()
     async with system.open() as broker:
         await broker.subscribe(subject, inbox)
-        for _ in range(20):
+        for steps in range(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(broker.flush)
-                for _ in range(3):
+                for _ in range(steps):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         broker.publish(Message(subject=subject))

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import trio
 import trio_asyncio
-from loguru import logger
 from support.broker_conformance import Inbox
-from support.nats_virtual import WINDOW_BYTES, VirtualServer, virtual_server
+from support.nats_rig import log_fixture  # noqa: F401
+from support.nats_virtual import (
+    WAIT_S,
+    WINDOW_BYTES,
+    VirtualServer,
+    opened,
+    server_fixture,  # noqa: F401
+)
 from trio.testing import MockClock
 
 from trio_worker.errors import BrokerUnavailable, ConfigError, MessageTooLarge
 from trio_worker.nats.broker import open_nats_broker
 from trio_worker.ports import Message
-
-WAIT_S = 2.0
-"""nats-py asks the machine's own clock whether it has tried lately: far longer than a test."""
-
-opened = partial(open_nats_broker, name="test", reconnect_wait_s=WAIT_S)
-
-
-@pytest.fixture
-def server() -> Iterator[VirtualServer]:
-    with virtual_server() as server:
-        yield server
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    lines: list[str] = []
-    number = logger.add(lambda line: lines.append(str(line)), level=0, format="{level} {message}")
-    yield lines
-    logger.remove(number)
-
 
 # --- connecting ---------------------------------------------------------------------------
 
@@ -478,108 +462,6 @@ async def test_an_error_of_the_server_that_ends_the_connection_is_told(
 
 
 # --- what comes over the line ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "rubbish",
-    [
-        pytest.param(b"MSG a.\xff 1 2\r\nhi\r\n", id="a subject that is not UTF-8"),
-        pytest.param(b"MSG a 1 \xff\xfe 2\r\nhi\r\n", id="a reply that is not UTF-8"),
-        pytest.param(b"MSG a 1 re\x0bply 2\r\nhi\r\n", id="a vertical tab in the reply"),
-        pytest.param(b"MSG a\x0c5 1 2\r\nhi\r\n", id="a form feed in the subject"),
-        pytest.param(b"HMSG a 1 r 3 5\r\nabchi\r\n", id="no header block"),
-        pytest.param(b"HMSG a 1 r 8 10\r\nNATS/1.0hi\r\n", id="half a header block"),
-        pytest.param(b"HMSG a 1 r 15 17\r\nNATS/1.0 \xff\xff\r\n\r\nhi\r\n", id="no status"),
-        pytest.param(b"MSG a 99 2\r\nhi\r\n", id="a subscription that has gone"),
-        pytest.param(b"MSG a 1 26\r\n-ERR 'Stale Connection'\r\n+\r\n", id="protocol in a body"),
-        pytest.param(b"+OK\r\nPONG\r\nPING\r\n", id="answers that nobody asked for"),
-        pytest.param(b"", id="nothing"),
-    ],
-)
-@pytest.mark.parametrize("at_once", [True, False])
-async def test_what_another_client_sends_costs_that_message_at_most(
-    server: VirtualServer,
-    autojump_clock: MockClock,
-    rubbish: bytes,
-    at_once: bool,  # noqa: FBT001
-) -> None:
-    inbox = Inbox()
-    async with opened(server.url) as broker:
-        await broker.subscribe("a", inbox)
-        (line,) = server.lines
-        parts = [rubbish] if at_once else [rubbish[n : n + 1] for n in range(len(rubbish))]
-        for part in parts:
-            line.feed(part)
-            await trio.sleep(0.001)
-        broker.publish(Message(subject="a", body=b"and on"))
-        await broker.flush()
-        assert inbox.bodies[-1] == b"and on"
-        assert broker.statistics().reconnects == 0
-        assert server.lines == [line]
-
-
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        pytest.param(b"HELLO\r\n", id="an unknown verb"),
-        pytest.param(b"MSG a\r\n", id="too few words"),
-        pytest.param(b"MSG a 1 x\r\n", id="a length that is none"),
-        pytest.param(b"MSG a x 2\r\nhi\r\n", id="a number that is none"),
-        pytest.param(b"HMSG a 1 2\r\nhi\r\n", id="one length of two"),
-        pytest.param(b"INFO [\r\n", id="half an INFO"),
-        pytest.param(b"INFO 7\r\n", id="an INFO that is no object"),
-        pytest.param(b"x" * (64 * 1024 + 1), id="a line without an end"),
-    ],
-)
-async def test_what_no_server_says_costs_the_connection_and_the_next_one_is_as_good(
-    server: VirtualServer, autojump_clock: MockClock, nonsense: bytes
-) -> None:
-    inbox = Inbox()
-    async with opened(server.url) as broker:
-        await broker.subscribe("a", inbox)
-        (line,) = server.lines
-        line.feed(nonsense)
-        await trio.sleep(0.1)
-        assert not broker.statistics().connected
-        await trio.sleep(2 * WAIT_S)
-        assert broker.statistics().reconnects == 1
-        broker.publish(Message(subject="a", body=b"and on"))
-        await broker.flush()
-        assert inbox.bodies == [b"and on"]
-
-
-async def test_a_line_of_a_large_cluster_still_fits(
-    server: VirtualServer, autojump_clock: MockClock
-) -> None:
-    async with opened(server.url) as broker:
-        (line,) = server.lines
-        hosts = ",".join(f'"10.0.{n // 250}.{n % 250}:4222"' for n in range(3450))
-        info = f'INFO {{"headers":true,"max_payload":500,"connect_urls":[{hosts}]}}\r\n'.encode()
-        assert 60_000 < len(info) < 64 * 1024
-        for start in range(0, len(info), 1000):
-            line.feed(info[start : start + 1000])
-            await trio.sleep(0.001)
-        await broker.flush()
-        assert broker.statistics().reconnects == 0
-
-
-async def test_messages_come_whole_however_the_line_cuts_them(
-    server: VirtualServer, autojump_clock: MockClock
-) -> None:
-    """The protocol inside of a body is a body."""
-    inbox = Inbox()
-    bodies = [b"\r\nMSG a 1 5\r\n" * 9, b"", b"\r\n", b"PING\r\n", bytes(range(256))]
-    async with opened(server.url) as broker:
-        await broker.subscribe("a", inbox)
-        (line,) = server.lines
-        sent = b"".join(b"MSG a 1 r %d\r\n%s\r\n" % (len(body), body) for body in bodies)
-        for index in range(len(sent)):
-            line.feed(sent[index : index + 1])
-            await trio.sleep(0.0001)
-        await inbox.wait(len(bodies))
-        assert inbox.bodies == bodies
-        assert {message.reply for message in inbox.messages} == {"r"}
-        assert broker.statistics().received == len(bodies)
 
 
 async def test_what_a_stalled_loop_did_not_take_is_counted_and_the_rest_is_in_order(

@@ -28,10 +28,11 @@ class NatsServer:
 
     def __init__(self, *, config: str = "", extra: tuple[str, ...] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nats-"))
-        self.port = free_port()
+        self.port = 0
+        """The kernel's choice at the first start."""
         (self.folder / "nats.conf").write_text(config)
         self._command = [
-            *(find_nats_server(), "-a", "127.0.0.1", "-p", str(self.port)),
+            *(find_nats_server(), "-a", "127.0.0.1"),
             *("-c", str(self.folder / "nats.conf"), "--ports_file_dir", str(self.folder)),
             *extra,
         ]
@@ -44,12 +45,15 @@ class NatsServer:
     def start(self) -> None:
         """Return when it takes connections; that takes about 10 ms."""
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [*self._command, "-p", str(self.port or -1)], stdout=log, stderr=log
+            )
         ports = self.folder / f"nats-server_{self._process.pid}.ports"
         give_up = time.monotonic() + 10
         while True:
             try:
-                if json.loads(ports.read_text()).get("nats"):
+                if urls := json.loads(ports.read_text()).get("nats"):
+                    self.port = int(urls[0].rpartition(":")[2])
                     return
             except (FileNotFoundError, ValueError):
                 pass

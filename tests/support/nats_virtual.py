@@ -1,24 +1,26 @@
 """A nats-server in the event loop, and the real NATS broker on it: for the mock clock.
 
 The adapter and nats-py run unchanged over a transport without sockets, so that what depends on
-time is exact and takes none. What the wire is really like, `test_nats_broker.py` asks a real one.
+time is exact and takes none. What the wire is really like, `test_connection.py` asks a real one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import trio
 from nats.aio import client as nats_client
 from nats.aio.transport import Transport
 
+from trio_worker.nats.broker import open_nats_broker
 from trio_worker.simulated.broker import subject_matches
 
 WINDOW_BYTES = 64 * 1024
@@ -33,9 +35,14 @@ class VirtualServer:
     def __init__(self) -> None:
         self.is_up = True
         self.is_black_hole = False
-        """Connecting is neither taken nor refused."""
+        """Connecting is neither taken nor refused until `refusal` is set."""
+        self.refusal = asyncio.Event()
+        self.on_refusal: Callable[[], object] = lambda: None
+        """Called when an attempt has been refused and does not know it yet."""
         self.is_silent = False
         """Connections are taken and never greeted."""
+        self.hangs_up_on = ""
+        """The verb of a command; soon after it the line is broken."""
         self.max_payload = 1024 * 1024
         self.unpermitted: set[str] = set()
         """Subjects that can be neither published nor subscribed to."""
@@ -116,7 +123,10 @@ class Line(Transport):  # type: ignore[misc]
         server = self._server
         server.attempts_at.append(trio.current_time())
         if server.is_black_hole:
-            await asyncio.wait_for(asyncio.Event().wait(), connect_timeout)
+            loop = asyncio.get_running_loop()
+            refused = loop.create_task(server.refusal.wait())
+            refused.add_done_callback(lambda _: loop.call_soon(server.on_refusal))
+            await asyncio.wait_for(refused, connect_timeout)
         if not server.is_up:
             raise ConnectionRefusedError(111, "connection refused")
         self._start()
@@ -180,6 +190,9 @@ class Line(Transport):  # type: ignore[misc]
         server = self._server
         subject = words[0] if words else ""
         server.commands.append((trio.current_time(), f"{verb} {subject}".strip()))
+        if verb == server.hangs_up_on:
+            asyncio.get_running_loop().call_later(0.1, self.end)
+            return
         if verb == "PING":
             self.feed(b"PONG\r\n")
         elif verb == "UNSUB":
@@ -246,9 +259,21 @@ class Line(Transport):  # type: ignore[misc]
         return self._ended and not self._received
 
 
+WAIT_S = 2.0
+"""nats-py asks the machine's own clock whether it has tried lately: far longer than a test."""
+
+opened = partial(open_nats_broker, name="test", reconnect_wait_s=WAIT_S)
+
+
 @contextmanager
 def virtual_server() -> Iterator[VirtualServer]:
     """Inside, `open_nats_broker(server.url, …)` connects to the server that this yields."""
     server = VirtualServer()
     with mock.patch.object(nats_client, "TcpTransport", partial(Line, server)):
+        yield server
+
+
+@pytest.fixture(name="server")
+def server_fixture() -> Iterator[VirtualServer]:
+    with virtual_server() as server:
         yield server

@@ -94,9 +94,9 @@ class MendedClient(Client):  # type: ignore[misc]
             raise
 
     async def _connect_to_server(self, server: Any) -> None:
-        # Without this, before Python 3.12, a cancellation that comes just when the server answers
-        # is swallowed by `wait_for`, and nats-py makes attempts for ever:
-        # test_connecting_ends_whenever_it_is_cancelled.
+        # Without this, before Python 3.12, a cancellation that comes just when an attempt fails is
+        # swallowed by `wait_for`, and nats-py makes attempts for ever:
+        # test_connecting_ends_when_it_is_cancelled_as_an_attempt_fails.
         _raise_if_cancelled()
         await super()._connect_to_server(server)
 
@@ -119,8 +119,9 @@ class MendedClient(Client):  # type: ignore[misc]
                 # test_a_socket_that_was_not_greeted_is_closed.
                 self.abort()
         if not greeted:
-            # Without this a server that hangs up while it greets counts as connected:
-            # test_what_is_not_a_nats_server_is_given_up_in_time.
+            # Without this a server that hangs up while it greets counts as a reconnection, and
+            # leaves a keep-alive task behind each time:
+            # test_a_server_that_hangs_up_while_it_greets_is_no_connection.
             for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
                 task.cancel()
             raise nats_errors.Error("the server closed the connection while greeting")
@@ -137,10 +138,12 @@ class MendedClient(Client):  # type: ignore[misc]
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         # Without this a PING overtakes the commands that wait to be written, and its answer says
-        # nothing about them: test_a_ping_is_written_behind_what_it_is_to_confirm. The keep-alive
+        # nothing about them: test_a_ping_does_not_overtake_what_it_is_to_confirm. The keep-alive
         # (no future) must not wait for a hung server.
         if future is not None:
             await self._flush_pending(force_flush=True)
+            # Without this a round trip during an outage is never answered:
+            # test_a_subscription_given_up_over_an_outage_does_not_come_back.
             if not self.is_connected:
                 raise ConnectionResetError("the connection broke")
         await super()._send_ping(future)
@@ -160,6 +163,8 @@ class MendedClient(Client):  # type: ignore[misc]
                 pong.set_exception(ConnectionResetError("the connection broke"))
                 pong.exception()  # not all of them are waited for
         self._pongs.clear()
+        # Likewise who waits to be written:
+        # test_a_drain_that_waits_to_be_written_ends_when_the_line_breaks.
         if self._flush_queue is not None:
             while not self._flush_queue.empty():
                 flushed = self._flush_queue.get_nowait()
@@ -197,6 +202,8 @@ class MendedClient(Client):  # type: ignore[misc]
         # nats-py calls no `closed_cb`: test_an_error_right_after_the_greeting_ends_it_at_once.
         if status == Client.CLOSED:
             self._on_ended(self.last_error)
+        # Without this who waits for an answer outlives the connection:
+        # test_a_drain_under_way_ends_with_the_connection.
         self._release_waiters()
         await super()._close(status, do_cbs)
 
