@@ -24,8 +24,8 @@ def main() -> int:
     preparing.add_argument("name")
     checking = commands.add_parser("check", help="compare a model's answers alone and batched")
     checking.add_argument("name")
-    bare = commands.add_parser("bare", help="mlx-lm's own loop, for `trio-worker bench`")
-    bare.add_argument("name")
+    baseline = commands.add_parser("bare", help="mlx-lm's own loop, for `trio-worker bench`")
+    baseline.add_argument("name")
     asked = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -41,24 +41,19 @@ def main() -> int:
         from trio_worker.engine.serve import serve  # noqa: PLC0415
 
         serve(control, tokenising, renderer)
-    from trio_worker.engine.models.load import CannotLoad  # noqa: PLC0415
+    from trio_worker.engine.models import CannotLoad  # noqa: PLC0415
 
     try:
-        return {"prepare": _prepare, "check": _check, "bare": _bare}[asked.command](asked.name)
+        return {"prepare": _prepare, "check": _check, "bare": _baseline}[asked.command](asked.name)
     except CannotLoad as exc:
         sys.stderr.write(f"{exc}\n")
         return ExitStatus.CONFIG
 
 
 def _prepare(name: str) -> int:
-    from trio_worker.engine.models.load import CannotLoad, resolve  # noqa: PLC0415
-    from trio_worker.engine.models.store import CannotPrepare  # noqa: PLC0415
+    from trio_worker.engine.models.resolve import resolve  # noqa: PLC0415
 
-    try:
-        folder = resolve(name, _say)
-    except CannotPrepare as exc:
-        raise CannotLoad(str(exc)) from exc
-    sys.stdout.write(f"{folder}\n")
+    sys.stdout.write(f"{resolve(name, _say)}\n")
     return ExitStatus.OK
 
 
@@ -79,11 +74,11 @@ def _check(name: str) -> int:
     return ExitStatus.OK
 
 
-def _bare(name: str) -> int:
-    from trio_worker.engine.baseline import run_bare  # noqa: PLC0415
+def _baseline(name: str) -> int:
+    from trio_worker.engine.baseline import run_baseline  # noqa: PLC0415
     from trio_worker.engine.models.load import load  # noqa: PLC0415
 
-    run_bare(load(name, None, _say))
+    run_baseline(load(name, None, _say))
     return ExitStatus.OK
 
 

@@ -17,7 +17,7 @@ from mlx_lm.generate import BatchGenerator
 from trio_worker.engine.models.load import LoadedModel
 
 
-def run_bare(model: LoadedModel) -> None:
+def run_baseline(model: LoadedModel) -> None:
     """Measure what standard input asks for until it ends."""
     answers = sys.stdout
     # What libraries print must not come between the answers.

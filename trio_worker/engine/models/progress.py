@@ -17,7 +17,8 @@ from typing import Self
 import mlx.core as mx
 from huggingface_hub import constants
 
-from trio_worker.engine.models.store import ProgressSink, cache_folder
+from trio_worker.engine.models import ProgressSink
+from trio_worker.engine.models.store import cache_folder
 
 MB = 2**20
 BEAT_S = 1.0

