@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import os
 import shutil
 import struct
 import subprocess
@@ -226,7 +227,9 @@ def test_no_damage_brings_the_process_down(sound: bytes, tmp_path: Path) -> None
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=TESTS,
+        # Where this module is, and what it imports of the tests' own.
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
         capture_output=True,
         check=False,
         timeout=120,
