@@ -22,10 +22,18 @@ uv := env("UV", "uv")
 @bench *args:
     exec "{{ uv }}" run trio-worker bench "$@"
 
-# run the tests, or some of them: just test tests/config/test_config_loading.py -x
+# run the tests side by side, or some of them one by one: just test tests/config -x
 [no-exit-message]
-@test *args:
+test *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ $# -gt 0 ] || set -- -n logical --dist worksteal
     exec "{{ uv }}" run pytest "$@"
+
+# the tests that start no process, side by side: for every commit
+[no-exit-message]
+@test-fast *args:
+    exec "{{ uv }}" run pytest -n logical --dist worksteal -m "not mlx and not nats and not process and not browser and not systemd and not thorough" "$@"
 
 # many runs of the worker in virtual time, or one with its log: just sim seeds=200, just sim seed=123
 @sim *options="seeds=200":
