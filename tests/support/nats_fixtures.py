@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from support.ports import free_port
 from trio_worker.nats.embedded_server import find_nats_server
 
 
