@@ -312,7 +312,7 @@ class Harm:
 
 
 Open: TypeAlias = Callable[[int], AbstractAsyncContextManager[Engine]]
-"""Opens an engine with so many restarts, which takes a hung turn for an end soon."""
+"""Opens an engine with this many restarts, which takes a hung turn for an end soon."""
 
 
 async def lost(engine: Engine, work: Work | None = None) -> str:
