@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
-from trio_worker.engine.cpu import float32, rotary, vectorised
+from trio_worker.engine.cpu import float32, rotary, stand_ins
 from trio_worker.engine.models import CannotLoad, ProgressSink
 from trio_worker.engine.models.device import accelerator, described, on_cpu
 from trio_worker.engine.models.resolve import resolve
@@ -82,7 +82,7 @@ def _prepare(module: Any) -> None:
     if on_cpu() and float32.fits(module):
         float32.widen(module)
         rotary.use_for(module)
-        vectorised.use_for(module)
+        stand_ins.use_for(module)
     mx.eval(module.parameters())
     if on_cpu():
         mx.clear_cache()

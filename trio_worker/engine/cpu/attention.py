@@ -1,34 +1,20 @@
-"""A model's exponentials on a CPU, from operations that MLX vectorises there.
+"""Attention on a CPU by exponentials that MLX vectorises, in blocks that fit a processor's cache.
 
-MLX computes `exp` on x86 one element at a time, some 20 ns each on one core: a third of a decode
-step of eight rows, and most of a long prompt. Products and sums of arrays are vectorised, and
-fused where MLX finds a compiler (`g++`), so an exponential made of them takes a tenth of that.
+Rows may begin with what is held once for several of them (`shared_prefixes.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from operator import add
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models import activations, base
 
-from trio_worker.engine.caches import RowsCache
-from trio_worker.engine.mended_mlx_lm import call_instead
+from trio_worker.engine.cpu.exponentials import SPAN, weights_below
 from trio_worker.engine.shared_prefixes import Part, Segment
 
-_SPAN = 32.0
-"""e to minus this is nothing beside a sum of which one term is 1, in single precision."""
-_EDGE = 20.0
-"""What a gate lets through does not change beyond, in single precision."""
-_DEGREE, _SQUARINGS = 5, 6
-"""Of a series that gives an exponential's 64th root."""
 _BLOCK, _BLOCK_ROWS = 1 << 18, 64
 """Scores computed at once: a megabyte of them, but of so many queries at least, since the keys are
 read once for each block."""
@@ -37,51 +23,6 @@ _MANY = 1 << 17
 same."""
 _MASKED = -1e30
 """Finite, so that a row of padding, all of it masked, does not become not-a-number."""
-
-
-def _series(logarithm: Callable[[Any], Any], low: float, high: float) -> list[float]:
-    """Coefficients of a power series for the root of e to `logarithm(w)`, w from `low` to `high`.
-
-    Interpolated at Chebyshev's nodes, so that no table of constants has to be believed.
-    """
-    chebyshev = np.polynomial.chebyshev.Chebyshev.interpolate(
-        lambda w: np.exp(logarithm(w) / 2**_SQUARINGS), _DEGREE, domain=[low, high]
-    )
-    return [float(c) for c in chebyshev.convert(kind=np.polynomial.Polynomial).coef]
-
-
-_OF_WEIGHTS = _series(lambda w: _SPAN * (w / 2 - 1), 0.0, 2.0)
-_OF_GATES = _series(lambda w: w / 2, -2 * _EDGE, 2 * _EDGE)
-
-
-def _exponential(w: mx.array, series: list[float]) -> mx.array:
-    """Each squaring doubles the relative error."""
-    value = series[-1] * w + series[-2]
-    for coefficient in series[-3::-1]:
-        value = value * w + coefficient
-    for _ in range(_SQUARINGS):
-        value = value * value
-    return value
-
-
-# Where numbers are cut off, sums of absolute values do it: MLX's `maximum` branches on every
-# element, which takes longer than all the rest where half of them are below.
-
-
-@partial(mx.compile, shapeless=True)
-def weights_below(scores: mx.array, top: mx.array) -> mx.array:
-    """exp(32 (scores - top)), at least exp(-32); relative error 1e-5 at most.
-
-    Nothing in `scores` is above `top`.
-    """
-    above = scores - (top - 1.0)
-    return _exponential(above + mx.abs(above), _OF_WEIGHTS)
-
-
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x; error of the silu 2e-6 at most."""
-    return gate * x / (1.0 + _exponential(abs(gate - _EDGE) - abs(gate + _EDGE), _OF_GATES))
 
 
 def attend(
@@ -151,7 +92,7 @@ def _attend_rows(
         parts = [(keys[:, :, a:b], values[:, :, a:b]) for a, b in itertools.pairwise(ends)]
         attended.append(
             _attend_block(
-                queries[:, :, start:end] * (scale / _SPAN),
+                queries[:, :, start:end] * (scale / SPAN),
                 [stem, *parts] if stem else parts,
                 hidden,
             )
@@ -205,7 +146,7 @@ def _hide(scores: mx.array, mask: mx.array, sharing: int) -> mx.array:
     if mask.dtype == mx.bool_:
         mask = mx.where(mask, 0.0, _MASKED)
     else:
-        mask = mx.maximum(mask / _SPAN, _MASKED)
+        mask = mx.maximum(mask / SPAN, _MASKED)
     apart = scores.reshape(rows, groups, sharing, -1, total)
     return (apart + (mx.expand_dims(mask, -3) if mask.ndim > 2 else mask)).reshape(scores.shape)
 
@@ -223,62 +164,3 @@ def _sums(weights: mx.array) -> mx.array:
     if weights.size > _MANY:
         return weights @ mx.ones((weights.shape[-1], 1))
     return weights.sum(axis=-1, keepdims=True)
-
-
-def use_for(module: Any) -> None:
-    """Have the layers of `module` call these functions instead of mlx-lm's of the same names."""
-    call_instead(
-        module,
-        {
-            activations.swiglu: _swiglu,
-            base.scaled_dot_product_attention: _scaled_dot_product_attention,
-        },
-    )
-
-
-def _fewest_gates() -> int:
-    """Elements from which this is faster, by whether MLX can fuse operations (it runs `g++`)."""
-    return 2048 if shutil.which("g++") and "MLX_DISABLE_COMPILE" not in os.environ else 8192
-
-
-_FEWEST_GATES = _fewest_gates()
-_FEWEST_SCORES = 8192
-"""Scores from which this is faster, about: 18,000 where an exponential of MLX's takes 8 ns, hence
-some 6,000 where it takes 20."""
-
-
-def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    if gate.dtype != mx.float32 or gate.size < _FEWEST_GATES:
-        plain: mx.array = activations.swiglu(gate, x)
-        return plain
-    return swiglu(gate, x)
-
-
-def _scaled_dot_product_attention(  # noqa: PLR0917 - mlx-lm's
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    for_all_heads = mask is None or isinstance(mask, str) or mask.ndim < 3 or mask.shape[-3] == 1
-    other = (
-        hasattr(cache, "bits")
-        or sinks is not None
-        or not for_all_heads
-        or queries.dtype != mx.float32
-    )
-    segments = cache.shared() if isinstance(cache, RowsCache) else ()
-    if segments and other:
-        raise NotImplementedError("attention of this kind to what rows have in common")
-    if not segments and (
-        other
-        or queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < _FEWEST_SCORES
-    ):
-        plain: mx.array = base.scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
-        )
-        return plain
-    return attend(queries, keys, values, scale=scale, mask=mask, segments=segments)

@@ -1,4 +1,4 @@
-"""Exponentials made of vectorised operations, against MLX's own and against double precision."""
+"""Attention of our own, against MLX's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import activations, base, llama
-from support.tiny_model import admits, write_tiny_model
 
-from trio_worker.engine.cpu import vectorised
-from trio_worker.engine.models.load import load
-from trio_worker.engine.serve import open_batch
+from trio_worker.engine.cpu import attention
 from trio_worker.engine.shared_prefixes import Segment
-from trio_worker.protocol.turn import Work
 
 pytestmark = pytest.mark.mlx
 
@@ -23,24 +18,6 @@ RANDOM = np.random.default_rng(5)
 
 def normal(*shape: int) -> mx.array:
     return mx.array(RANDOM.standard_normal(shape).astype(np.float32))
-
-
-def test_weights_are_those_of_a_softmax() -> None:
-    below = np.linspace(-40, 0, 100_001)
-    scores = ((below + 20) / 32).astype(np.float32)
-    top = 20 / 32
-    got = np.array(vectorised.weights_below(mx.array(scores), mx.array([top])), dtype=np.float64)
-    exact = np.exp(32 * (scores.astype(np.float64) - top))
-    inside = below >= -32
-    assert np.max(np.abs(got - exact)[inside] / exact[inside]) < 1e-5
-    assert np.max(got[~inside]) < 2e-14, "nothing beside a weight of one"
-
-
-def test_swiglu_is_what_its_formula_says() -> None:
-    gate = np.linspace(-60, 60, 100_001, dtype=np.float32)
-    got = np.array(vectorised.swiglu(mx.array(gate), mx.ones(gate.shape)), dtype=np.float64)
-    exact = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64)))
-    assert np.max(np.abs(got - exact) / np.maximum(1, np.abs(exact))) < 2e-6
 
 
 def masks(rows: int, length: int, total: int) -> dict[str, Any]:
@@ -65,12 +42,12 @@ def masks(rows: int, length: int, total: int) -> dict[str, Any]:
 def test_attention_is_that_of_mlx(
     rows: int, length: int, total: int, groups: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectorised, "_BLOCK", 1 << 12)
+    monkeypatch.setattr(attention, "_BLOCK", 1 << 12)
     queries, keys = normal(rows, 6, length, 16), normal(rows, groups, total, 16)
     values, mask = normal(rows, groups, total, 8), masks(rows, length, total)[kind]
     settings: dict[str, Any] = {"scale": 0.25, "mask": mask}
     wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, **settings)
-    got = vectorised.attend(queries, keys, values, **settings)
+    got = attention.attend(queries, keys, values, **settings)
     assert got.shape == wanted.shape
     assert np.max(np.abs(np.array(got - wanted))) < 5e-6
 
@@ -81,14 +58,14 @@ def test_attention_is_that_of_mlx(
 def test_rows_see_what_they_begin_with_as_if_it_were_their_own(
     length: int, own: int, groups: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectorised, "_BLOCK", 1 << 12)
+    monkeypatch.setattr(attention, "_BLOCK", 1 << 12)
     stems: list[Any] = [(normal(1, groups, n, 16), normal(1, groups, n, 8)) for n in (5, 40)]
     segments = [Segment(2, stems[0]), Segment(1, None), Segment(3, stems[1]), Segment(1, stems[0])]
     rows = sum(segment.rows for segment in segments)
     queries, keys = normal(rows, 6, length, 16), normal(rows, groups, own, 16)
     values, mask = normal(rows, groups, own, 8), masks(rows, length, own)[kind]
     settings: dict[str, Any] = {"scale": 0.25, "mask": mask}
-    got = vectorised.attend(queries, keys, values, segments=segments, **settings)
+    got = attention.attend(queries, keys, values, segments=segments, **settings)
     begun = [stem for count, stem in segments for _ in range(count)]
     for row, stem in enumerate(begun):
         alone = slice(row, row + 1)
@@ -109,52 +86,7 @@ def test_rows_see_what_they_begin_with_as_if_it_were_their_own(
 
 def test_a_row_that_sees_nothing_stays_finite() -> None:
     mask = mx.zeros((1, 1, 1, 9), dtype=mx.bool_)
-    attended = vectorised.attend(
+    attended = attention.attend(
         normal(1, 2, 3, 4), normal(1, 2, 9, 4), normal(1, 2, 9, 4), scale=1.0, mask=mask
     )
     assert mx.all(mx.isfinite(attended)).item()
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"dtype": mx.bfloat16},
-        {"mask": mx.array(RANDOM.random((1, 4, 20, 30)) > 0.3)},
-        {"sinks": normal(4)},
-    ],
-    ids=["16 bits", "a mask for each head", "sinks"],
-)
-def test_what_it_was_not_made_for_is_left_to_mlx_lm(
-    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vectorised, "_FEWEST_SCORES", 0)
-    dtype = other.pop("dtype", mx.float32)
-    arrays: Any = [normal(1, heads, length, 8) for heads, length in ((4, 20), (2, 30), (2, 30))]
-    arrays = [array.astype(dtype) for array in arrays]
-    settings: dict[str, Any] = {"cache": None, "scale": 0.3, "mask": None, **other}
-    wanted = base.scaled_dot_product_attention(*arrays, **settings)
-    got: Any = vectorised._scaled_dot_product_attention(*arrays, **settings)
-    assert got.dtype == dtype
-    assert mx.array_equal(got, wanted).item()
-
-
-def test_a_models_layers_call_them_and_say_the_same(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load(str(write_tiny_model(tmp_path / "tiny")), None, lambda *_: None)
-    assert llama.swiglu is not activations.swiglu
-    assert llama.scaled_dot_product_attention is not base.scaled_dot_product_attention
-    answers = []
-    for fewest in (10**9, 0):
-        monkeypatch.setattr(vectorised, "_FEWEST_GATES", fewest)
-        monkeypatch.setattr(vectorised, "_FEWEST_SCORES", fewest)
-        batch, tokens = open_batch(model, 0), []
-        done = batch.turn(Work(admit=admits(4, 90, 100), prefill_tokens=64))
-        while True:
-            tokens += [(output.request_id, output.token) for output in done.outputs]
-            if not done.residents:
-                break
-            done = batch.turn(Work(prefill_tokens=64))
-        answers.append(tokens)
-    assert len(answers[0]) > 3
-    assert answers[0] == answers[1]
