@@ -108,9 +108,14 @@ async def until(condition: Callable[[], Awaitable[bool]], *, within_s: float) ->
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run; one that waits to be reaped by the system does not."""
-    return [
-        each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE
-    ]
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return [each for each in processes if runs(each)]
 
 
 def _get(url: str) -> tuple[int, str]:
