@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import trio
 from support.factories import Scope, make_sequence
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from trio_worker.core.admission import Admission
 from trio_worker.core.memory import MB, MemoryReading, PressureGauge
@@ -109,7 +109,8 @@ async def test_who_waits_for_a_place_goes_on_when_it_has_one(autojump_clock: Moc
     door.leave(urgent)
     door.admit(patient)
     assert list(door._places) == ["p"], "who holds a place waits for none, who left neither"
-    await door.wait_place(holder)
+    with assert_checkpoints():
+        await door.wait_place(holder)
     placed: list[str] = []
 
     async def wait() -> None:
