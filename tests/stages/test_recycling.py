@@ -87,6 +87,20 @@ async def test_a_lost_engines_tokens_are_not_counted_for_the_next(
         assert made == [599 + AFTER]
 
 
+async def test_nor_those_of_one_that_was_lost_while_nobody_was_aboard(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker(*OPTIONS, restart_s=0.5) as rig:
+        made = put_on(rig, "metal")
+        await ask(rig, 600)
+        rig.engine.crash()
+        await trio.sleep(5)
+        await ask(rig, AFTER - 1)
+        assert not made
+        await ask(rig, 1)
+        assert made == [600 + AFTER]
+
+
 async def test_nor_those_of_one_that_a_fault_of_the_batch_loop_has_cost(
     autojump_clock: MockClock,
 ) -> None:

@@ -64,6 +64,8 @@ class _Batcher:
         self._heartbeat = heartbeat
         self._counters = counters
         self._metrics = counters.metrics
+        self._restarts_known = 0
+        """Of the engine."""
 
     async def take_turns(self) -> None:
         """Turn after turn; returns when the queue has ended and nobody runs any more."""
@@ -77,6 +79,7 @@ class _Batcher:
                     return
             # Taken before the look at the queue: no change in between is missed.
             changes = (self._queue.changed, self._door.changed)
+            self._notice_restart()
             self.fill(trigger)
             if not self._batching.has_turn(trio.current_time()):
                 # What is queued is held back by memory: look again when something has changed.
@@ -119,6 +122,18 @@ class _Batcher:
                     return decision.trigger
 
     # --- before the turn ------------------------------------------------------------------
+
+    def _notice_restart(self) -> None:
+        """An engine that was lost while nobody was aboard has failed no turn."""
+        restarts = self._engine.statistics().restarts
+        if restarts != self._restarts_known:
+            self._restarts_known = restarts
+            self._forget_engine()
+
+    def _forget_engine(self) -> None:
+        """What it used and computed says nothing about the one that takes its place."""
+        self._serving.ledger.engine_restarted()
+        self._serving.engine_age.restarted()
 
     def fill(self, trigger: Trigger) -> None:
         """Let in who may enter the batch, and tell what came of it."""
@@ -182,8 +197,7 @@ class _Batcher:
         aboard = _ids(self._scheduler.running.values()) or "nobody"
         logger.warning("Engine lost ({}: {}) with {} aboard", lost.reason, lost, aboard)
         deliveries = self._scheduler.lost(blameless=lost.reason == "planned")
-        self._serving.ledger.engine_restarted()
-        self._serving.engine_age.restarted()
+        self._forget_engine()
         for delivery in deliveries:
             self._engine.pardon(delivery.sequence.crashes)
         self._hand_out(deliveries)
@@ -202,7 +216,6 @@ class _Batcher:
         )
         self._metrics.batch_loop_restarts.add()
         self._scheduler.abandon()
-        self._serving.engine_age.restarted()
         budget = self._serving.loop_budget
         if not budget.spend(trio.current_time()):
             raise WorkerFault(
