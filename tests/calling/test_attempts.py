@@ -125,7 +125,7 @@ def test_an_error_is_retried_if_it_says_so_and_raised_as_its_class_otherwise(cod
     else:
         with pytest.raises(BY_CODE[code]) as caught:
             take(exchange, refusal(code, retry_after_ms=None))
-        assert caught.value.details == {"depth": 3}
+        assert (caught.value.message, caught.value.details) == ("no", {"depth": 3})
         assert exchange.ended
     assert exchange.cancel_message() is None
 
