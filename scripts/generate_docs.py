@@ -12,14 +12,17 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 
 import quotes
 
 from trio_worker import config, errors
 from trio_worker.cli.command_line import make_parser
+from trio_worker.core import sequence
 from trio_worker.monitoring.metrics import all_descriptions
+from trio_worker.nats import connection_life as nats_connection
 
 ROOT = Path(__file__).resolve().parent.parent
 QUERIES = (ROOT / "docs/alerts.yaml", ROOT / "docs/grafana-dashboard.json")
@@ -77,11 +80,38 @@ def _labels(labels: tuple[str, ...]) -> str:
     return " by " + " and ".join(f"`{label}`" for label in labels) if labels else ""
 
 
+def request_life() -> str:
+    """What follows each stage of a request; whatever else happens there is a fault of ours."""
+    moves = [(stage, event, after) for (stage, event), after in sequence.TRANSITIONS.items()]
+    return _life(sequence.Stage, moves)
+
+
+def connection_life() -> str:
+    """What follows each state of the NATS connection; whatever else happens changes nothing."""
+    table = nats_connection.TRANSITIONS
+    moves = [(state, event, after) for (state, event), after in table.items() if after is not state]
+    return _life(nats_connection.State, moves)
+
+
+def _life(states: Iterable[StrEnum], moves: Sequence[tuple[StrEnum, StrEnum, StrEnum]]) -> str:
+    rows = []
+    for state in states:
+        causes: dict[StrEnum, list[StrEnum]] = {}
+        for before, event, after in moves:
+            if before is state:
+                causes.setdefault(after, []).append(event)
+        steps = [f"{' or '.join(events)} → **{after}**" for after, events in causes.items()]
+        rows.append(f"| **{state}** | {'; '.join(steps) or 'nothing'} |")
+    return "\n".join(["| in | what happens → what follows |", "|---|---|", *rows, ""])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "config-keys": config.reference_markdown,
+    "connection-life": connection_life,
     "error-codes": error_codes,
     "metrics": metrics,
+    "request-life": request_life,
 }
 """What can be generated. A new block is a function here and a pair of markers in a page."""
 
