@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
 from support.broker_conformance import PATIENCE_S, Inbox, System, memory_system, nats_system
 from support.nats_fixtures import fresh_subject, nats_url_fixture  # noqa: F401
 from support.nats_virtual import virtual_server
+from trio.testing import assert_checkpoints, assert_no_checkpoints
 
 from trio_worker.errors import MessageTooLarge, StopWorker, WorkerFault
 from trio_worker.ports import Message
@@ -359,6 +361,62 @@ async def test_exceptions_leave_the_context_as_they_were_raised(system: System) 
     with pytest.raises(KeyError):
         async with system.open(), trio.open_nursery():
             raise KeyError
+
+
+async def test_what_may_wait_is_a_checkpoint_also_when_it_need_not(system: System) -> None:
+    """A sweep that cancels at every checkpoint has to find the same ones in either broker."""
+    subject = fresh_subject()
+    async with AsyncExitStack() as stack:
+        with assert_checkpoints():
+            broker = await stack.enter_async_context(system.open())
+        with assert_checkpoints():
+            subscription = await broker.subscribe(subject, Inbox())
+        with assert_checkpoints(), pytest.raises(ValueError):
+            await broker.subscribe("a b", Inbox())
+        with assert_checkpoints():
+            await broker.flush()
+        broker.publish(Message(subject=subject))
+        with assert_checkpoints():
+            await broker.flush()
+        for _ in range(2):
+            with assert_checkpoints():
+                await subscription.drain()
+        with assert_checkpoints():
+            await stack.aclose()
+
+
+async def test_what_never_waits_is_no_checkpoint(system: System) -> None:
+    """Whatever is checked before a message is published still holds when it is."""
+    subject = fresh_subject()
+    async with system.open() as broker:
+        with assert_no_checkpoints():
+            outlet = broker.open_outlet()
+            for publish in (broker.publish, outlet.publish):
+                publish(Message(subject=subject))
+            outlet.discard()
+            broker.new_inbox()
+            broker.statistics()
+
+
+async def test_wherever_subscribing_is_cancelled_there_is_interest_or_there_is_none(
+    system: System,
+) -> None:
+    """Also between the server's having it and its saying so."""
+    gone = Inbox()
+    async with system.open() as broker:
+        await broker.subscribe("_INBOX.gone4", gone)
+        for steps in range(30):
+            subject, inbox = fresh_subject(), Inbox()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(broker.subscribe, subject, inbox)
+                for _ in range(steps):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            expected = 0 if nursery.cancel_scope.cancelled_caught else 1
+            nobody = len(gone.messages)
+            broker.publish(Message(subject=subject, reply="_INBOX.gone4"))
+            await (inbox.wait() if expected else gone.wait(nobody + 1))
+            assert len(inbox.messages) == expected
 
 
 async def test_a_connection_that_stands_is_not_lost(system: System) -> None:

@@ -16,7 +16,7 @@ from support.nats_virtual import (
     opened,
     server_fixture,  # noqa: F401
 )
-from trio.testing import MockClock
+from trio.testing import MockClock, assert_checkpoints
 
 from trio_worker.errors import BrokerUnavailable, ConfigError, MessageTooLarge
 from trio_worker.nats.broker import open_nats_broker
@@ -456,6 +456,8 @@ async def test_an_error_of_the_server_that_ends_the_connection_is_told(
         server.say("-ERR 'User Authentication Expired'")
         with trio.fail_after(1):
             assert "authentication expired" in await broker.wait_lost()
+        with assert_checkpoints():
+            await broker.wait_lost()
         assert not broker.statistics().connected
         await trio.sleep(600)
         assert len(server.attempts_at) == 1, "nats-py has given up"

@@ -131,7 +131,8 @@ async def test_subscribe_and_flush_wait_for_the_line(server: MemoryServer) -> No
 async def test_an_end_for_good_is_told_and_stays(server: MemoryServer) -> None:
     async with open_memory_broker(server) as broker:
         broker.close_for_good("thrown out")
-        assert await broker.wait_lost() == "thrown out"
+        with trio.testing.assert_checkpoints():
+            assert await broker.wait_lost() == "thrown out"
         broker.reconnect()
         assert not broker.statistics().connected
         broker.publish(Message(subject="a"))

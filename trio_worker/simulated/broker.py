@@ -205,6 +205,7 @@ async def open_memory_broker(
             # The task outlives the block's cancellation until the outbox has been published.
             nursery.start_soon(_carry_until, server, broker.closed)
             try:
+                await trio.lowlevel.checkpoint()  # the real one has to connect
                 yield broker
             finally:
                 with trio.move_on_after(close_timeout_s, shield=True):
@@ -294,10 +295,16 @@ class MemoryBroker:
 
         Cancelled: there is no subscription. Raises `ValueError` if `subject` is not one.
         """
-        _check_pattern(subject)
         await self._up.wait()
+        _check_pattern(subject)
         subscription = MemorySubscription(self, subject, sink, group)
         self._server._subscriptions.append(subscription)
+        try:
+            # The server's answer: messages may come before it, and so may a cancellation.
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled:
+            subscription.end()
+            raise
         return subscription
 
     async def flush(self) -> None:
@@ -396,16 +403,24 @@ class MemorySubscription:
 
     async def drain(self) -> None:
         """As the port says. Cancelled: the sink is not called again."""
-        subscriptions = self.broker._server._subscriptions
-        if self in subscriptions:
-            subscriptions.remove(self)
+        self._withdraw()
         try:
             while self.under_way:
                 self.empty = trio.Event()
                 await self.empty.wait()
             await trio.lowlevel.checkpoint()
         finally:
-            self._ended = True
+            self.end()
+
+    def end(self) -> None:
+        """End the interest now: the sink is not called again."""
+        self._withdraw()
+        self._ended = True
+
+    def _withdraw(self) -> None:
+        subscriptions = self.broker._server._subscriptions
+        if self in subscriptions:
+            subscriptions.remove(self)
 
 
 def _check_pattern(pattern: str) -> None:
