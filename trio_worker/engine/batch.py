@@ -35,7 +35,7 @@ from trio_worker.engine.turn_report import TurnReport, logprob_of
 from trio_worker.protocol.turn import Admit, EngineMemory, Report, RequestId, Work
 
 STEPS_BETWEEN_CLEARS = 512
-"""The allocator's cache of freed buffers is emptied so often, as mlx-lm does."""
+"""After this many the allocator's cache of freed buffers is emptied, as mlx-lm does."""
 
 
 class Batch:

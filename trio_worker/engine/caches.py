@@ -12,7 +12,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from trio_worker.engine.shared_prefixes import Segment, Stem
 
 STEP, STEP_LONG = 64, 256
-"""By how many tokens the room of rows grows, and that of rows which have so many already. Growing
+"""By how many tokens the room of rows grows, and that of rows which have as many already. Growing
 copies all of them, which long rows had better do seldom; but whoever comes or goes copies the room
 that nobody uses as well."""
 
@@ -56,7 +56,7 @@ class RowsCache(BatchKVCache):  # type: ignore[misc]
         stems: Sequence[Stem | None] | None = None,
         layer: int = 0,
     ) -> Self:
-        """What each `KVCache` holds after its row's stem, so many tokens of it, ending together.
+        """What each `KVCache` holds after its row's stem, `held` tokens of it, ending together.
 
         A row may begin up to `missing` tokens after what comes next does; `room` is for that.
         """
@@ -212,7 +212,7 @@ def _stacked(
 ) -> mx.array:
     """The rows of all arrays, with room for `size` tokens at least.
 
-    Of each array, from such a token on, so many tokens, to such a place.
+    A place says, of each array: from which token on, how many tokens, and where they go.
     """
     known = next(array for array in arrays if array is not None)
     count = sum(1 if array is None else array.shape[0] for array in arrays)

@@ -47,7 +47,7 @@ class Found(NamedTuple):
     """One's own, that holds the first `length` of them."""
     length: int
     stem: Stem | None
-    """The same for all who find it, with nearly so many, if that is worth while."""
+    """The same for all who find it, of nearly as many tokens, if that is worth while."""
 
 
 class PrefixCache:

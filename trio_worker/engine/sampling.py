@@ -25,8 +25,8 @@ GREEDY_BELOW = 1e-5
 """A lower temperature leaves only the likeliest token, and would overflow."""
 
 HEAD = 4096
-"""The filters look at so many likeliest tokens of a row: a sort of the whole vocabulary costs
-ten times as much on a CPU. The same for every row, since the noise of a row depends on it."""
+"""The filters look at this many of the likeliest tokens of a row: a sort of the whole vocabulary
+costs ten times as much on a CPU. The same for every row, since the noise of a row depends on it."""
 
 _MASK64 = 2**64 - 1
 

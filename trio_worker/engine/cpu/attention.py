@@ -16,8 +16,8 @@ from trio_worker.engine.cpu.exponentials import SPAN, weights_below
 from trio_worker.engine.shared_prefixes import Part, Segment
 
 _BLOCK, _BLOCK_ROWS = 1 << 18, 64
-"""Scores computed at once: a megabyte of them, but of so many queries at least, since the keys are
-read once for each block."""
+"""Scores computed at once: a megabyte of them, but of at least this many queries, since the keys
+are read once for each block."""
 _MANY = 1 << 17
 """Numbers from which MLX's `max` and `sum` take longer than vectorised operations that say the
 same."""
