@@ -3,6 +3,9 @@ set positional-arguments
 # `uv run` sets UV; the plain name may not be on PATH.
 uv := env("UV", "uv")
 
+# Empty stands for unset: what starts many processes should compile each file once.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # what there is
 @default:
     "{{ just_executable() }}" --justfile "{{ justfile() }}" --list

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from loguru import logger
 
@@ -27,3 +30,13 @@ def _write(line: str) -> None:
 logger.enable("trio_worker")
 logger.remove()
 logger.add(_write, level="WARNING", diagnose=False)
+
+
+_ALL_MLX = re.compile(r"^pytestmark = .*\bmark\.mlx\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where tests marked `mlx` are left out, whole modules of them need not import it."""
+    if collection_path.suffix == ".py" and "not mlx" in config.option.markexpr:
+        return True if _ALL_MLX.search(collection_path.read_text(encoding="utf-8")) else None
+    return None
