@@ -35,7 +35,7 @@ from trio_worker.core.sequence import Ending
 from trio_worker.errors import WorkerFault
 from trio_worker.flow.door import Door
 from trio_worker.flow.serving import Serving, make_serving
-from trio_worker.monitoring.counters import RequestCounters
+from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeats, heartbeats
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.observed_worker import ObservedWorker
@@ -106,6 +106,7 @@ class _Worker:
     world: World
     broker: Broker
     serving: Serving
+    batches: BatchCounters
     counters: RequestCounters
     beats: Heartbeats
     observed: ObservedWorker
@@ -276,7 +277,12 @@ async def _show_drain(worker: _Worker) -> None:
 
 
 async def _run_batcher(worker: _Worker) -> None:
-    await run_batcher(worker.serving, counters=worker.counters, heartbeat=worker.beats.batcher)
+    await run_batcher(
+        worker.serving,
+        batches=worker.batches,
+        counters=worker.counters,
+        heartbeat=worker.beats.batcher,
+    )
 
 
 async def _run_monitor(worker: _Worker) -> None:
@@ -431,7 +437,7 @@ def _make_worker(
         limits.max_memory_mb,
         limits.critical_memory_mb,
     )
-    counters = RequestCounters()
+    batches, counters = BatchCounters(), RequestCounters()
     observed = ObservedWorker(
         WorkerParts(
             config=worker,
@@ -439,7 +445,7 @@ def _make_worker(
             door=serving.door,
             queue=serving.queue,
             scheduler=serving.scheduler,
-            batches=serving.batches,
+            batches=batches,
             counters=counters,
             engine=engine,
             broker=broker,
@@ -451,6 +457,7 @@ def _make_worker(
         world=world,
         broker=broker,
         serving=serving,
+        batches=batches,
         counters=counters,
         beats=beats,
         observed=observed,

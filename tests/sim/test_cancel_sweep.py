@@ -140,8 +140,8 @@ def test_whoever_is_there_when_the_worker_fails_is_told(
     assert ended in (record.ended or "")
 
 
-STRIDE = 4
-"""Usually each scope is cancelled at one step in four, another one in every scenario."""
+STRIDE = 5
+"""Usually each scope is cancelled at one step in five, another one in every scenario."""
 
 
 @pytest.mark.parametrize("stride", [STRIDE, pytest.param(1, marks=pytest.mark.thorough)])

@@ -25,7 +25,6 @@ from trio_worker.flow.request_channel import (
     PrioritySendChannel,
     open_priority_channel,
 )
-from trio_worker.monitoring.counters import BatchCounters
 from trio_worker.ports import Engine
 from trio_worker.supervisor.restart_budget import RestartBudget
 from trio_worker.wire.native import RequestLimits
@@ -56,7 +55,6 @@ class Serving:
     engine_age: EngineAge
     loop_budget: RestartBudget
     """How often the batch loop may fail and start again."""
-    batches: BatchCounters
 
     @property
     def admission(self) -> Admission:
@@ -116,7 +114,6 @@ def make_serving(
         loop_budget=RestartBudget(
             max_restarts=worker.engine.max_restarts, window_s=worker.engine.restart_window_s
         ),
-        batches=BatchCounters(),
     )
 
 

@@ -20,12 +20,14 @@ from trio_worker.core.scheduler import Delivery
 from trio_worker.core.sequence import Sequence
 from trio_worker.errors import EngineLost, WorkerFault
 from trio_worker.flow.serving import Serving
-from trio_worker.monitoring.counters import RequestCounters
+from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
 from trio_worker.protocol.turn import Report, RequestId, SequenceFailure, Work
 
 
-async def run_batcher(serving: Serving, *, counters: RequestCounters, heartbeat: Heartbeat) -> None:
+async def run_batcher(
+    serving: Serving, *, batches: BatchCounters, counters: RequestCounters, heartbeat: Heartbeat
+) -> None:
     """Run until cancelled, or until the queue ends. Owns the queue's end and the running set.
 
     When the engine is lost, running sequences stay in the running set, and go back into the
@@ -34,7 +36,7 @@ async def run_batcher(serving: Serving, *, counters: RequestCounters, heartbeat:
     After a fault of its own the loop starts again with a fresh engine, as `_Batcher.recover` says,
     and raises `WorkerFault` when its budget is spent.
     """
-    batcher = _Batcher(serving, counters, heartbeat)
+    batcher = _Batcher(serving, batches, counters, heartbeat)
     with serving.queue_out:
         logger.debug("Batcher loop started")
         try:
@@ -53,14 +55,20 @@ async def run_batcher(serving: Serving, *, counters: RequestCounters, heartbeat:
 class _Batcher:
     """The loop, and what is told, counted and handed out around a turn."""
 
-    def __init__(self, serving: Serving, counters: RequestCounters, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        batches: BatchCounters,
+        counters: RequestCounters,
+        heartbeat: Heartbeat,
+    ) -> None:
         self._serving = serving
         self._queue = serving.queue_out
         self._door = serving.door
         self._engine = serving.engine
         self._scheduler = serving.scheduler
         self._batching = serving.batching
-        self._batches = serving.batches
+        self._batches = batches
         self._heartbeat = heartbeat
         self._counters = counters
         self._metrics = counters.metrics
