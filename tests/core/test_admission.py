@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.factories import make_sequence
+from support.factories import make_admission, make_sequence
 
 from trio_worker.core.admission import Admission
 from trio_worker.core.memory import MB, MemoryReading, PressureGauge
-from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Sequence, Stage
 from trio_worker.errors import (
@@ -36,7 +35,7 @@ class Gate:
     queue: RequestQueue = field(default_factory=lambda: RequestQueue(max_size=100))
 
     def open(self) -> Admission:
-        admission = Admission(
+        admission = make_admission(
             queue_enabled=self.queue_enabled,
             max_depth=self.max_depth,
             reject_when_full=self.reject,
@@ -44,8 +43,6 @@ class Gate:
             refuse_unmeetable=self.refuse_unmeetable,
             gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
             queue=self.queue,
-            rate=ServiceRate(),
-            arrivals=ArrivalRate(),
         )
         admission.engine_ready = True
         return admission
@@ -228,16 +225,8 @@ def test_when_callers_should_come_and_why_not(*, queue_enabled: bool) -> None:
 
 def test_a_new_admission_lets_nobody_hope() -> None:
     admission = Gate().open()
-    fresh = Admission(
-        queue_enabled=True,
-        max_depth=8,
-        reject_when_full=True,
-        slots=2,
-        refuse_unmeetable=False,
-        gauge=admission.gauge,
-        queue=RequestQueue(max_size=10),
-        rate=ServiceRate(),
-        arrivals=ArrivalRate(),
+    fresh = make_admission(
+        max_depth=8, slots=2, gauge=admission.gauge, queue=RequestQueue(max_size=10)
     )
     assert (fresh.engine_ready, fresh.draining) == (False, False)
     for number in range(5):
@@ -258,19 +247,13 @@ def test_a_new_admission_lets_nobody_hope() -> None:
 # --- one rule at a time ---------------------------------------------------------------------
 
 
-def make_admission(
-    *, max_depth: int = 4, slots: int = 2, reject: bool = True, enabled: bool = True
-) -> Admission:
-    admission = Admission(
-        queue_enabled=enabled,
+def ready_admission(*, max_depth: int = 4, slots: int = 2, reject: bool = True) -> Admission:
+    admission = make_admission(
         max_depth=max_depth,
         reject_when_full=reject,
         slots=slots,
-        refuse_unmeetable=True,
         gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
         queue=RequestQueue(max_size=max_depth + slots),
-        rate=ServiceRate(),
-        arrivals=ArrivalRate(),
     )
     admission.engine_ready = True
     return admission
@@ -286,7 +269,7 @@ def admit(admission: Admission, request_id: str) -> Sequence | WorkerError:
 
 
 def test_each_thing_that_speaks_against_a_request_has_its_code() -> None:
-    admission = make_admission(max_depth=1)
+    admission = ready_admission(max_depth=1)
     assert isinstance(admit(admission, "a"), Sequence)
     assert isinstance(admit(admission, "a"), DuplicateRequest)
     assert isinstance(admit(admission, "b"), QueueFull)
@@ -299,7 +282,7 @@ def test_each_thing_that_speaks_against_a_request_has_its_code() -> None:
 
 
 def test_a_place_is_held_until_the_batch_or_the_end() -> None:
-    admission = make_admission(max_depth=1)
+    admission = ready_admission(max_depth=1)
     first = admit(admission, "a")
     assert isinstance(first, Sequence)
     full = [admission.is_full]
@@ -314,7 +297,7 @@ def test_a_place_is_held_until_the_batch_or_the_end() -> None:
 
 
 def test_who_waits_for_a_place_gets_it_in_the_order_of_the_queue() -> None:
-    admission = make_admission(max_depth=1, reject=False)
+    admission = ready_admission(max_depth=1, reject=False)
     holder = admit(admission, "holder")
     assert isinstance(holder, Sequence)
     low, high = make_sequence("low", level=2), make_sequence("high", level=0)
@@ -332,7 +315,7 @@ def test_who_waits_for_a_place_gets_it_in_the_order_of_the_queue() -> None:
 
 
 def test_accepting_ends_before_the_queue_is_full_and_comes_back_at_half() -> None:
-    admission = make_admission(max_depth=8, slots=2)
+    admission = ready_admission(max_depth=8, slots=2)
     sequences = []
     states = []
     for index in range(8):
@@ -349,7 +332,7 @@ def test_accepting_ends_before_the_queue_is_full_and_comes_back_at_half() -> Non
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abe")), max_size=80))
 def test_places_never_exceed_the_bound(steps: list[tuple[int, str]]) -> None:
-    admission = make_admission(max_depth=3, reject=False)
+    admission = ready_admission(max_depth=3, reject=False)
     alive: dict[str, Sequence] = {}
     for number, step in steps:
         request_id = str(number)
@@ -370,7 +353,7 @@ def test_places_never_exceed_the_bound(steps: list[tuple[int, str]]) -> None:
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_with_an_estimate() -> None:
-    admission = make_admission(max_depth=40, slots=2)
+    admission = ready_admission(max_depth=40, slots=2)
     for service_s in (4.0, 2.0) * 8:
         admission.rate.record(service_s)
     for index in range(20):

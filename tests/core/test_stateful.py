@@ -8,12 +8,10 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.factories import make_sequence
+from support.factories import make_admission, make_sequence
 
-from trio_worker.core.admission import Admission
 from trio_worker.core.memory import MB, MemoryReading, PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
-from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Event, Sequence, Stage
@@ -304,7 +302,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     def open(self, max_depth: int, slots: int, rejects: bool, queue_enabled: bool) -> None:  # noqa: FBT001 - drawn by name
         self.gauge = PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB)
         self.queue = RequestQueue(max_size=100)
-        self.admission = Admission(
+        self.admission = make_admission(
             queue_enabled=queue_enabled,
             max_depth=max_depth,
             reject_when_full=rejects,
@@ -312,8 +310,6 @@ class AdmissionMachine(RuleBasedStateMachine):
             refuse_unmeetable=False,
             gauge=self.gauge,
             queue=self.queue,
-            rate=ServiceRate(),
-            arrivals=ArrivalRate(),
         )
         self.places = max_depth if queue_enabled else slots
         self.slots = slots

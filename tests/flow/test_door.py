@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from support.factories import Scope, make_sequence
+from support.factories import Scope, make_admission, make_sequence
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from trio_worker.core.admission import Admission
 from trio_worker.core.memory import MB, MemoryReading, PressureGauge
-from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Ending, Event, Stage
 from trio_worker.errors import QueueFull, WorkerDraining
@@ -21,16 +19,12 @@ from trio_worker.protocol.turn import RequestId
 
 def make_door(*, max_depth: int = 1, reject: bool = False, ready: bool = True) -> Door:
     door = Door(
-        Admission(
-            queue_enabled=True,
+        make_admission(
             max_depth=max_depth,
             reject_when_full=reject,
             slots=1,
-            refuse_unmeetable=False,
             gauge=PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB),
             queue=RequestQueue(max_size=10),
-            rate=ServiceRate(),
-            arrivals=ArrivalRate(),
         )
     )
     if ready:
