@@ -11,10 +11,11 @@ import trio
 from support import http_loopback as loopback
 from support import http_virtual as virtual
 from support.log_records import logged, texts
-from support.observed import SNAPSHOT, FakeWorker
+from support.observed import SNAPSHOT, FakeWorker, fake_exposition
 from trio.testing import MockClock
 
-from trio_worker.monitoring import event_feed, recent
+from trio_worker.monitoring import event_feed, http_pages, recent
+from trio_worker.monitoring.event_feed import EventFeed
 from trio_worker.monitoring.observed import Health, Observed
 
 MEMORY_LINE = (
@@ -48,6 +49,13 @@ async def test_the_snapshot_is_json() -> None:
         status, body = await loopback.get(port, "/stats")
     assert status == 200
     assert json.loads(body)["queue"]["by_priority"] == {"high": 3, "low": 0}
+
+
+def test_the_index_names_every_page_but_the_dashboards_parts() -> None:
+    """What it names has to be in the documentation, too."""
+    worker = FakeWorker()
+    paths = http_pages.routes_of(worker, fake_exposition, EventFeed(worker)).keys()
+    assert paths - {"/page/{name}"} == http_pages.ENDPOINTS.keys()
 
 
 async def test_the_index_names_pages_that_exist() -> None:
