@@ -14,6 +14,7 @@ import yaml
 from support.paths import DOCS, REPOSITORY
 
 from trio_worker import config, errors
+from trio_worker.core.memory import DegradationStep
 
 
 def _load_script(name: str) -> ModuleType:
@@ -203,6 +204,12 @@ def test_cluster_yaml_holds_every_key_with_its_default() -> None:
     text = (REPOSITORY / "cluster.yaml").read_text(encoding="utf-8")
     for key in config.all_keys():
         assert key.path.rpartition(".")[2] in text, key.path
+
+
+def test_every_step_of_degradation_is_documented() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    for step in DegradationStep:
+        assert f"| `{step}` |" in text
 
 
 def test_every_key_is_documented() -> None:

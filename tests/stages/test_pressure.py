@@ -560,7 +560,7 @@ async def test_a_load_of_three_times_the_limit_stays_below_it_and_everyone_is_an
     assert codes["ok"] > 0.7 * sent
     assert set(codes) <= {"ok", "QUEUE_FULL", "REQUEST_TIMEOUT", "RESOURCE_LIMIT_EXCEEDED"}
     assert peak_mb <= 200 + 8, "the hard limit and one turn's growth"
-    order = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"]
+    order = [each.value for each in DegradationStep]
     assert all(steps == order[: len(steps)] for steps in combinations)
     assert order in combinations
     assert combinations.count([]) > 3, "engaged and disengaged again and again"
