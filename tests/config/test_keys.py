@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from msgspec import Meta, Struct
 
-from trio_worker.config import keys
+from trio_worker.config import generated, keys
 from trio_worker.config.keys import Key, Section
 
 
@@ -193,7 +193,7 @@ def test_of_two_equal_names_the_one_with_more_parents_in_common_is_meant(*, turn
 
 
 def test_the_schema_says_what_the_checks_say() -> None:
-    assert keys.schema(ROOT) == {
+    assert generated.schema(ROOT) == {
         "type": ["object", "null"],
         "properties": {
             "count": {
@@ -257,8 +257,8 @@ def test_the_schema_says_what_the_checks_say() -> None:
 def test_the_reference_has_a_table_for_each_section() -> None:
     outer: Any = Section(path="", nullable=False, description="", children={"root": ROOT})
     named = keys.describe(Root, path="root", description="all of it")
-    assert keys.markdown(outer) == keys.markdown(ROOT)
-    assert keys.markdown(named) == (
+    assert generated.markdown(outer) == generated.markdown(ROOT)
+    assert generated.markdown(named) == (
         "### root\n\n"
         "All of it.\n\n"
         "| key | value | default | meaning |\n"
@@ -278,7 +278,7 @@ def test_the_reference_has_a_table_for_each_section() -> None:
         "| `root.inner.ratio` | a number in 0.0…1e+300 | `0.5` | How much. |\n"
         "| `root.inner.mode` | one of fast, safe | `fast` | How. |\n"
     )
-    assert keys.markdown(ROOT).startswith("### \n\n| key | value |"), "no word of nothing"
+    assert generated.markdown(ROOT).startswith("### \n\n| key | value |"), "no word of nothing"
 
 
 def test_the_words_for_the_patterns_of_the_wire() -> None:

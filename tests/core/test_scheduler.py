@@ -263,7 +263,7 @@ def test_whose_slot_may_be_taken_and_who_is_least_urgent() -> None:
         later_low.preempted += 1
     assert scheduler.victim_of(make_sequence("medium too", level=1, at=0.0)) is low
     assert scheduler.victim_of(make_sequence("low too", level=2, at=-9.0)) is None, "its own level"
-    # Key 11 is not later than key 11: who has waited its bound cannot be pushed aside.
+    # QueueKey 11 is not later than key 11: who has waited its bound cannot be pushed aside.
     assert scheduler.victim_of(make_sequence("medium", level=1, at=5.5)) is None
 
 

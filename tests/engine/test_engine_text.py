@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 from support.tiny_model import END, VOCABULARY, byte_token, write_tiny_model
 
-from trio_worker.engine.text import Answer, Redecoding, StopMatcher, Vocabulary
+from trio_worker.engine.text import AnswerText, Redecoding, StopMatcher, Vocabulary
 
 pytestmark = pytest.mark.mlx
 
@@ -32,7 +32,7 @@ def one_by_one(text: Any) -> Any:
 
 
 def test_no_character_is_ever_split(vocabulary: Any) -> None:
-    answer = Answer(vocabulary, ())
+    answer = AnswerText(vocabulary, ())
     pieces = [answer.feed(token)[0] for token in one_by_one(TEXT)]
     assert "".join(pieces) == TEXT
     assert all("\ufffd" not in piece for piece in pieces)
@@ -42,32 +42,32 @@ def test_a_text_without_byte_tokens_is_shown_as_the_tokenizer_decodes_it(
     vocabulary: Any, tokenizer: Any
 ) -> None:
     tokens = tokenizer.encode(" hello world and the string")
-    answer = Answer(vocabulary, ())
+    answer = AnswerText(vocabulary, ())
     assert "".join(answer.feed(token)[0] for token in tokens) == tokenizer.decode(tokens)
 
 
 @given(st.lists(st.integers(0, VOCABULARY - 1), max_size=40))
 def test_any_tokens_give_the_bytes_they_stand_for(vocabulary: Any, tokens: Any) -> None:
     """Random weights, and bad models, say things that are no UTF-8."""
-    answer = Answer(vocabulary, ())
+    answer = AnswerText(vocabulary, ())
     shown = "".join(answer.feed(token)[0] for token in tokens) + answer.finish()[0]
     raw = b"".join(vocabulary._bytes.get(token, b"") for token in tokens if token > END)
     assert shown == raw.decode("utf-8", "replace")
 
 
 def test_an_incomplete_character_is_flushed_at_the_end(vocabulary: Any) -> None:
-    answer = Answer(vocabulary, ())
+    answer = AnswerText(vocabulary, ())
     assert answer.feed(byte_token(0xF0)) == ("", False)
     assert answer.finish() == ("\ufffd", False)
 
 
 def test_special_tokens_show_nothing_but_have_a_name(vocabulary: Any) -> None:
-    assert Answer(vocabulary, ()).feed(END) == ("", False)
+    assert AnswerText(vocabulary, ()).feed(END) == ("", False)
     assert vocabulary.token_text(END) == "<|im_end|>"
 
 
 def test_a_token_beyond_the_tokenizer_shows_nothing(vocabulary: Any) -> None:
-    assert Answer(vocabulary, ()).feed(VOCABULARY - 1) == ("", False)
+    assert AnswerText(vocabulary, ()).feed(VOCABULARY - 1) == ("", False)
 
 
 def test_the_way_for_other_tokenizers_shows_the_same(tokenizer: Any) -> None:

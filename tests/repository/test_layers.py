@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),
     *("calling.any_loop", "calling.attempts"),
-    *("config.catalogue", "config.conflicts", "config.keys"),
+    *("config.catalogue", "config.conflicts", "config.generated", "config.keys"),
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),

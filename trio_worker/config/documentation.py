@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from trio_worker.config import keys
+from trio_worker.config import generated
 from trio_worker.config.catalogue import KEYS, ROOT
 from trio_worker.config.keys import quoted
 from trio_worker.config.loading import Loaded
@@ -32,7 +32,7 @@ def effective_yaml(loaded: Loaded) -> str:
         derived = KEYS[path].derived if path in KEYS else None
         return f"default, {derived}" if derived else "default"
 
-    return keys.filled(ROOT, msgspec.structs.replace(config, nats=nats), remark)
+    return generated.filled(ROOT, msgspec.structs.replace(config, nats=nats), remark)
 
 
 def json_schema() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "cluster.yaml of trio-worker",
         "type": "object",
-        "properties": {"cluster": keys.schema(ROOT)},
+        "properties": {"cluster": generated.schema(ROOT)},
         "required": ["cluster"],
         "additionalProperties": False,
     }
@@ -49,4 +49,4 @@ def json_schema() -> dict[str, Any]:
 
 def reference_markdown() -> str:
     """Every key with its values, default and meaning, in one table per section."""
-    return keys.markdown(ROOT)
+    return generated.markdown(ROOT)

@@ -1,8 +1,7 @@
 """What is said once about each key of a configuration, read from msgspec structs.
 
-A struct's annotations hold type, range, default and meaning of each key. From them come: the
-check of one value and its message, the nearest key to a misspelt one, a JSON Schema, and the
-tables of the reference.
+A struct's annotations hold type, range, default and meaning of each key. From them come the check
+of one value and its message, the nearest key to a misspelt one, and what `generated` makes of them.
 
 In `Meta(extra=…)` stands what a type cannot say: `secret`, whose value is never shown; `login`,
 whose value may hold a user and a password, which are not shown either; and `derived`, from what
@@ -14,15 +13,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 from msgspec import Struct
 from msgspec import inspect as shape
-
-from trio_worker.config import strict_yaml
 
 SUBJECT_TOKEN = r"\A[A-Za-z0-9_-]{1,64}\Z"  # noqa: S105 - a token of a subject
 SUBJECT = r"\A[^\s.*>]+(\.([^\s.*>]+|\*))*(\.>)?\Z"
@@ -132,7 +129,7 @@ def _unwrap(kind: shape.Type) -> tuple[shape.Type, dict[str, Any], dict[str, Any
     return kind, {}, {}, False
 
 
-def _item(kind: shape.VarTupleType) -> shape.Type:
+def item_of(kind: shape.VarTupleType) -> shape.Type:
     return _unwrap(kind.item_type)[0]
 
 
@@ -205,7 +202,7 @@ def _fault_of_list(kind: shape.VarTupleType, value: object) -> tuple[object, str
         return None, f"has {len(value)} entries, not {kind.min_length} to {kind.max_length}"
     accepted: list[object] = []
     for each in value:
-        item, fault = _fault(_item(kind), each)
+        item, fault = _fault(item_of(kind), each)
         if fault is not None:
             return None, f"has an entry {shown(each)} that {fault}"
         if item in accepted:
@@ -268,7 +265,7 @@ def _kind(kind: shape.Type) -> str:
     if isinstance(kind, shape.LiteralType):
         return f"one of {', '.join(map(str, kind.values))}"
     if isinstance(kind, shape.VarTupleType):
-        return f"a list of {kind.min_length} to {kind.max_length}, each {_kind(_item(kind))}"
+        return f"a list of {kind.min_length} to {kind.max_length}, each {_kind(item_of(kind))}"
     return _PATTERNS[kind.pattern] if isinstance(kind, shape.StrType) else "true or false"
 
 
@@ -303,115 +300,3 @@ def _common_parents(path: str, other: str) -> int:
 def _plain(name: str) -> str:
     """A key without what differs between ways of spelling it."""
     return name[:100].replace("_", "").replace("-", "").lower()
-
-
-# --- what is generated ----------------------------------------------------------------------
-
-
-def schema(section: Section) -> dict[str, Any]:
-    """The JSON Schema of a section. A section that is null has its defaults."""
-    return {
-        **({"description": section.description} if section.description else {}),
-        "type": ["object", "null"],
-        "properties": {
-            name: _schema_of_key(child) if isinstance(child, Key) else schema(child)
-            for name, child in section.children.items()
-        },
-        "additionalProperties": False,
-    }
-
-
-def _schema_of_key(key: Key) -> dict[str, Any]:
-    of_type = _schema_of_type(key.type)
-    if key.nullable:
-        of_type["type"] = [of_type["type"], "null"]
-    return {
-        "description": key.description + (f"; default: {key.derived}" if key.derived else ""),
-        **of_type,
-        "default": list(key.default) if isinstance(key.default, tuple) else key.default,
-        **({"examples": list(key.examples)} if key.examples else {}),
-    }
-
-
-def _schema_of_type(kind: shape.Type) -> dict[str, Any]:
-    if isinstance(kind, shape.BoolType):
-        return {"type": "boolean"}
-    if isinstance(kind, shape.IntType | shape.FloatType):
-        name = "integer" if isinstance(kind, shape.IntType) else "number"
-        return {"type": name, "minimum": kind.ge, "maximum": kind.le}
-    if isinstance(kind, shape.LiteralType):
-        return {"type": "string", "enum": list(kind.values)}
-    if isinstance(kind, shape.VarTupleType):
-        return {
-            "type": "array",
-            "items": _schema_of_type(_item(kind)),
-            "minItems": kind.min_length,
-            "maxItems": kind.max_length,
-            "uniqueItems": True,
-        }
-    assert isinstance(kind, shape.StrType)
-    limits = {
-        "minLength": kind.min_length,
-        "maxLength": kind.max_length,
-        # JSON Schema has the patterns of ECMAScript, where `$` is the very end.
-        "pattern": kind.pattern and kind.pattern.replace(r"\A", "^").replace(r"\Z", "$"),
-    }
-    return {"type": "string"} | {name: each for name, each in limits.items() if each is not None}
-
-
-def filled(root: Section, values: Struct, remark: Callable[[str], str]) -> str:
-    """cluster.yaml with every key, its value in `values`, and the remark on its path."""
-    return "\n".join(["cluster:", *_filled(root, values, remark, "  "), ""])
-
-
-def _filled(
-    section: Section, values: Struct, remark: Callable[[str], str], indent: str
-) -> Iterator[str]:
-    for name, child in section.children.items():
-        value = getattr(values, name)
-        if isinstance(child, Section) and value is not None:
-            yield f"{indent}{name}:"
-            yield from _filled(child, value, remark, f"{indent}  ")
-            continue
-        visible = _visible(child, value) if isinstance(child, Key) else value
-        hidden = "" if visible == value else ", hidden"
-        written = f"{indent}{name}: {strict_yaml.written(visible)}"
-        yield f"{written:<{_REMARK_COLUMN}}  # {remark(child.path)}{hidden}"
-
-
-def _visible(key: Key, value: Any) -> Any:
-    if key.secret and value is not None:
-        return "***"
-    return without_login(value) if key.login else value
-
-
-_REMARK_COLUMN = 44
-
-
-def markdown(root: Section) -> str:
-    """Every key with its values, default and meaning, in one table per section."""
-    blocks = []
-    for section in root.sections():
-        rows = [_row(child) for child in section.children.values() if isinstance(child, Key)]
-        if rows:
-            note = [f"{_sentence(section.description)}\n"] if section.description else []
-            head = ["| key | value | default | meaning |", "|---|---|---|---|"]
-            blocks.append("\n".join([f"### {section.path}\n", *note, *head, *rows]))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _row(key: Key) -> str:
-    cells = (f"`{key.path}`", key.expected, _default(key), _sentence(key.description))
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _default(key: Key) -> str:
-    if key.derived:
-        return key.derived
-    if isinstance(key.default, str):
-        return f"`{key.default}`"
-    return f"`{shown(key.default)}`"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."

@@ -16,7 +16,7 @@ from sortedcontainers import SortedDict
 from trio_worker.core.memory import MB, Pressure, PressureGauge
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.sequence import Event, Key, Sequence, Stage
+from trio_worker.core.sequence import Event, QueueKey, Sequence, Stage
 from trio_worker.errors import (
     SHUTTING_DOWN,
     DuplicateRequest,
@@ -59,7 +59,7 @@ class Admission:
         self._refuse_unmeetable = refuse_unmeetable
         self._max_waiting = 0 if reject_when_full or not queue_enabled else max_depth
         self._placed: set[RequestId] = set()
-        self._waiting: SortedDict[Key, Sequence] = SortedDict()
+        self._waiting: SortedDict[QueueKey, Sequence] = SortedDict()
         self._accepting = False
 
     @property

@@ -11,7 +11,7 @@ from collections import Counter
 
 from sortedcontainers import SortedDict
 
-from trio_worker.core.sequence import Key, Sequence
+from trio_worker.core.sequence import QueueKey, Sequence
 
 
 class RequestQueue:
@@ -21,7 +21,7 @@ class RequestQueue:
         self.max_size = max_size
         self.promotions = 0
         """How often a request was taken while a more urgent one was waiting: aging at work."""
-        self._by_key: SortedDict[Key, Sequence] = SortedDict()
+        self._by_key: SortedDict[QueueKey, Sequence] = SortedDict()
         self._by_level: Counter[int] = Counter()
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class RequestQueue:
             self.promotions += 1
         return sequence
 
-    def ahead_of(self, key: Key) -> int:
+    def ahead_of(self, key: QueueKey) -> int:
         """How many stand before a sequence with this key."""
         return int(self._by_key.bisect_left(key))
 

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 from trio_worker.core.request import Request
 from trio_worker.protocol.turn import Output, RequestId, SequenceFailure
 
-Key: TypeAlias = tuple[float, float, int]
+QueueKey: TypeAlias = tuple[float, float, int]
 
 
 class Stage(StrEnum):
@@ -99,7 +99,7 @@ class Sequence:
     """On the monotonic clock, in seconds, as every `_at` below."""
     scope: Cancellable
     """Cancelling it ends the request at whatever stage it is."""
-    key: Key
+    key: QueueKey
     """The earliest key is served first."""
     stage: Stage = Stage.TOKENISING
     ending: Ending | None = None
@@ -169,7 +169,7 @@ class Sequence:
             self.scope.cancel(reason=ending)
 
 
-def queue_key(*, enqueued_at: float, level: int, aging_s: float | None, arrival: int) -> Key:
+def queue_key(*, enqueued_at: float, level: int, aging_s: float | None, arrival: int) -> QueueKey:
     """The static key: with aging, waiting `aging_s` is worth one level; without, levels are strict.
 
     Both times grow alike for every waiting request, so their order never changes while they wait

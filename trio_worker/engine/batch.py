@@ -30,7 +30,7 @@ from trio_worker.engine.prefill_plan import ComputePart, ModelCall, PrefillPlan
 from trio_worker.engine.prompts import ReadyRows, compute_ends, compute_part, lengths_of
 from trio_worker.engine.row import Row
 from trio_worker.engine.shared_prefixes import lengthened
-from trio_worker.engine.text import Answer, Vocabulary
+from trio_worker.engine.text import AnswerText, Vocabulary
 from trio_worker.engine.turn_report import TurnReport, logprob_of
 from trio_worker.protocol.turn import Admit, EngineMemory, Report, RequestId, Work
 
@@ -119,7 +119,7 @@ class Batch:
             raise ValueError(f"{admit.request_id} is in the batch already")
         try:
             self._check(admit)
-            answer = Answer(self._vocabulary, admit.stop)
+            answer = AnswerText(self._vocabulary, admit.stop)
             for token in admit.produced:
                 answer.feed(token)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it concerns this sequence only

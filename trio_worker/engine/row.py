@@ -8,7 +8,7 @@ from typing import Any
 
 from trio_worker.engine.prefix_cache import TokenArray, as_array
 from trio_worker.engine.shared_prefixes import Stem
-from trio_worker.engine.text import Answer
+from trio_worker.engine.text import AnswerText
 from trio_worker.protocol.turn import FinishReason, RequestId, Sampling
 
 
@@ -22,7 +22,7 @@ class Row:
     prompt_length: int
     max_tokens: int
     sampling: Sampling
-    answer: Answer
+    answer: AnswerText
     produced: int
     """Tokens of the answer so far."""
     done: int = 0

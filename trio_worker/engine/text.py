@@ -120,7 +120,7 @@ class StopMatcher:
         return held
 
 
-class Answer:
+class AnswerText:
     """The text of one sequence: its detokeniser and its stop matcher, in this order."""
 
     def __init__(self, vocabulary: Vocabulary, stops: tuple[str, ...]) -> None:

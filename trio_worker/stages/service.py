@@ -8,7 +8,6 @@ subject. Everything happens inside the broker's callback.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -58,7 +57,7 @@ async def run_service(
     info: EngineInfo,
     counters: RequestCounters,
     snapshot: Callable[[], Snapshot],
-    reply_prefixes: Many[str],
+    reply_prefixes: tuple[str, ...],
     started_at: float,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -103,7 +102,7 @@ _Bodies: TypeAlias = tuple[bytes, ...]
 _Compute: TypeAlias = Callable[[], tuple[Mapping[str, Any], ...]]
 
 
-def _encoded(choice: Many[Mapping[str, Any]]) -> _Bodies:
+def _encoded(choice: tuple[Mapping[str, Any], ...]) -> _Bodies:
     return tuple(map(msgspec.json.encode, choice))
 
 
