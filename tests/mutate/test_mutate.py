@@ -131,6 +131,7 @@ def test_a_match_is_planted_into_case_by_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.thorough
 def test_what_no_test_notices_is_told_and_an_explanation_has_to_be_true(project: Path) -> None:
     (project / "tests/mutate_equivalent.toml").write_text(
         """["small/rules.py"]
