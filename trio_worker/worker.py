@@ -138,8 +138,9 @@ async def run_worker(config: Config, world: World) -> None:
                 standing,
             )
         root.start_soon(_count_stops, world.stops, stops)
-        with trio.CancelScope() as run:
-            root.start_soon(_stop_while_loading, stops, ready, run, standing)
+        run = trio.CancelScope()
+        root.start_soon(_stop_while_loading, stops, ready, run, standing)
+        with run:
             async with world.open_broker() as broker, world.open_engine() as engine:
                 await _serve(
                     _make_worker(
@@ -181,7 +182,8 @@ async def _serve(worker: _Worker) -> None:
                 if world.greet is not None:
                     services.start_soon(world.greet, worker.broker)
                 await worker.stops.wait_value(_once)
-                services.start_soon(_cut_short, worker.stops, requests.cancel_scope)
+                # To cancel a nursery that has been left changes nothing.
+                services.start_soon(_cut_short, worker.stops, requests.cancel_scope)  # noqa: ASYNC111
                 _begin_drain(worker)
             # Intake has ended: nothing comes in any more. What has no token yet goes.
             _end_without_a_token(door)
@@ -318,7 +320,7 @@ async def _run_reporter(worker: _Worker) -> None:
     )
 
 
-async def _serve_http(
+async def _serve_http(  # noqa: ASYNC128 - what it runs reports the start
     worker: _Worker, serve_http: ServeHttp, *, task_status: trio.TaskStatus[int]
 ) -> None:
     monitoring = worker.config.worker.monitoring
@@ -331,7 +333,7 @@ async def _serve_http(
     )
 
 
-async def _run_control(
+async def _run_control(  # noqa: ASYNC128 - what it runs reports the start
     worker: _Worker,
     control: Control,
     intake: trio.MemorySendChannel[Message],
@@ -349,7 +351,7 @@ async def _run_control(
     )
 
 
-async def _run_service(
+async def _run_service(  # noqa: ASYNC128 - what it runs reports the start
     worker: _Worker, info: EngineInfo, *, task_status: trio.TaskStatus[None]
 ) -> None:
     await run_service(
@@ -364,7 +366,7 @@ async def _run_service(
     )
 
 
-async def _run_intake(
+async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
     worker: _Worker,
     requests: trio.Nursery,
     buffer: IntakeBuffer,

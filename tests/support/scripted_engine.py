@@ -39,7 +39,7 @@ def main() -> NoReturn:
     control.leave_when_hung_up()
     try:
         serve(control, tokenising)
-    except BaseException as exc:  # noqa: BLE001 - as the real one
+    except Exception as exc:  # noqa: BLE001 - as the real one
         sys.stderr.write(f"ERROR trio_worker.engine: {exc}\n")
         leave(ExitStatus.SOFTWARE)
 
