@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 
@@ -21,6 +22,7 @@ from support.nats_rig import SECRET, fake_server, log_fixture, quick, wait_until
 
 from trio_worker.errors import BrokerUnavailable, ConfigError, MessageTooLarge
 from trio_worker.nats.login import Login
+from trio_worker.nats.mended_client import MendedClient
 from trio_worker.ports import Message
 
 pytestmark = pytest.mark.nats
@@ -260,6 +262,21 @@ async def test_what_nats_py_leaves_behind_in_asyncio_does_not_end_the_worker(
             {"message": "never retrieved", "exception": ConnectionResetError()}
         )
         assert await works(broker)
+
+
+async def test_a_close_that_nats_py_cancels_itself_is_a_close_all_the_same(
+    nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does when the server ends the connection at the same moment."""
+    close = MendedClient.close
+
+    async def cancelled(self: MendedClient) -> None:
+        await close(self)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(MendedClient, "close", cancelled)
+    async with quick(nats_url) as broker:
+        assert broker.statistics().connected
 
 
 async def test_a_lame_duck_is_logged(private_server: NatsServer, log: list[str]) -> None:

@@ -7,6 +7,7 @@ is cancelled, since the client is mended; so nothing of ours is left behind in i
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -151,9 +152,14 @@ class Connection:
     async def run(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Run what is written for asyncio, also from a task that was started outside its loop.
 
-        Cancelled: it is cancelled there, and has ended when this raises.
+        Cancelled: it is cancelled there, and has ended when this raises. Raises `OSError` where
+        nats-py itself cancels it: two of its tasks may wait for one future, and one be ended.
         """
-        result: T = await aio_as_trio(function, loop=self._loop)(*args, **options)
+        try:
+            result: T = await aio_as_trio(function, loop=self._loop)(*args, **options)
+        except asyncio.CancelledError as exc:
+            # Nobody in Trio has cancelled this: that would be `trio.Cancelled`.
+            raise ConnectionAbortedError("nats-py has given up waiting") from exc  # noqa: ASYNC104
         return result
 
     async def round_trip(self) -> None:
