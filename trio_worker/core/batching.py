@@ -97,8 +97,11 @@ class Batching:
             self._thin_out(filling)
             self.room_since.looked(now, somebody_is_left=True)
             return filling
-        while (head := self.head(now)) is not None and self._has_room(head, filling):
-            self._enter(head, filling, now)
+        while (head := self.head(now)) is not None:
+            max_tokens = self._allowed(head)
+            if not self._has_room(head, max_tokens, filling):
+                break
+            self._enter(head, max_tokens, filling, now)
         if filling.entered:
             queued_at = min(map(queued_at_of, filling.entered))
             room_at = self.room_since.at(now, freed_at=self._scheduler.freed_at)
@@ -148,10 +151,10 @@ class Batching:
                 sequence.advance(Event.PREEMPTED)
             self._queue.add(sequence)
 
-    def _has_room(self, head: Sequence, filling: Filling) -> bool:
+    def _has_room(self, head: Sequence, max_tokens: int, filling: Filling) -> bool:
         """Whether there is a slot and memory for it, if need be those of somebody less urgent."""
         scheduler = self._scheduler
-        need = scheduler.ledger.need(prompt=len(head.prompt), max_tokens=self._allowed(head))
+        need = scheduler.ledger.need(prompt=len(head.prompt), max_tokens=max_tokens)
         if scheduler.free_slots == 0:
             return self._make_room(head, need, filling)
         if scheduler.ledger.fits(need):
@@ -172,10 +175,9 @@ class Batching:
         victim.preempted += 1
         return True
 
-    def _enter(self, head: Sequence, filling: Filling, now: float) -> None:
-        allowed = self._allowed(head)
-        if allowed < head.max_tokens:
-            head.max_tokens = allowed
+    def _enter(self, head: Sequence, max_tokens: int, filling: Filling, now: float) -> None:
+        if max_tokens < head.max_tokens:
+            head.max_tokens = max_tokens
             head.degraded.append(DegradationStep.CAP_TOKENS)
         self._queue.take(head)
         if head.batched_at is None:

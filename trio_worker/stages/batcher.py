@@ -85,9 +85,9 @@ class _Batcher:
                     trigger = await self._wait_for_batch()
                 except trio.EndOfChannel:
                     return
+                self._notice_restart()
             # Taken before the look at the queue: no change in between is missed.
             changes = (self._queue.changed, self._door.changed)
-            self._notice_restart()
             self.fill(trigger)
             if not self._batching.has_turn(trio.current_time()):
                 # What is queued is held back by memory: look again when something has changed.
@@ -103,6 +103,7 @@ class _Batcher:
         """Return once the engine can take a turn."""
         self._heartbeat.rest(Awaited.ENGINE)
         await self._engine.wait_ready()
+        self._notice_restart()
         self._batching.room_since.engine_ready(trio.current_time())
 
     async def _wait_for_batch(self) -> Trigger:
@@ -132,7 +133,10 @@ class _Batcher:
     # --- before the turn ------------------------------------------------------------------
 
     def _notice_restart(self) -> None:
-        """An engine that was lost while nobody was aboard has failed no turn."""
+        """An engine that was lost while nobody was aboard has failed no turn.
+
+        So it is looked for where the loop has waited: while somebody is aboard, a turn tells.
+        """
         restarts = self._engine.statistics().restarts
         if restarts != self._restarts_known:
             self._restarts_known = restarts
