@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 
-from trio_worker.protocol.framing import MAX_FRAME_BYTES, FrameBuffer, framed
-
-RECEIVE_BYTES = 2**18
-
-
-class HungUp(Exception):
-    """The other end is gone."""
+from trio_worker.protocol.framing import (
+    MAX_FRAME_BYTES,
+    RECEIVE_BYTES,
+    FrameBuffer,
+    HungUp,
+    framed,
+)
 
 
 class FrameSocket:

@@ -12,9 +12,10 @@ import socket
 import threading
 from typing import NoReturn
 
-from trio_worker.engine.frame_socket import FrameSocket, HungUp
+from trio_worker.engine.frame_socket import FrameSocket
 from trio_worker.errors import ExitStatus
 from trio_worker.protocol.frames import FromEngine, ToEngine, decode_to_engine, encode
+from trio_worker.protocol.framing import HungUp
 
 
 class Line:

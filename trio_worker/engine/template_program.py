@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from trio_worker.engine.frame_socket import FrameSocket, HungUp
+from trio_worker.engine.frame_socket import FrameSocket
+from trio_worker.protocol.framing import HungUp
 
 MEMORY_BYTES = 512 * 2**20
 """What the process may hold, some 100 MB of libraries included; on Linux only."""

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import msgspec
 
-from trio_worker.engine.frame_socket import FrameSocket, HungUp
+from trio_worker.engine.frame_socket import FrameSocket
 from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.template_program import (
     MOST_BYTES,
@@ -30,6 +30,7 @@ from trio_worker.engine.template_program import (
     Refused,
     Rendered,
 )
+from trio_worker.protocol.framing import HungUp
 
 log = logging.getLogger("trio_worker.engine")
 

@@ -8,11 +8,20 @@ from __future__ import annotations
 import struct
 
 MAX_FRAME_BYTES = 64 * 2**20
+RECEIVE_BYTES = 2**18
+"""How much is read at a time."""
 _LENGTH = struct.Struct(">I")
 
 
 class FrameError(Exception):
     """The other side did not send a frame: a programmer's error, or two versions mixed."""
+
+
+class HungUp(Exception):
+    """The other side is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("it hung up")
 
 
 def framed(body: bytes, *, most_bytes: int = MAX_FRAME_BYTES) -> bytes:

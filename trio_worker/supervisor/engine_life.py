@@ -28,10 +28,10 @@ from trio_worker.machine.child_process import (
 )
 from trio_worker.ports import ProgressSink
 from trio_worker.protocol.frames import Hello
-from trio_worker.protocol.framing import FrameError
+from trio_worker.protocol.framing import FrameError, HungUp
 from trio_worker.protocol.turn import EngineInfo
 from trio_worker.supervisor.engine_log import LINE_CHARACTERS, EngineLog
-from trio_worker.supervisor.line import FrameStream, HungUp, Line
+from trio_worker.supervisor.line import FrameStream, Line
 from trio_worker.supervisor.load_patience import LoadPatience
 from trio_worker.supervisor.loading import CannotLoad, Silent, load
 

@@ -13,16 +13,7 @@ from typing import NoReturn
 import trio
 
 from trio_worker.protocol.frames import FromEngine, decode_from_engine
-from trio_worker.protocol.framing import FrameBuffer
-
-RECEIVE_BYTES = 2**18
-
-
-class HungUp(Exception):
-    """The engine's end of the line is closed."""
-
-    def __init__(self) -> None:
-        super().__init__("it hung up")
+from trio_worker.protocol.framing import RECEIVE_BYTES, FrameBuffer, HungUp
 
 
 class NeverAsked(Exception):
