@@ -23,6 +23,6 @@ async def test_the_simulated_engine_has_the_configured_turn_timeout(
         engine.hang()
         began_at = trio.current_time()
         with pytest.raises(EngineLost) as lost:
-            await engine.turn(Work())
+            await engine.begin(Work()).report()
         assert lost.value.reason == "hang"
         assert trio.current_time() - began_at == pytest.approx(2.5)

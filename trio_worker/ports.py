@@ -143,8 +143,19 @@ class EngineStatistics:
     restarts_by_reason: Mapping[str, int] = field(default_factory=dict)
 
 
+class Turn(Protocol):
+    """One turn that has begun."""
+
+    async def report(self) -> Report:
+        """What the turn has done, once it has; a checkpoint also where that is so already.
+
+        Raises `EngineLost` if the engine is lost before: then everything it held is gone.
+        Cancelled: the turn goes on, and its report may be asked for again.
+        """
+
+
 class Engine(Protocol):
-    """Computes tokens for a batch. One `turn` at a time; `tokenise` may overlap it."""
+    """Computes tokens for a batch. One turn at a time; `tokenise` may overlap it."""
 
     @property
     def ready(self) -> AsyncBool:
@@ -163,18 +174,19 @@ class Engine(Protocol):
         Cancelled: the result is thrown away.
         """
 
-    async def turn(self, work: Work) -> Report:
-        """Do one turn. Raises `EngineLost` if the engine is, or becomes, unavailable.
+    def begin(self, work: Work) -> Turn:
+        """Have the next turn done; the report of the one before has been taken.
 
-        Then everything it held is gone. Cancelled: the turn may be done all the same, and its
-        report is lost, so nobody knows any more what the engine holds: `recycle` it, or end it.
+        Synchronous and quick: when this returns the engine has been told, and what is done until
+        the report is asked for is done while it computes. Never raises because the engine is
+        unavailable: the turn is lost then, as its report says.
         """
 
     def recycle(self) -> None:
         """Replace the engine by a fresh one, as planned: outside the budget of restarts.
 
-        Synchronous; call it between turns. The next turn raises `EngineLost` for the reason
-        `planned`, until the new engine is ready.
+        Synchronous. A turn that is under way, and those that are begun before the new engine is
+        ready, are lost for the reason `planned`.
         """
 
     def pardon(self, crashes: int) -> None:

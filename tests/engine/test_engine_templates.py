@@ -222,9 +222,9 @@ async def test_a_template_without_end_fails_its_request_alone(tmp_path: Path) ->
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_for_it)
-            await engine.turn(Work(admit=running, prefill_tokens=512))
+            await engine.begin(Work(admit=running, prefill_tokens=512)).report()
             while not failed:
-                await engine.turn(Work(prefill_tokens=512))
+                await engine.begin(Work(prefill_tokens=512)).report()
                 turns += 1
         assert turns > 5, "the batch went on meanwhile"
         assert await engine.tokenise(chat(("user", "good")))

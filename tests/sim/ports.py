@@ -10,7 +10,14 @@ import trio
 from trio_worker.core.memory import MemoryReading
 from trio_worker.core.request import Request
 from trio_worker.errors import EngineLost
-from trio_worker.ports import BrokerStatistics, EngineStatistics, Message, Outlet, Subscription
+from trio_worker.ports import (
+    BrokerStatistics,
+    EngineStatistics,
+    Message,
+    Outlet,
+    Subscription,
+    Turn,
+)
 from trio_worker.protocol.turn import EngineInfo, Report, Work
 from trio_worker.simulated.broker import MemoryBroker
 from trio_worker.simulated.engine import SimulatedEngine
@@ -112,21 +119,9 @@ class WatchedEngine:
         self._record.tokenised += 1
         return tokens
 
-    async def turn(self, work: Work) -> Report:
-        began_at = trio.current_time()
+    def begin(self, work: Work) -> Turn:
         self._check(work)
-        try:
-            report = await self._engine.turn(work)
-        except EngineLost as lost:
-            self._record.losses += 1
-            self._record.log("engine", f"lost: {lost.reason}")
-            raise
-        finally:
-            took_s = trio.current_time() - began_at
-            self._record.longest_turn_s = max(self._record.longest_turn_s, took_s)
-        held = report.memory.active + report.memory.cache
-        self._record.engine_bytes_most = max(self._record.engine_bytes_most, held)
-        return report
+        return _WatchedTurn(self._engine.begin(work), self._record)
 
     def _check(self, work: Work) -> None:
         record, scheduler = self._record, self._record.scheduler
@@ -153,6 +148,28 @@ class WatchedEngine:
 
     def statistics(self) -> EngineStatistics:
         return self._engine.statistics()
+
+
+class _WatchedTurn:
+    def __init__(self, turn: Turn, record: Record) -> None:
+        self._turn = turn
+        self._record = record
+        self._began_at = trio.current_time()
+
+    async def report(self) -> Report:
+        record = self._record
+        try:
+            report = await self._turn.report()
+        except EngineLost as lost:
+            record.losses += 1
+            record.log("engine", f"lost: {lost.reason}")
+            raise
+        finally:
+            took_s = trio.current_time() - self._began_at
+            record.longest_turn_s = max(record.longest_turn_s, took_s)
+        held = report.memory.active + report.memory.cache
+        record.engine_bytes_most = max(record.engine_bytes_most, held)
+        return report
 
 
 class CurvedProbe:

@@ -168,15 +168,15 @@ def stranger_s_503_accepted() -> Patch:
 
 
 def residents_kept_on_finish() -> Patch:
-    turn = SimulatedEngine.turn
+    finish = SimulatedEngine.finish
 
-    async def forgetful(self: SimulatedEngine, work: Any) -> Report:
+    def forgetful(self: SimulatedEngine, turn: Any) -> Report:
         before = set(self.residents)
-        report = await turn(self, work)
+        report = finish(self, turn)
         finished = {each.request_id for each in report.outputs if each.finish is not None}
         return msgspec.structs.replace(report, residents=report.residents | (finished & before))
 
-    return mock.patch.object(SimulatedEngine, "turn", forgetful)
+    return mock.patch.object(SimulatedEngine, "finish", forgetful)
 
 
 def keep_alive_numbers_reused() -> Patch:

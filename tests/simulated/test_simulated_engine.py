@@ -57,10 +57,10 @@ async def test_a_crash_in_a_turn_is_told_at_once_and_repaired(autojump_clock: Mo
         async with trio.open_nursery() as nursery:
             nursery.start_soon(crash)
             with pytest.raises(EngineLost):
-                await engine.turn(Work())
+                await engine.begin(Work()).report()
             assert trio.current_time() == pytest.approx(0.3)
         with pytest.raises(EngineLost):
-            await engine.turn(Work())
+            await engine.begin(Work()).report()
         await engine.wait_ready()
         assert trio.current_time() == pytest.approx(2.3)
         assert engine.statistics().restarts == 1
@@ -72,5 +72,5 @@ async def test_a_turn_takes_its_time(autojump_clock: MockClock) -> None:
         info = await engine.wait_ready()
         assert trio.current_time() == pytest.approx(3.0)
         assert info.model == "simulated"
-        await engine.turn(Work())
+        await engine.begin(Work()).report()
         assert trio.current_time() == pytest.approx(3.02)

@@ -14,7 +14,8 @@ from trio.testing import MockClock
 
 from trio_worker.core.memory import DegradationStep, MemoryReading
 from trio_worker.flow.door import DoorState
-from trio_worker.protocol.turn import EngineMemory, Report, Work
+from trio_worker.ports import Turn
+from trio_worker.protocol.turn import EngineMemory, Work
 from trio_worker.simulated.batch import word
 from trio_worker.simulated.engine import Faults
 
@@ -235,16 +236,16 @@ async def test_memory_that_stays_critical_gets_the_engine_replaced(
 async def trims_at(rig: Rig, seconds: float) -> list[float]:
     """When turns trim the caches in the next so many seconds."""
     times: list[float] = []
-    real = rig.engine.turn
+    real = rig.engine.begin
 
-    async def turn(work: Work) -> Report:
+    def begin(work: Work) -> Turn:
         if work.trim_caches:
             times.append(trio.current_time())
-        return await real(work)
+        return real(work)
 
-    rig.engine.turn = turn  # type: ignore[method-assign]
+    rig.engine.begin = begin  # type: ignore[method-assign]
     await trio.sleep(seconds)
-    del rig.engine.turn
+    del rig.engine.begin
     return times
 
 

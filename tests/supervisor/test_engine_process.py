@@ -82,7 +82,7 @@ async def test_a_stopped_engine_is_noticed_within_the_turn_timeout_and_replaced(
         stop(engine)
         late = "no answer within 0.5 s"
         with trio.fail_after(PATIENCE_S), pytest.raises(EngineLost, match=late) as lost:
-            await engine.turn(Work())
+            await engine.begin(Work()).report()
         assert lost.value.reason == "hang"
         await engine.wait_ready()
         stop(engine)

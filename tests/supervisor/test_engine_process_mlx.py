@@ -99,7 +99,7 @@ async def lost_reason(engine: Any) -> str:
     with trio.fail_after(2):
         while True:
             try:
-                await engine.turn(Work())
+                await engine.begin(Work()).report()
             except EngineLost as lost:
                 return lost.reason
 
@@ -111,11 +111,11 @@ async def test_a_killed_engine_is_lost_at_once_and_then_ready_again(tiny: Any) -
         first = engine.statistics().pid
         sequences = await admits(engine, sampling=Sampling())
         whole = await run_all(engine, sequences)
-        await engine.turn(Work(admit=tuple(sequences)))
+        await engine.begin(Work(admit=tuple(sequences))).report()
         kill(engine)
         assert await lost_reason(engine) == "crash"
         with pytest.raises(EngineLost) as lost:
-            await engine.turn(Work())
+            await engine.begin(Work()).report()
         assert lost.value.reason == "crash"
         assert engine.statistics().state == "restarting"
         assert not engine.ready.value
@@ -132,9 +132,9 @@ async def test_a_turn_that_fails_as_a_whole_ends_the_engine_and_the_next_one_ser
     async with opened(tiny) as engine:
         await engine.wait_ready()
         sequences = await admits(engine)
-        await engine.turn(Work(admit=tuple(sequences)))
+        await engine.begin(Work(admit=tuple(sequences))).report()
         with pytest.raises(EngineLost) as lost:
-            await engine.turn(Work(admit=tuple(sequences)))
+            await engine.begin(Work(admit=tuple(sequences))).report()
         assert lost.value.reason == "crash"
         await engine.wait_ready()
         assert len(await run_all(engine, sequences)) == len(sequences)
@@ -179,7 +179,8 @@ async def test_leaving_in_the_middle_of_a_long_prefill_is_bounded(tiny: Any) -> 
             stop=(),
         )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.turn, Work(admit=(long,), prefill_tokens=50_000))
+            turn = engine.begin(Work(admit=(long,), prefill_tokens=50_000))
+            nursery.start_soon(turn.report)
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         start = trio.current_time()
@@ -268,10 +269,10 @@ async def test_trimming_reaches_the_engine(tiny: Any) -> None:
     async def cached(engine: Any, *, trim: bool) -> int:
         first, *_ = await admits(engine, max_tokens=1)
         admit = replace(first, prompt=prompt)
-        report = await engine.turn(Work(admit=(admit,), trim_caches=trim))
+        report = await engine.begin(Work(admit=(admit,), trim_caches=trim)).report()
         (prefill,) = report.prefills
         while report.residents:
-            report = await engine.turn(Work())
+            report = await engine.begin(Work()).report()
         return int(prefill.cached)
 
     async with opened(tiny, prefix_cache_bytes=2**24) as engine:

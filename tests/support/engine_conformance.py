@@ -98,7 +98,7 @@ async def run_all(
     runs: dict[RequestId, Run] = {}
     work = Work(admit=tuple(sequences), prefill_tokens=prefill_tokens)
     for _ in range(TURNS_MOST):
-        report = await engine.turn(work)
+        report = await engine.begin(work).report()
         assert not report.failures
         note(runs, report.outputs)
         if each is not None:
@@ -141,8 +141,10 @@ async def check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait(
         await engine.wait_ready()
     with assert_checkpoints():
         prompt = await engine.tokenise(request(PROMPTS[0]))
+    with assert_no_checkpoints():
+        turn = engine.begin(Work())
     with assert_checkpoints():
-        await engine.turn(Work())
+        await turn.report()
     with trio.CancelScope() as scope:
         scope.cancel()
         await engine.wait_ready()
@@ -152,11 +154,14 @@ async def check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait(
         await engine.tokenise(request(PROMPTS[0]))
     assert scope.cancelled_caught
     sequence = replace((await admits(engine))[0], prompt=prompt)
+    turn = engine.begin(Work(admit=(sequence,)))
     with trio.CancelScope() as scope:
         scope.cancel()
-        await engine.turn(Work(admit=(sequence,)))
+        await turn.report()
     assert scope.cancelled_caught
-    assert not (await engine.turn(Work())).residents, "it had not been asked yet"
+    assert (await turn.report()).residents, "it has gone on"
+    report = await engine.begin(Work(remove=(sequence.request_id,))).report()
+    assert not report.residents
 
 
 async def check_what_is_no_text_is_refused_by_its_field(engine: Engine) -> None:
@@ -230,19 +235,19 @@ async def check_each_decoding_sequence_gets_one_token_a_step(engine: Engine) -> 
 async def check_removed_sequences_produce_nothing(engine: Engine) -> None:
     await engine.wait_ready()
     first, second, *_ = await admits(engine, max_tokens=20)
-    report = await engine.turn(Work(admit=(first, second)))
+    report = await engine.begin(Work(admit=(first, second))).report()
     assert report.residents == {first.request_id, second.request_id}
-    report = await engine.turn(Work(remove=(first.request_id,)))
+    report = await engine.begin(Work(remove=(first.request_id,))).report()
     while report.residents:
         assert report.residents == {second.request_id}
         assert {output.request_id for output in report.outputs} <= {second.request_id}
-        report = await engine.turn(Work())
+        report = await engine.begin(Work()).report()
     assert not report.residents
 
 
 async def check_unknown_removes_are_ignored(engine: Engine) -> None:
     await engine.wait_ready()
-    report = await engine.turn(Work(remove=(RequestId("nobody"),)))
+    report = await engine.begin(Work(remove=(RequestId("nobody"),))).report()
     assert report.residents == frozenset()
     assert report.outputs == ()
     assert report.failures == ()
@@ -281,18 +286,18 @@ async def check_a_removed_sequence_can_come_back_in_the_same_turn(engine: Engine
     sequence = (await admits(engine, max_tokens=8))[0]
     whole = (await run_all(engine, [sequence]))[sequence.request_id]
     runs: dict[RequestId, Run] = {}
-    report = await engine.turn(Work(admit=(sequence,)))
+    report = await engine.begin(Work(admit=(sequence,))).report()
     note(runs, report.outputs)
     for _ in range(3):
-        report = await engine.turn(Work())
+        report = await engine.begin(Work()).report()
         note(runs, report.outputs)
     got = runs.get(sequence.request_id, Run())
     if got.finish is None:
         back = replace(sequence, produced=tuple(got.tokens))
-        report = await engine.turn(Work(remove=(sequence.request_id,), admit=(back,)))
+        report = await engine.begin(Work(remove=(sequence.request_id,), admit=(back,))).report()
         note(runs, report.outputs)
         while report.residents:
-            report = await engine.turn(Work())
+            report = await engine.begin(Work()).report()
             note(runs, report.outputs)
     assert runs[sequence.request_id].tokens == whole.tokens
     assert runs[sequence.request_id].texts == whole.texts
@@ -320,7 +325,7 @@ async def lost(engine: Engine, work: Work | None = None) -> str:
     with trio.fail_after(PATIENCE_S):
         while True:
             try:
-                await engine.turn(work or Work())
+                await engine.begin(work or Work()).report()
             except EngineLost as exc:
                 return exc.reason
             work = None
@@ -333,7 +338,7 @@ async def check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget(
         await engine.wait_ready()
         sequences = await admits(engine, max_tokens=6)
         whole = await run_all(engine, sequences)
-        report = await engine.turn(Work(admit=tuple(sequences)))
+        report = await engine.begin(Work(admit=tuple(sequences))).report()
         assert report.residents
         with assert_no_checkpoints():
             engine.recycle()
@@ -343,11 +348,11 @@ async def check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget(
             assert engine.statistics().state == "restarting"
         for _ in range(2):
             with assert_checkpoints(), pytest.raises(EngineLost) as caught:
-                await engine.turn(Work())
+                await engine.begin(Work()).report()
             assert caught.value.reason == "planned"
         await engine.wait_ready()
         assert engine.statistics().restarts_by_reason == {"planned": 1}
-        report = await engine.turn(Work())
+        report = await engine.begin(Work()).report()
         assert not report.residents, "what the old one held is gone"
         assert await run_all(engine, sequences) == whole
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 
 MAX_FRAME_BYTES = 64 * 2**20
-RECEIVE_BYTES = 2**18
-"""How much is read at a time."""
+RECEIVE_BYTES = 2**16
+"""How much is read at a time: the allocator has that much at hand, and not four times of it."""
 _LENGTH = struct.Struct(">I")
 
 

@@ -12,7 +12,7 @@ import random as randomness
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 from msgspec.structs import replace
@@ -22,17 +22,18 @@ from trio_worker.config import SimulatedConfig
 from trio_worker.core.request import Request
 from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossReason, WorkerFault
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.ports import EngineState, EngineStatistics
+from trio_worker.ports import EngineState, EngineStatistics, Turn
 from trio_worker.protocol.turn import (
     EngineInfo,
     EngineMemory,
     Output,
+    Prefill,
     Report,
     RequestId,
     SequenceFailure,
     Work,
 )
-from trio_worker.simulated.batch import SimulatedBatch, word
+from trio_worker.simulated.batch import Resident, SimulatedBatch, word
 
 CACHE_BYTES_PER_TOKEN = 4096
 MODEL_BYTES = 64 * 2**20
@@ -109,9 +110,11 @@ class SimulatedEngine:
         )
         self._ready = AsyncBool(value=False)
         self._lost = trio.Event()
+        """Of the present incarnation, or the one before; set while there is none."""
+        self._lost.set()
         self._end_reason = LossReason.LOAD
         self._loaded_once = False
-        self._turning = False
+        self._under_way: SimulatedTurn | None = None
         self._hangs_next = False
         self._deaths = 0
         """Ends that count against `max_restarts`."""
@@ -202,48 +205,85 @@ class SimulatedEngine:
             )
         return self._batch.tokens_of(text)
 
-    async def turn(self, work: Work) -> Report:
-        assert not self._turning, "one turn at a time"
-        self._turning = True
-        try:
-            return await self._turn(work)
-        finally:
-            self._turning = False
+    def begin(self, work: Work) -> Turn:
+        assert self._under_way is None or self._under_way.is_lost, "one turn at a time"
+        if self._ready.value:
+            self._batch.take_in(work)
+            turn = self._decide(work)
+        else:
+            now = trio.current_time()
+            turn = SimulatedTurn(engine=self, lost=self._lost, began_at=now, ends_at=now)
+        self._under_way = turn
+        return turn
 
-    async def _turn(self, work: Work) -> Report:
-        await trio.lowlevel.checkpoint()
-        if not self._ready.value:
-            raise EngineLost("the simulated engine is not running", reason=self._end_reason)
-        self._batch.take_in(work)
-        if self._batch.with_a_word_of(self._faults.deadly_words):
-            self.crash()
-            raise EngineLost("the simulated engine met a deadly prompt", reason=LossReason.CRASH)
-        if any(self._chance(self._faults.out_of_memory) for _ in work.admit):
-            self.crash()
-            raise EngineLost("the simulated engine ran out of memory", reason=LossReason.CRASH)
+    def _decide(self, work: Work) -> SimulatedTurn:
+        """What this turn will come to, unless the engine is ended from outside before."""
+        now = trio.current_time()
+        if self._batch.with_a_word_of(self._faults.deadly_words) or any(
+            self._chance(self._faults.out_of_memory) for _ in work.admit
+        ):
+            return SimulatedTurn(
+                engine=self, lost=self._lost, began_at=now, ends_at=now, kills=LossReason.CRASH
+            )
         failures = tuple(
             SequenceFailure(request_id=request_id, message="a word that cannot be computed")
             for request_id in self._failing(work)
         )
         for failure in failures:
             self._batch.fail(failure.request_id)
-        began_at = trio.current_time()
         decoding = self._batch.decoding()
         prefills = self._batch.prefill(work.prefill_tokens)
         prefilled = sum(count for _, count in prefills)
-        await self._spend(decoding=bool(decoding), prefilled=prefilled)
-        outputs = self._batch.step(decoding)
+        duration_s, kills = self._duration(decoding=bool(decoding), prefilled=prefilled)
+        return SimulatedTurn(
+            engine=self,
+            lost=self._lost,
+            began_at=now,
+            ends_at=now + duration_s,
+            kills=kills,
+            decoding=decoding,
+            prefills=tuple(progress for progress, _ in prefills),
+            prefilled=prefilled,
+            failures=failures,
+        )
+
+    def _duration(self, *, decoding: bool, prefilled: int) -> tuple[float, LossReason | None]:
+        """How long a turn takes, and what the engine is lost for at its end, if it is."""
+        turn_ms = self._config.turn_ms if decoding or not prefilled else 0.0
+        duration_s = (turn_ms + self._config.prefill_ms_per_token * prefilled) / 1000
+        if self._chance(self._faults.slow_turn):
+            duration_s += self._faults.slow_turn_s
+        kills = None
+        if self._chance(self._faults.crash):
+            duration_s *= self._random.random()
+            kills = LossReason.CRASH
+        if self._hangs_next or self._chance(self._faults.hang):
+            self._hangs_next = False
+            if kills is None:
+                duration_s = math.inf
+        if duration_s > self._turn_timeout_s:
+            return self._turn_timeout_s, LossReason.HANG
+        return duration_s, kills
+
+    def finish(self, turn: SimulatedTurn) -> Report:
+        """The time of a turn has passed: what it has done. Raises `EngineLost`."""
+        self._under_way = None
+        if turn.kills is not None and not turn.is_lost:
+            self._end(turn.kills)
+        if turn.is_lost:
+            raise EngineLost("the simulated engine was lost in a turn", reason=self._end_reason)
+        outputs = self._batch.step(turn.decoding)
         self.largest_batch = max(self.largest_batch, len(outputs))
         return Report(
             outputs=self._spoil(outputs),
-            prefills=tuple(progress for progress, _ in prefills),
-            failures=failures,
+            prefills=turn.prefills,
+            failures=turn.failures,
             residents=self.residents,
             memory=self._memory(),
-            seconds=trio.current_time() - began_at,
-            prefill_tokens=prefilled,
-            prefill_calls=int(prefilled > 0),
-            prefill_seconds=self._config.prefill_ms_per_token * prefilled / 1000,
+            seconds=trio.current_time() - turn.began_at,
+            prefill_tokens=turn.prefilled,
+            prefill_calls=int(turn.prefilled > 0),
+            prefill_seconds=self._config.prefill_ms_per_token * turn.prefilled / 1000,
         )
 
     def _failing(self, work: Work) -> list[RequestId]:
@@ -271,28 +311,6 @@ class SimulatedEngine:
             restarts_by_reason={each.value: count for each, count in self._restarts.items()},
         )
 
-    async def _spend(self, *, decoding: bool, prefilled: int) -> None:
-        """Let the time of a turn pass, unless the engine is lost meanwhile."""
-        turn_ms = self._config.turn_ms if decoding or not prefilled else 0.0
-        duration_s = (turn_ms + self._config.prefill_ms_per_token * prefilled) / 1000
-        if self._chance(self._faults.slow_turn):
-            duration_s += self._faults.slow_turn_s
-        crash_s = math.inf
-        if self._chance(self._faults.crash):
-            crash_s = duration_s * self._random.random()
-        if self._hangs_next or self._chance(self._faults.hang):
-            self._hangs_next = False
-            duration_s = math.inf
-        lost = self._lost
-        with trio.move_on_after(min(duration_s, crash_s, self._turn_timeout_s)):
-            await lost.wait()
-        if not lost.is_set() and min(duration_s, crash_s) > self._turn_timeout_s:
-            self._end(LossReason.HANG)
-        elif not lost.is_set() and crash_s <= duration_s:
-            self._end(LossReason.CRASH)
-        if lost.is_set():
-            raise EngineLost("the simulated engine was lost in a turn", reason=self._end_reason)
-
     def _spoil(self, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
         spoilt: list[Output] = []
         for output in outputs:
@@ -311,6 +329,33 @@ class SimulatedEngine:
     def _memory(self) -> EngineMemory:
         held = self._batch.held_tokens * self._info.cache_bytes_per_token
         return EngineMemory(active=self._model_bytes + held, cache=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SimulatedTurn:
+    """A turn that has begun."""
+
+    engine: SimulatedEngine
+    lost: trio.Event
+    """Of the engine, as it was when the turn began."""
+    began_at: float
+    ends_at: float
+    kills: LossReason | None = None
+    """What the engine is lost for when the turn ends."""
+    decoding: list[Resident] = field(default_factory=list)
+    prefills: tuple[Prefill, ...] = ()
+    prefilled: int = 0
+    failures: tuple[SequenceFailure, ...] = ()
+
+    @property
+    def is_lost(self) -> bool:
+        return self.lost.is_set()
+
+    async def report(self) -> Report:
+        """See the port."""
+        with trio.move_on_at(self.ends_at):
+            await self.lost.wait()
+        return self.engine.finish(self)
 
 
 @asynccontextmanager

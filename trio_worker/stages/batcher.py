@@ -192,7 +192,7 @@ class _Batcher:
         work = self._batching.plan(trio.current_time())
         self._log_resumed(work)
         began_at = trio.current_time()
-        report = await self._engine.turn(work)
+        report = await self._engine.begin(work).report()
         now = trio.current_time()
         self._metrics.turn_seconds.observe(now - began_at)
         self._measure_removed(now)

@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import trio
@@ -27,11 +29,12 @@ from trio_worker.machine.child_process import (
     start_group,
 )
 from trio_worker.ports import ProgressSink
-from trio_worker.protocol.frames import Hello
+from trio_worker.protocol.frames import Hello, encode
 from trio_worker.protocol.framing import FrameError, HungUp
-from trio_worker.protocol.turn import EngineInfo
+from trio_worker.protocol.turn import EngineInfo, Report, Work
 from trio_worker.supervisor.engine_log import LINE_CHARACTERS, EngineLog
-from trio_worker.supervisor.line import FrameStream, Line
+from trio_worker.supervisor.frame_stream import FrameStream
+from trio_worker.supervisor.line import Line
 from trio_worker.supervisor.load_patience import LoadPatience
 from trio_worker.supervisor.loading import CannotLoad, Silent, load
 
@@ -73,7 +76,7 @@ class EngineLife:
     """See above. Its state: the process's number while there is one, what is loaded, and the end.
 
     `serving` is shared by all lives, of which one at a time goes on: true while that one can be
-    asked. What is to be asked goes into `control` and `tokenise`.
+    asked. What is to be tokenised goes into `tokenise`.
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class EngineLife:
         self._log = log
         self._serving = serving
         self._has_end = trio.Event()
-        self.control, self.tokenise = Line(), Line()
+        self._control: FrameStream | None = None
+        """The line that turns are taken on; there is one while it serves."""
+        self.tokenise = Line()
         self.pid: int | None = None
         self.info: EngineInfo | None = None
         self.end: End | None = None
@@ -100,18 +105,22 @@ class EngineLife:
         Cancelled: takes less than a second all the same, whatever the process does.
         """
         self._log.begin()
-        control, their_control = trio.socket.socketpair()
-        tokenise, their_tokenise = trio.socket.socketpair()
-        with control, tokenise:
+        our_control, their_control = socket.socketpair()
+        our_tokenise, their_tokenise = socket.socketpair()
+        with FrameStream(our_control) as control, FrameStream(our_tokenise) as tokenise:
             with their_control, their_tokenise:
                 process = await self._start(their_control.fileno(), their_tokenise.fileno())
+            self._control = control
             async with trio.open_nursery() as logs:
                 logs.start_soon(self._read_log, process)
                 self.pid = process.pid
                 try:
-                    await self._run(process, FrameStream(control), FrameStream(tokenise))
+                    await self._run(process, control, tokenise)
                 finally:
-                    self._close()
+                    self._serving.value = False
+                    # Whoever waits for an answer is told now, and not when the process has gone.
+                    control.close()
+                    self.tokenise.close()
                     if process.returncode is None:
                         kill_group(process)
                     with trio.move_on_after(KILL_GRACE_S, shield=True):
@@ -135,8 +144,28 @@ class EngineLife:
         self._serving.value = False
         self._has_end.set()
 
+    def begin(self, work: Work) -> ProcessTurn:
+        """Tell the engine its next turn."""
+        if self.end is None:
+            assert self._control is not None
+            with self._an_error_ends_it():
+                self._control.send_now(encode(work))
+        return ProcessTurn(self, self._settings.turn_timeout_s)
+
+    async def report(self, *, by: float) -> Report:
+        """What the oldest turn that is under way has done. As `Turn.report`."""
+        assert self._control is not None
+        with self._an_error_ends_it():
+            with trio.fail_at(by):
+                await self._control.flush()
+                answer = await self._control.receive()
+            if self.end is None:
+                assert isinstance(answer, Report)
+                return answer
+        raise self.lost()
+
     def lost(self) -> EngineLost:
-        """For whoever asked this life and got no answer."""
+        """For whoever asked this life and gets no answer."""
         if self.end is None:  # it is cancelled
             return EngineLost("the engine was lost: it ended", reason=LossReason.CRASH)
         return EngineLost(f"the engine was lost: {self.end.message}", reason=self.end.reason)
@@ -163,20 +192,14 @@ class EngineLife:
             assert self.end is not None
             nursery.cancel_scope.cancel(reason=self.end.message)
 
-    def _close(self) -> None:
-        self._serving.value = False
-        self.control.close()
-        self.tokenise.close()
-
     async def _load_and_serve(self, control: FrameStream, tokenise: FrameStream) -> None:
         self.info = await self._load(control)
         if self.info is None or self.end is not None:
             return
         logger.info("the engine is ready: {} on {}", self.info.model, self.info.device)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._serve, self.control, control)
-            nursery.start_soon(self._serve, self.tokenise, tokenise)
-            self._serving.value = True
+        self._serving.value = True
+        with self._an_error_ends_it():
+            await self.tokenise.serve(tokenise, answer_within_s=self._settings.turn_timeout_s)
 
     async def _load(self, control: FrameStream) -> EngineInfo | None:
         settings = self._settings
@@ -191,16 +214,23 @@ class EngineLife:
         self.finish(end)
         return None
 
-    async def _serve(self, line: Line, stream: FrameStream) -> None:
-        within_s = self._settings.turn_timeout_s
+    @contextmanager
+    def _an_error_ends_it(self) -> Iterator[None]:
+        """What goes wrong on a line in the block is the end of this life, and goes no further."""
         try:
-            await line.serve(stream, answer_within_s=within_s)
+            yield
         except trio.TooSlowError:
+            within_s = self._settings.turn_timeout_s
             end = End(reason=LossReason.HANG, message=f"it gave no answer within {within_s:g} s")
         except HungUp as exc:
             end = End(reason=LossReason.CRASH, message=str(exc), by_itself=True)
         except FrameError as exc:
             end = End(reason=LossReason.CRASH, message=str(exc))
+        except trio.ClosedResourceError:
+            # It has ended already, or is cancelled.
+            return
+        else:
+            return
         self.finish(end)
 
     async def _watch(self, process: trio.Process) -> None:
@@ -209,3 +239,15 @@ class EngineLife:
 
     async def _read_log(self, process: trio.Process) -> None:
         await read_lines(process, self._log.take, longest_bytes=LINE_CHARACTERS)
+
+
+class ProcessTurn:
+    """A turn that has begun in one life, and is lost with it."""
+
+    def __init__(self, life: EngineLife, turn_timeout_s: float) -> None:
+        self._life = life
+        self._by = trio.current_time() + turn_timeout_s
+
+    async def report(self) -> Report:
+        """See the port."""
+        return await self._life.report(by=self._by)

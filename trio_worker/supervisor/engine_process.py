@@ -2,8 +2,8 @@
 
 1. One supervisor task owns the child: one life follows the other (`engine_life.py`). When the
    context ends, however it ends, nothing of the child is left.
-2. The end of a life closes every answer still awaited; `turn` then raises `EngineLost`, and
-   `tokenise` asks the next one, once.
+2. The end of a life closes every answer still awaited; a turn's report then raises `EngineLost`,
+   and `tokenise` asks the next one, once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trio_worker.errors import (
     WorkerFault,
 )
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.ports import EngineState, EngineStatistics, ProgressSink
+from trio_worker.ports import EngineState, EngineStatistics, ProgressSink, Turn
 from trio_worker.protocol.frames import Hello, Tokenise, Tokenised, TokeniseFailed, encode
 from trio_worker.protocol.turn import EngineInfo, Report, Work
 from trio_worker.supervisor.engine_life import ENGINE_PROGRAM, End, EngineLife, EngineSettings
@@ -107,19 +107,12 @@ class EngineProcess:
             return answer.tokens
         raise EngineFailed("tokenising this request brought the engine down twice")
 
-    async def turn(self, work: Work) -> Report:
+    def begin(self, work: Work) -> Turn:
         """See the port."""
         if not self._ready.value:
-            await trio.lowlevel.checkpoint()
-            raise EngineLost("the engine is not ready", reason=self._why_not_ready())
-        life = self._life
-        assert life is not None
-        try:
-            answer = await life.control.ask(encode(work))
-        except (NeverAsked, NoAnswer):
-            raise life.lost() from None
-        assert isinstance(answer, Report)
-        return answer
+            return LostTurn(EngineLost("the engine is not ready", reason=self._why_not_ready()))
+        assert self._life is not None
+        return self._life.begin(work)
 
     def recycle(self) -> None:
         """End this life and start the next, without touching the budget of restarts."""
@@ -219,6 +212,18 @@ class EngineProcess:
         """None before the first restart of a window, then doubling, up to a second."""
         earlier = self._budget.spent - 1
         return min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** (earlier - 1)) if earlier > 0 else 0.0
+
+
+class LostTurn:
+    """A turn of an engine that could not be told."""
+
+    def __init__(self, lost: EngineLost) -> None:
+        self._lost = lost
+
+    async def report(self) -> Report:
+        """See the port."""
+        await trio.lowlevel.checkpoint()
+        raise self._lost
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""One line to the engine process: strictly one question, one answer, in whole frames.
+"""A line to the engine process: strictly one question, one answer, in whole frames.
 
 Who asks may give up at any time: the question is still sent whole and its answer awaited, so no
 half frame is left behind, and a hung engine is noticed all the same.
@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import trio
 
-from trio_worker.protocol.frames import FromEngine, decode_from_engine
-from trio_worker.protocol.framing import RECEIVE_BYTES, FrameBuffer, HungUp
+from trio_worker.protocol.frames import FromEngine
+from trio_worker.supervisor.frame_stream import FrameStream
 
 
 class NeverAsked(Exception):
@@ -22,33 +22,6 @@ class NeverAsked(Exception):
 
 class NoAnswer(Exception):
     """The line was closed after the question had been taken: the engine may have seen it."""
-
-
-class FrameStream:
-    """The worker's end of a socket pair, in whole frames. Its state: the bytes not yet cut off."""
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._stream = trio.SocketStream(sock)
-        self._buffer = FrameBuffer()
-
-    async def send(self, frame: bytes) -> None:
-        """Send one frame. Raises `HungUp`. Cancelled: half of it may have been sent."""
-        try:
-            await self._stream.send_all(frame)
-        except trio.BrokenResourceError as exc:
-            raise HungUp from exc
-
-    async def receive(self) -> FromEngine:
-        """The next frame. Raises `HungUp` and `FrameError`. Cancelled: nothing is lost."""
-        while (body := self._buffer.take()) is None:
-            try:
-                data = await self._stream.receive_some(RECEIVE_BYTES)
-            except trio.BrokenResourceError:
-                data = b""
-            if not data:
-                raise HungUp
-            self._buffer.feed(data)
-        return decode_from_engine(body)
 
 
 @dataclass(frozen=True, slots=True)

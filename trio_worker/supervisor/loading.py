@@ -7,7 +7,7 @@ import trio
 from trio_worker.ports import ProgressSink
 from trio_worker.protocol.frames import PREWARMING, Hello, LoadFailed, Progress, encode
 from trio_worker.protocol.turn import EngineInfo
-from trio_worker.supervisor.line import FrameStream
+from trio_worker.supervisor.frame_stream import FrameStream
 from trio_worker.supervisor.load_patience import LoadPatience
 
 
