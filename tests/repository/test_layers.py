@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"core", "errors", "protocol"},
     "config": {"errors", "nats.address"},
     "ports": {"core", "errors", "protocol"},
-    "flow": {*PLUMBING, "config", "wire", "supervisor.restart_budget"},
+    "flow": {*PLUMBING, "config", "exception_groups", "wire", "supervisor.restart_budget"},
     "monitoring": {*PLUMBING, "config", "flow"},
     "monitoring.counters": {"core", "errors", "protocol"},
     "monitoring.heartbeat": set(),

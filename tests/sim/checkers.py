@@ -420,12 +420,6 @@ def nothing_is_left(_plan: Plan, record: Record) -> Iterator[str]:
     for name, count in left.items():
         if count:
             yield f"{name}: {count}"
-    for each in record.admitted:
-        outputs: Any = each.sequence.outputs
-        if outputs is not None:
-            statistics = outputs.statistics()
-            if statistics.open_send_channels or statistics.open_receive_channels:
-                yield f"an open token channel of {each.sequence.request_id}"
 
 
 def _by_inbox(admitted: list[Admitted]) -> dict[str, list[Admitted]]:

@@ -26,6 +26,7 @@ from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.errors import DuplicateRequest, ResourceLimitExceeded, WorkerError
+from trio_worker.flow.answer import Answer
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.request_channel import PrioritySendChannel
 from trio_worker.protocol.turn import Report
@@ -180,14 +181,14 @@ def residents_kept_on_finish() -> Patch:
 
 
 def keep_alive_numbers_reused() -> Patch:
-    keep_alive = respond._Answer.keep_alive
+    keep_alive = Answer.keep_alive
 
     def reusing(self: Any) -> None:
         before = self.reply._sequence
         keep_alive(self)
         self.reply._sequence = before
 
-    return mock.patch.object(respond._Answer, "keep_alive", reusing)
+    return mock.patch.object(Answer, "keep_alive", reusing)
 
 
 def drain_forgets_the_waiting() -> Patch:

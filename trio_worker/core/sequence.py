@@ -82,9 +82,10 @@ class Cancellable(Protocol):
 
 
 class OutputSink(Protocol):
-    """The sending end of a request's token channel, as far as the scheduler knows."""
+    """Where a request's tokens go: its answer, as far as this module knows."""
 
-    def send_nowait(self, value: Output | SequenceFailure, /) -> None: ...
+    def take(self, output: Output | SequenceFailure, /) -> None:
+        """Never waits, and never raises."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -111,9 +112,9 @@ class Sequence:
     produced: list[int] = field(default_factory=list)
     outputs: OutputSink | None = None
     handed_out: int = 0
-    """How many of `produced` have been put into `outputs`."""
+    """How many of `produced` have been taken by `outputs`."""
     concluded: bool = False
-    """The last of its outputs, or its failure, has been put into `outputs`."""
+    """The last of its outputs, or its failure, has been taken by `outputs`."""
     prefilled: int = 0
     """Prompt tokens computed so far in the present prefill."""
     cached: int = 0

@@ -1,8 +1,8 @@
 """The batch loop: wait for work, plan, one turn of the engine, hand out tokens.
 
-It never waits for a caller: a token channel has room for every token its request may get. From
-the look at the queue to the plan of the turn everything is one synchronous section, and what is
-decided there is decided in core/batching.py and core/scheduler.py.
+It never waits for a caller: an answer takes every token at once. From the look at the queue to
+the plan of the turn everything is one synchronous section, and what is decided there is decided
+in core/batching.py and core/scheduler.py.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class _Batcher:
         for delivery in deliveries:
             sequence, output = delivery.sequence, delivery.output
             assert sequence.outputs is not None
-            sequence.outputs.send_nowait(output)
+            sequence.outputs.take(output)
             if isinstance(output, SequenceFailure):
                 sequence.concluded = True
             else:

@@ -8,8 +8,7 @@ terminal message goes out.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
 
 import trio
 from loguru import logger
@@ -29,17 +28,11 @@ from trio_worker.errors import (
     WorkerDraining,
     WorkerError,
 )
-from trio_worker.exception_groups import sole_exceptions
+from trio_worker.flow.answer import Answer
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
-from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure, TokenLogprob
-from trio_worker.wire.native import AnswerWriter, Usage, WorkerNote
-
-KEEP_ALIVE_S = 5.0
-"""How often at least a streaming caller hears something."""
-
-_T = TypeVar("_T")
+from trio_worker.wire.native import AnswerWriter
 
 
 async def respond(
@@ -65,7 +58,7 @@ async def respond(
         chat=sequence.request.is_chat,
     )
     priority = name_of(sequence.level, serving.levels)
-    answer = _Answer(sequence, reply, writer, worker_id=worker_id, priority=priority)
+    answer = Answer(sequence, reply, writer, worker_id=worker_id, priority=priority)
     # Unless the request comes to an end of its own, it has been cancelled from outside.
     error: WorkerError | None = WorkerDraining(SHUTTING_DOWN)
     with logger.contextualize(request_id=sequence.request_id):
@@ -82,7 +75,7 @@ async def respond(
 
 
 async def _serve(
-    sequence: Sequence, scope: trio.CancelScope, answer: _Answer, serving: Serving
+    sequence: Sequence, scope: trio.CancelScope, answer: Answer, serving: Serving
 ) -> WorkerError | None:
     """Returns what the request has failed with; None: its answer is complete."""
     try:
@@ -125,7 +118,7 @@ def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> Non
     )
 
 
-async def _complete(sequence: Sequence, answer: _Answer, serving: Serving) -> None:
+async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> None:
     """From a place in the queue to the last token. Raises the `WorkerError` that prevents it."""
     answer.open()
     answer.trace_prompt()
@@ -142,37 +135,17 @@ async def _complete(sequence: Sequence, answer: _Answer, serving: Serving) -> No
         info.context_length,
     )
     _check_memory(sequence, serving.ledger)
-    # One output a token, and one failure: the batcher never has to wait for a caller.
-    send, receive = trio.open_memory_channel[Output | SequenceFailure](sequence.max_tokens + 1)
-    sequence.outputs = send
+    sequence.outputs = answer
     sequence.advance(Event.TOKENISED)
     sequence.queued_at = trio.current_time()
-    with send, receive:
-        serving.queue_in.send_nowait(sequence)
-        logger.debug(
-            "Request queued: {} prompt tokens, up to {} more",
-            len(sequence.prompt),
-            sequence.max_tokens,
-        )
-        await _pass_on(receive, answer)
-
-
-async def _pass_on(
-    outputs: trio.MemoryReceiveChannel[Output | SequenceFailure], answer: _Answer
-) -> None:
-    """Token after token; while none comes, a streaming caller hears that we are still here."""
-    while True:
-        with trio.move_on_at(answer.last_sent_at + KEEP_ALIVE_S) as quiet:
-            output = await outputs.receive()
-        if quiet.cancelled_caught:
-            answer.keep_alive()
-            continue
-        if isinstance(output, SequenceFailure):
-            raise EngineFailed(output.message)
-        answer.add(output)
-        if output.finish is not None:
-            answer.close(output.finish)
-            return
+    serving.queue_in.send_nowait(sequence)
+    logger.debug(
+        "Request queued: {} prompt tokens, up to {} more",
+        len(sequence.prompt),
+        sequence.max_tokens,
+    )
+    await answer.wait_end()
+    answer.close()
 
 
 def _fit(prompt: int, asked: int | None, default: int, context_length: int) -> int:
@@ -216,7 +189,7 @@ def _too_large(sequence: Sequence, ledger: ReservationLedger) -> ResourceLimitEx
     )
 
 
-def _ended_early(sequence: Sequence, answer: _Answer, ledger: ReservationLedger) -> WorkerError:
+def _ended_early(sequence: Sequence, answer: Answer, ledger: ReservationLedger) -> WorkerError:
     """What to tell the caller of a request whose scope was cancelled."""
     error: WorkerError
     match sequence.ending:
@@ -242,7 +215,7 @@ def _internal() -> InternalError:
     return InternalError("the worker failed on this request; its log says why")
 
 
-def _too_late(sequence: Sequence, answer: _Answer) -> RequestTimeout:
+def _too_late(sequence: Sequence, answer: Answer) -> RequestTimeout:
     request = sequence.request
     return RequestTimeout(
         f"the deadline of {request.timeout_s:g} s passed at stage {sequence.stage}",
@@ -280,130 +253,3 @@ def _count(
         metrics.resumed.add()
     if error is None and sequence.batched_at is not None:
         rate.record(now - sequence.batched_at)
-
-
-class _Answer:
-    """What goes back to the caller, streamed or collected."""
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        reply: ReplyStream,
-        writer: AnswerWriter,
-        *,
-        worker_id: str,
-        priority: str,
-    ) -> None:
-        self.reply = reply
-        self.last_sent_at = trio.current_time()
-        self._sequence = sequence
-        self._writer = writer
-        self._worker_id = worker_id
-        self.priority = priority
-        self._stream = sequence.request.stream
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._traced: list[str] | None = None
-        """What has been said, while level `trace` is on."""
-
-    @property
-    def text(self) -> str:
-        """What has been collected so far; empty for a stream."""
-        return "".join(self._texts)
-
-    def open(self) -> None:
-        if self._stream:
-            self._send(self._writer.opening())
-
-    def keep_alive(self) -> None:
-        if self._stream:
-            self._send(self._writer.keep_alive())
-        self.last_sent_at = trio.current_time()
-
-    def trace_prompt(self) -> None:
-        """Write the prompt at level `trace`, if that is on; then the answer follows at its end."""
-
-        def shown() -> object:
-            self._traced = []
-            request = self._sequence.request
-            return request.messages if request.prompt is None else request.prompt
-
-        logger.opt(lazy=True).trace("Prompt: {!r}", shown)
-
-    def trace_text(self) -> None:
-        """Write the text so far at level `trace`, if the prompt was."""
-        if self._traced is not None:
-            logger.trace("Answer: {!r}", "".join(self._traced))
-
-    def add(self, output: Output) -> None:
-        if self._traced is not None:
-            self._traced.append(output.text)
-        logprobs = (output.logprob,) if output.logprob is not None else None
-        if not self._stream:
-            self._texts.append(output.text)
-            self._logprobs.extend(logprobs or ())
-        elif output.text or logprobs:
-            self._send(self._writer.chunk(output.text, logprobs))
-
-    def close(self, finish: FinishReason) -> None:
-        usage = Usage.of(
-            prompt=len(self._sequence.prompt),
-            completion=len(self._sequence.produced),
-            cached=self._sequence.cached,
-        )
-        if self._stream:
-            self.reply.finish(self._writer.closing(finish, usage, self._note()))
-        else:
-            wanted = self._sequence.request.sampling.logprobs
-            logprobs = tuple(self._logprobs) if wanted else None
-            self.reply.finish(self._writer.whole(self.text, logprobs, finish, usage, self._note()))
-
-    async def alive_while(self, call: Callable[..., Awaitable[_T]], *args: object) -> _T:
-        """What `call` returns or raises; meanwhile a streaming caller gets keep-alive chunks."""
-        if not self._stream:
-            return await call(*args)
-        failure: WorkerError | None = None
-        with sole_exceptions():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_alive)
-                try:
-                    result = await call(*args)
-                except WorkerError as error:
-                    # Raised below: beside a `Cancelled` it would come out in an exception group.
-                    failure = error
-                nursery.cancel_scope.cancel(reason="the wait is over")
-        if failure is not None:
-            raise failure
-        return result
-
-    async def _keep_alive(self) -> None:
-        while True:
-            await trio.sleep_until(self.last_sent_at + KEEP_ALIVE_S)
-            self.keep_alive()
-
-    def _send(self, body: bytes) -> None:
-        self.reply.send(body)
-        self.last_sent_at = trio.current_time()
-        if self.reply.backlogged:
-            self._sequence.end(Ending.BACKLOG)
-
-    def _note(self) -> WorkerNote:
-        sequence = self._sequence
-        assert sequence.batched_at is not None
-        assert sequence.first_token_at is not None
-        assert sequence.last_token_at is not None
-        return WorkerNote(
-            id=self._worker_id,
-            request_id=sequence.request_id,
-            seed=sequence.request.sampling.seed,
-            queue_ms=_ms(sequence.batched_at - sequence.arrived_at),
-            prefill_ms=_ms(sequence.first_token_at - sequence.batched_at),
-            decode_ms=_ms(sequence.last_token_at - sequence.first_token_at),
-            priority=self.priority,
-            resumed=sequence.resumed,
-            degraded=tuple(sequence.degraded),
-        )
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
