@@ -19,8 +19,12 @@ from trio_worker.core.batching import Batching
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
 from trio_worker.flow import serving
+from trio_worker.flow.answer import Answer
 from trio_worker.flow.request_channel import PrioritySendChannel, open_priority_channel
 from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS
+from trio_worker.ports import Turn
+from trio_worker.protocol.turn import Work
+from trio_worker.simulated.engine import SimulatedEngine
 from trio_worker.stages.batcher import _Batcher, run_batcher
 
 ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
@@ -124,11 +128,11 @@ async def test_whose_tokens_were_not_handed_out_is_answered_internal(
     real = _Batcher._hand_out
     interrupted = once(4)
 
-    def careless(self: Any, deliveries: list[Any]) -> None:
+    def careless(self: Any, deliveries: list[Any], now: float) -> None:
         if interrupted():
-            real(self, deliveries[:1])
+            real(self, deliveries[:1], now)
             raise PlantedError("in the middle")
-        real(self, deliveries)
+        real(self, deliveries, now)
 
     with mock.patch.object(_Batcher, "_hand_out", careless):
         async with running_worker() as rig:
@@ -145,12 +149,12 @@ async def test_whose_tokens_were_not_handed_out_is_answered_internal(
 async def test_whoever_has_its_whole_answer_is_not_computed_again(
     autojump_clock: MockClock,
 ) -> None:
-    """The fault comes in the turn with the last tokens, after they were handed out."""
+    """The fault comes in the turn with the last tokens, which are handed out all the same."""
     expected = await undisturbed()
 
     first = once(1)
 
-    def is_last(_self: Any, report: Any, _now: float) -> bool:
+    def is_last(_self: Any, report: Any, **_times: float) -> bool:
         return any(output.finish is not None for output in report.outputs) and first()
 
     with failing(_Batcher, "_count", when=is_last) as faults:
@@ -271,3 +275,27 @@ async def test_a_cancelled_or_late_request_ends_at_once_while_the_loop_starts_ag
             assert reply.code == "REQUEST_TIMEOUT"
             assert trio.current_time() - began_at < 2.1
             assert (await rig.ask(prompt="two", max_tokens=5)).code == "ok"
+
+
+async def test_the_next_turn_is_under_way_before_tokens_are_handed_out(
+    autojump_clock: MockClock,
+) -> None:
+    steps: list[str] = []
+    begin, take = SimulatedEngine.begin, Answer.take
+
+    def begun(self: SimulatedEngine, work: Work) -> Turn:
+        steps.append("begin")
+        return begin(self, work)
+
+    def taken(self: Answer, output: Any) -> None:
+        steps.append("take")
+        take(self, output)
+
+    with (
+        mock.patch.object(SimulatedEngine, "begin", begun),
+        mock.patch.object(Answer, "take", taken),
+    ):
+        async with running_worker() as rig:
+            assert (await rig.ask(prompt="one fish", max_tokens=3)).code == "ok"
+    # The prompt, and then a token in each turn; nothing is begun after the last one.
+    assert steps == ["begin", "begin", "begin", "take", "begin", "take", "take"]

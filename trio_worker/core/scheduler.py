@@ -23,10 +23,12 @@ PREEMPTIONS_MAX = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """An output for the token channel of its sequence."""
+    """An output for the answer of its sequence."""
 
     sequence: Sequence
     output: Output | SequenceFailure
+    last_at: float | None = None
+    """When the token before came; None if there was none."""
 
 
 class Scheduler:
@@ -205,6 +207,7 @@ class Scheduler:
             return None
         sequence.advance(Event.DECODED)
         sequence.produced.append(output.token)
+        last_at = sequence.last_token_at
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         sequence.last_token_at = now
@@ -212,7 +215,7 @@ class Scheduler:
             self._forget(sequence)
         elif self._trial.has_proof(sequence):
             self._acquit(sequence)
-        return Delivery(sequence=sequence, output=output)
+        return Delivery(sequence=sequence, output=output, last_at=last_at)
 
     def _book_failure(self, failure: SequenceFailure) -> Delivery | None:
         self._resident.discard(failure.request_id)

@@ -1,13 +1,15 @@
 """The batch loop: wait for work, plan, one turn of the engine, hand out tokens.
 
-It never waits for a caller: an answer takes every token at once. From the look at the queue to
-the plan of the turn everything is one synchronous section, and what is decided there is decided
-in core/batching.py and core/scheduler.py.
+It never waits for a caller: an answer takes every token at once. From a turn's report over the look
+at the queue to the plan of the next turn everything is one synchronous section, and what is
+decided there is decided in core/batching.py and core/scheduler.py. The next turn is under way
+before the tokens of the last one are handed out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import trio
 from loguru import logger
@@ -22,7 +24,8 @@ from trio_worker.errors import EngineLost, WorkerFault
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeat
-from trio_worker.protocol.turn import Report, RequestId, SequenceFailure, Work
+from trio_worker.ports import Turn
+from trio_worker.protocol.turn import Report, SequenceFailure, Work
 
 
 async def run_batcher(
@@ -88,13 +91,13 @@ class _Batcher:
                 self._notice_restart()
             # Taken before the look at the queue: no change in between is missed.
             changes = (self._queue.changed, self._door.changed)
-            self.fill(trigger)
-            if not self._batching.has_turn(trio.current_time()):
+            turn = self.begin(trigger)
+            if turn is None:
                 # What is queued is held back by memory: look again when something has changed.
                 await wait_any(*(change.wait for change in changes))
-                continue
             try:
-                await self.turn()
+                while turn is not None:
+                    turn = await self.follow(turn)
             except EngineLost as lost:
                 self.lost(lost)
                 await self.wait_ready()
@@ -187,22 +190,36 @@ class _Batcher:
 
     # --- the turn -------------------------------------------------------------------------
 
-    async def turn(self) -> None:
-        """One turn. Raises `EngineLost`; then `lost` has to follow."""
-        work = self._batching.plan(trio.current_time())
-        self._log_resumed(work)
-        began_at = trio.current_time()
-        report = await self._engine.begin(work).report()
+    def begin(self, trigger: Trigger) -> _TurnUnderWay | None:
+        """Begin the next turn, with whoever may enter for it; None if there is nothing to do."""
+        self.fill(trigger)
         now = trio.current_time()
-        self._metrics.turn_seconds.observe(now - began_at)
+        if not self._batching.has_turn(now):
+            return None
+        work = self._batching.plan(now)
+        turn = _TurnUnderWay(self._engine.begin(work), now)
+        self._log_resumed(work)
+        return turn
+
+    async def follow(self, turn: _TurnUnderWay) -> _TurnUnderWay | None:
+        """See a turn to its end; returns the next one, if there is something to do.
+
+        That is under way before anything is handed out: the engine computes meanwhile. Raises
+        `EngineLost`; then `lost` has to follow.
+        """
+        report = await turn.turn.report()
+        now = trio.current_time()
+        self._heartbeat.beat(now)
         self._measure_removed(now)
-        self._measure_outputs(report, now)
         deliveries = self._scheduler.book(report, now=now)
-        self._hand_out(deliveries)
-        self._log_ended(deliveries)
         self._note_memory(report)
-        self._count(report, now)
-        self._recycle_if_due()
+        try:
+            self._count(report, took_s=now - turn.began_at, now=now)
+            self._recycle_if_due()
+            return self.begin(Trigger.RUNNING) if self._scheduler.has_work else None
+        finally:
+            self._hand_out(deliveries, now)
+            self._log_ended(deliveries)
 
     def lost(self, lost: EngineLost) -> None:
         """Book the loss; whoever is found guilty of it fails, and the budget is given back."""
@@ -212,7 +229,7 @@ class _Batcher:
         self._forget_engine()
         for delivery in deliveries:
             self._engine.pardon(delivery.sequence.crashes)
-        self._hand_out(deliveries)
+        self._hand_out(deliveries, trio.current_time())
 
     def recover(self, fault: Exception) -> None:
         """Put things right after a fault of this loop, whatever it left half done.
@@ -249,20 +266,21 @@ class _Batcher:
             if sequence.left_at is not None:
                 self._counters.cancel.observe(now - sequence.left_at)
 
-    def _measure_outputs(self, report: Report, now: float) -> None:
-        """Latencies, before the booking moves the times on."""
-        sampled = set[RequestId]()
-        for output in report.outputs:
-            sequence = self._scheduler.running.get(output.request_id)
-            if sequence is None:
+    def _hand_out(self, deliveries: list[Delivery], now: float) -> None:
+        """Every output to the answer that it belongs to, and the time it took into the counts."""
+        for delivery in deliveries:
+            sequence, output = delivery.sequence, delivery.output
+            assert sequence.outputs is not None
+            sequence.outputs.take(output)
+            if isinstance(output, SequenceFailure):
+                sequence.concluded = True
                 continue
-            # A second token of the same turn came no later than the first.
-            last_at = now if output.request_id in sampled else sequence.last_token_at
-            sampled.add(output.request_id)
-            if last_at is None:
+            sequence.handed_out += 1
+            sequence.concluded = output.finish is not None
+            if delivery.last_at is None:
                 self._measure_first(sequence, now)
             else:
-                self._counters.inter_token.observe(now - last_at)
+                self._counters.inter_token.observe(now - delivery.last_at)
 
     def _measure_first(self, sequence: Sequence, now: float) -> None:
         first_s = now - sequence.arrived_at
@@ -270,17 +288,6 @@ class _Batcher:
             "First token after {} ms", round(1000 * first_s)
         )
         self._counters.time_to_first_token.observe(first_s, self._priority(sequence))
-
-    def _hand_out(self, deliveries: list[Delivery]) -> None:
-        for delivery in deliveries:
-            sequence, output = delivery.sequence, delivery.output
-            assert sequence.outputs is not None
-            sequence.outputs.take(output)
-            if isinstance(output, SequenceFailure):
-                sequence.concluded = True
-            else:
-                sequence.handed_out += 1
-                sequence.concluded = output.finish is not None
 
     def _log_ended(self, deliveries: list[Delivery]) -> None:
         """Who has come to an end in this turn."""
@@ -295,7 +302,8 @@ class _Batcher:
         self._serving.ledger.reconcile(used=gauge.used, cached_tokens=self._scheduler.cached_tokens)
         self._door.pressure_changed()
 
-    def _count(self, report: Report, now: float) -> None:
+    def _count(self, report: Report, *, took_s: float, now: float) -> None:
+        self._metrics.turn_seconds.observe(took_s)
         batches = self._batches
         batches.turns += 1
         batches.engine_memory = report.memory
@@ -316,6 +324,12 @@ class _Batcher:
 
     def _priority(self, sequence: Sequence) -> str:
         return name_of(sequence.level, self._serving.levels)
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnUnderWay:
+    turn: Turn
+    began_at: float
 
 
 def _ids(sequences: Iterable[Sequence]) -> str:
