@@ -142,10 +142,11 @@ class Report(Value, frozen=True, kw_only=True, tag=True):
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """How many sequences got a token from each decode step; mostly there is one step."""
+        if len({output.request_id for output in self.outputs}) == len(self.outputs):
+            return (len(self.outputs),) if self.outputs else ()
         tokens = Counter(output.request_id for output in self.outputs)
         return tuple(
-            sum(count > step for count in tokens.values())
-            for step in range(max(tokens.values(), default=0))
+            sum(count > step for count in tokens.values()) for step in range(max(tokens.values()))
         )
 
 

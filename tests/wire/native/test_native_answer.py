@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
 from trio_worker.wire import native
 
@@ -89,3 +92,17 @@ def test_an_answer_to_a_prompt_looks_as_openais() -> None:
         part("hi ho", finish='"stop"', tail=TAIL),
         part("hi", LOGPROB_JSON, '"stop"', TAIL),
     ]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("model", ["m", 'a "quoted" one', "\\u0000", '"\0"'])
+@pytest.mark.parametrize("text", ["", "hi", 'she said "no"\n', "\0", "\\u0000", "ÄÖ 🙂 \u2028"])
+def test_whatever_the_text_a_chunk_is_as_one_without_but_for_it(
+    *, chat: bool, model: str, text: str
+) -> None:
+    writer = native.AnswerWriter(request_id=RequestId("r"), model=model, created=5, chat=chat)
+    chunk = msgspec.json.decode(writer.chunk(text))
+    expected = msgspec.json.decode(writer.chunk(text, ()))
+    expected["choices"][0]["logprobs"] = None
+    assert chunk == expected
+    assert chunk["model"] == model

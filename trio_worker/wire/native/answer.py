@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
@@ -95,17 +93,25 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True):
 
 _encoder = msgspec.json.Encoder()
 
+_HERE = "\0"
+"""A text that no id and no model's name has in it."""
+_HERE_WRITTEN = _encoder.encode(_HERE)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class AnswerWriter:
     """Writes the bodies of one request's answer."""
 
-    request_id: RequestId
-    model: str
-    created: int
-    """Seconds since the epoch."""
-    chat: bool
-    """Whether `messages` were sent; the answer to a `prompt` has a text in their place."""
+    def __init__(self, *, request_id: RequestId, model: str, created: int, chat: bool) -> None:
+        """`created` is in seconds since the epoch; `chat` says that `messages` were sent.
+
+        The answer to a `prompt` has a text where that to messages has a message.
+        """
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{request_id}"
+        self._model = model
+        self._created = created
+        self._chat = chat
+        # The chunks of an answer are alike but for their texts.
+        self._before_text, self._after_text = self._body(_Delta(content=_HERE)).split(_HERE_WRITTEN)
 
     def opening(self) -> bytes:
         """The first chunk of a stream: the request has been admitted."""
@@ -116,7 +122,9 @@ class AnswerWriter:
         return self._body(_Delta())
 
     def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
-        return self._body(_Delta(content=text), logprobs=logprobs)
+        if logprobs is not None:
+            return self._body(_Delta(content=text), logprobs=logprobs)
+        return self._before_text + _encoder.encode(text) + self._after_text
 
     def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
         """The last chunk of a stream."""
@@ -144,7 +152,7 @@ class AnswerWriter:
         note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
         choice = _Choice(logprobs=_logprobs(logprobs), finish_reason=finish)
-        if not self.chat:
+        if not self._chat:
             kind = "text_completion"
             choice.text = part.content or ""
         elif isinstance(part, _Delta):
@@ -155,10 +163,10 @@ class AnswerWriter:
             choice.message = part
         return _encoder.encode(
             _Body(
-                id=f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
+                id=self._id,
                 object=kind,
-                created=self.created,
-                model=self.model,
+                created=self._created,
+                model=self._model,
                 choices=(choice,),
                 usage=usage,
                 worker=note,
