@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Literal, TypeAlias
@@ -27,6 +27,7 @@ from trio_worker.nats.login import Login
 from trio_worker.ports import Broker, Engine, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
+from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
 from trio_worker.supervisor.engine_process import open_engine
 from trio_worker.worker import World, run_worker
 
@@ -37,12 +38,15 @@ async def launch(
     config: Config,
     *,
     engine: EngineKind,
+    engine_program: Sequence[str] = ENGINE_PROGRAM,
     stops: AsyncIterable[object],
     on_progress: ProgressSink | None = None,
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
 ) -> None:
     """Run a worker on real edges; returns, and raises, as `run_worker` does.
+
+    `engine_program` is what serves as the engine's process, unless it is simulated.
 
     Takes the variables of the service manager out of the environment before a child process
     could inherit them.
@@ -58,7 +62,7 @@ async def launch(
         world = World(
             stops=stops,
             open_broker=partial(_open_broker, config),
-            open_engine=partial(_open_engine, config, engine, progressed),
+            open_engine=partial(_open_engine, config, engine, progressed, engine_program),
             probe=PsutilProbe(),
             # Callers see what is drawn; from a generator of ours they could work out the rest.
             rng=random.SystemRandom(),
@@ -117,7 +121,10 @@ def login_of(nats: NatsConfig) -> Login:
 
 
 def _open_engine(
-    config: Config, kind: EngineKind, on_progress: ProgressSink | None
+    config: Config,
+    kind: EngineKind,
+    on_progress: ProgressSink | None,
+    program: Sequence[str] = ENGINE_PROGRAM,
 ) -> AbstractAsyncContextManager[Engine, bool | None]:
     worker = config.worker
     batching = worker.continuous_batching
@@ -141,6 +148,7 @@ def _open_engine(
         wired_limit_bytes=_bytes(worker.engine.wired_limit_mb),
         allocator_cache_bytes=_bytes(worker.engine.allocator_cache_mb),
         on_progress=on_progress,
+        program=program,
     )
 
 

@@ -26,7 +26,7 @@ from trio_worker.simulated.engine import PREFIX_CACHE_TOKENS
 
 
 def test_the_command_line_knows_every_part() -> None:
-    assert tuple(PARTS) == (*PARTS_OF["engine"], *PARTS_OF["scheduling"])
+    assert tuple(PARTS) == (*PARTS_OF["engine"], *PARTS_OF["scheduling"], *PARTS_OF["ahead"])
 
 
 @pytest.mark.nats
@@ -89,7 +89,7 @@ async def open_virtual_worker(config: Config, _engine: EngineKind) -> AsyncItera
         f"worker.simulated.prefill_ms_per_token={worker.simulated.prefill_ms_per_token}",
         engine_options={"prefix_cache_tokens": reuse},
     ) as rig:
-        yield MeasuredWorker(rig.client, "w1", rig.observed)
+        yield MeasuredWorker(rig.client, "w1", rig.observed, nats_url="nats://nowhere")
 
 
 async def figures(part: str, capsys: pytest.CaptureFixture[str], *changes: str) -> list[str]:

@@ -76,6 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client_asyncio": {"calling.on_asyncio"},
     "deploy": {"config", "errors"},
     "bench": EVERYTHING,
+    "bench.clocked_engine": {"engine.sockets", "protocol"},
+    "bench.load": set(),
     "cli": EVERYTHING,
     "launch": EVERYTHING,
     "__main__": {"cli"},

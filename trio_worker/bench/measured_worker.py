@@ -20,6 +20,8 @@ from trio_worker.monitoring.metrics import BATCH_FORMATION, HistogramMetric
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker
+from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
+from trio_worker.wire import subjects
 
 STOP_S = 10.0
 """For a worker whose callers have left; after that it is cancelled."""
@@ -28,10 +30,18 @@ STOP_S = 10.0
 class MeasuredWorker:
     """A running worker, and the client that measures it."""
 
-    def __init__(self, client: Client, worker_id: str, observed: Observed) -> None:
+    def __init__(
+        self, client: Client, worker_id: str, observed: Observed, *, nats_url: str
+    ) -> None:
         self._client = client
         self._worker_id = worker_id
         self._observed = observed
+        self.nats_url = nats_url
+
+    @property
+    def subject(self) -> str:
+        """Where it is asked."""
+        return subjects.direct(self._worker_id)
 
     @property
     def device(self) -> str:
@@ -117,7 +127,9 @@ class MeasuredWorker:
 
 
 @asynccontextmanager
-async def open_measured_worker(config: Config, engine: EngineKind) -> AsyncIterator[MeasuredWorker]:
+async def open_measured_worker(
+    config: Config, engine: EngineKind, engine_program: Sequence[str] = ENGINE_PROGRAM
+) -> AsyncIterator[MeasuredWorker]:
     """A worker on a NATS server of its own, and one connection for both.
 
     However the block is left, the worker stops as when it is told to. Raises what `launch` raises.
@@ -136,7 +148,14 @@ async def open_measured_worker(config: Config, engine: EngineKind) -> AsyncItera
 
     async def serve() -> None:
         try:
-            await launch(config, engine=engine, stops=stops, greet=greet, on_ready=seen.append)
+            await launch(
+                config,
+                engine=engine,
+                engine_program=engine_program,
+                stops=stops,
+                greet=greet,
+                on_ready=seen.append,
+            )
         finally:
             ended.set()
 
@@ -145,7 +164,7 @@ async def open_measured_worker(config: Config, engine: EngineKind) -> AsyncItera
         await ready.wait()
         client = Client(brokers[0], timeout_ms=None, attempts=1)
         try:
-            yield MeasuredWorker(client, config.worker.id, seen[0])
+            yield MeasuredWorker(client, config.worker.id, seen[0], nats_url=nats.url)
         finally:
             stop.send_nowait(None)
             with trio.move_on_after(STOP_S, shield=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trio_worker.bench.ahead import device
 from trio_worker.bench.baseline import bare
 from trio_worker.bench.latency import newcomer, prefix
 from trio_worker.bench.overhead import overhead
@@ -16,5 +17,6 @@ PARTS: Mapping[str, Part] = {
     for each in (
         *(batching, bare, prefix, seeds, newcomer, mixing),
         *(overhead, priority, preemption),
+        device,
     )
 }

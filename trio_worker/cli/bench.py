@@ -15,6 +15,7 @@ from trio_worker.logs import set_up_logging
 PARTS_OF = {
     "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
     "scheduling": ("overhead", "priority", "preemption"),
+    "ahead": ("device",),
 }
 """What is measured together under one name."""
 
@@ -32,7 +33,9 @@ def add_parser(commands: Commands) -> None:
         "greedy requests only; "
         "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
         "operations; priority: an urgent request among many; preemption: what it costs; "
-        "scheduling: these three",
+        "scheduling: these three; "
+        "device: streams of an engine whose every step takes a given time; "
+        "ahead: what the worker costs where steps are fast",
     )
     add_engine(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64)
