@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
     "bench.load": set(),
+    "bench.responder": set(),
     "cli": EVERYTHING,
     "launch": EVERYTHING,
     "__main__": {"cli"},

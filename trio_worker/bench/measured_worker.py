@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import accumulate
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 import trio
 
+from trio_worker.bench.programs import free_port
 from trio_worker.bench.prompts import request_for
 from trio_worker.client import Answer, Client
 from trio_worker.config import Config
@@ -134,7 +134,9 @@ async def open_measured_worker(
 
     However the block is left, the worker stops as when it is told to. Raises what `launch` raises.
     """
-    nats = msgspec.structs.replace(config.nats, url=_free_url(), embedded="always")
+    nats = msgspec.structs.replace(
+        config.nats, url=f"nats://127.0.0.1:{free_port()}", embedded="always"
+    )
     config = msgspec.structs.replace(config, nats=nats)
     stop, stops = trio.open_memory_channel[None](1)
     ready, ended = trio.Event(), trio.Event()
@@ -169,9 +171,3 @@ async def open_measured_worker(
             stop.send_nowait(None)
             with trio.move_on_after(STOP_S, shield=True):
                 await ended.wait()
-
-
-def _free_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"nats://127.0.0.1:{probe.getsockname()[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -60,3 +61,10 @@ async def open_program(module: str, *args: str, says_errors: bool = True) -> Asy
         )
         yield Program(module, process)
         await process.stdin.aclose()
+
+
+def free_port() -> int:
+    """On the loopback address, where nobody listens yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

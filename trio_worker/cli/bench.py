@@ -15,7 +15,7 @@ from trio_worker.logs import set_up_logging
 PARTS_OF = {
     "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
     "scheduling": ("overhead", "priority", "preemption"),
-    "ahead": ("device",),
+    "ahead": ("device", "tiny", "requests"),
 }
 """What is measured together under one name."""
 
@@ -34,8 +34,9 @@ def add_parser(commands: Commands) -> None:
         "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
         "operations; priority: an urgent request among many; preemption: what it costs; "
         "scheduling: these three; "
-        "device: streams of an engine whose every step takes a given time; "
-        "ahead: what the worker costs where steps are fast",
+        "device: against what a device could do whose steps take a given time; "
+        "tiny: a tiny model, against mlx-lm's loop and server; requests: of one token that costs "
+        "nothing; ahead: these three",
     )
     add_engine(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64)

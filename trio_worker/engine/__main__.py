@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from trio_worker.engine.cpu.blas import preload_blas
 from trio_worker.engine.sockets import Line
@@ -26,6 +27,11 @@ def main() -> int:
     checking.add_argument("name")
     baseline = commands.add_parser("bare", help="mlx-lm's own loop, for `trio-worker bench`")
     baseline.add_argument("name")
+    writing = commands.add_parser("tiny", help="write a tiny model, for `trio-worker bench`")
+    writing.add_argument("name", help="the folder")
+    comparing = commands.add_parser("http", help="mlx-lm's HTTP server, for `trio-worker bench`")
+    comparing.add_argument("name")
+    comparing.add_argument("--port", type=int, required=True)
     asked = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -41,10 +47,15 @@ def main() -> int:
         from trio_worker.engine.serve import serve  # noqa: PLC0415
 
         serve(control, tokenising, renderer)
+    if asked.command == "http":
+        from trio_worker.engine.http_baseline import run_http_server  # noqa: PLC0415
+
+        run_http_server(asked.name, asked.port)
     from trio_worker.engine.models import CannotLoad  # noqa: PLC0415
 
+    ways = {"prepare": _prepare, "check": _check, "bare": _baseline, "tiny": _tiny}
     try:
-        return {"prepare": _prepare, "check": _check, "bare": _baseline}[asked.command](asked.name)
+        return ways[asked.command](asked.name)
     except CannotLoad as exc:
         sys.stderr.write(f"{exc}\n")
         return ExitStatus.CONFIG
@@ -79,6 +90,13 @@ def _baseline(name: str) -> int:
     from trio_worker.engine.models.load import load  # noqa: PLC0415
 
     run_baseline(load(name, None, _say))
+    return ExitStatus.OK
+
+
+def _tiny(name: str) -> int:
+    from trio_worker.engine.models.tiny import write_tiny_model  # noqa: PLC0415
+
+    write_tiny_model(Path(name), endless=True)
     return ExitStatus.OK
 
 
