@@ -12,7 +12,7 @@ from pathlib import Path
 import nkeys
 import pytest
 import trio
-from support.broker_conformance import PATIENCE_S
+from support.broker_conformance import PATIENCE_S, Inbox
 from support.nats_fixtures import (
     nats_url_fixture,  # noqa: F401
     private_server_fixture,  # noqa: F401
@@ -22,6 +22,7 @@ from support.nats_rig import SECRET, fake_server, log_fixture, quick, wait_until
 
 from trio_worker.errors import ConfigError
 from trio_worker.nats.login import Login
+from trio_worker.ports import Message
 
 pytestmark = pytest.mark.nats
 
@@ -285,6 +286,24 @@ async def test_tls_with_an_own_authority(certificates: Certificates, scheme: str
             server.end()
             server.start()
             assert await works(broker)
+
+
+async def test_a_server_that_hangs_behind_tls_holds_back_what_it_does_not_take(
+    certificates: Certificates,
+) -> None:
+    inbox = Inbox()
+    with running_server(config=certificates.config()) as server:
+        async with quick(server.url, login=Login(ca_file=certificates.file("ca.pem"))) as broker:
+            await broker.subscribe("a", inbox)
+            server.send(signal.SIGSTOP)
+            for number in range(40):
+                broker.publish(Message(subject="a", body=b"%-500000d" % number))
+            with trio.move_on_after(0.1):
+                await broker.flush()
+            assert broker.statistics().unpublished_bytes > 10_000_000
+            server.send(signal.SIGCONT)
+            await inbox.wait(40)
+    assert [int(body) for body in inbox.bodies] == list(range(40))
 
 
 async def test_tls_with_certificates_on_both_sides(certificates: Certificates) -> None:

@@ -191,11 +191,44 @@ async def test_a_ping_does_not_overtake_what_it_is_to_confirm(
         broker.publish(Message(subject="a", body=bytes(2 * WINDOW_BYTES)))
         await trio.sleep(0.1)
         async with trio.open_nursery() as nursery:
+            # The first one's command is being written; the second one's waits behind it.
             nursery.start_soon(broker.subscribe, "b", Inbox())
             await trio.sleep(0.1)
+            nursery.start_soon(broker.subscribe, "c", Inbox())
+            await trio.sleep(0.1)
             server.go_on()
-    verbs = [command.split()[0] for _, command in server.commands]
-    assert verbs[:5] == ["CONNECT", "PING", "PUB", "SUB", "PING"]
+    commands = [command for _, command in server.commands]
+    assert commands[2:6] == ["PUB a", "SUB b", "SUB c", "PING"]
+
+
+async def test_what_is_written_goes_behind_the_commands_that_wait(
+    server: VirtualServer, autojump_clock: MockClock
+) -> None:
+    """And these are not written again by nats-py, which had been told that they wait."""
+    async with opened(server.url) as broker:
+        subscription = await broker.subscribe("a", Inbox())
+        server.commands.clear()
+        subscription.forget()
+        broker.connection.client.write(b"PUB b 0\r\n\r\n")
+        await broker.flush()
+        assert [command for _, command in server.commands] == ["UNSUB 1", "PUB b", "PING"]
+
+
+async def test_what_is_not_or_no_longer_connected_cannot_be_written_to(
+    server: VirtualServer, autojump_clock: MockClock
+) -> None:
+    """From the moment at which it is closed, and not only when nats-py has noticed."""
+    assert not MendedClient(wants_tls=False, on_ended=lambda _error: None).is_writable
+    async with opened(server.url) as broker:
+        client = broker.connection.client
+        before = (client.is_connected, client.is_writable)
+        client.abort()
+        assert [before, (client.is_connected, client.is_writable)] == [(True, True), (True, False)]
+        broker.publish(Message(subject="a", body=b"held"))
+        await trio.sleep(0.1)
+        assert broker.statistics().unpublished_bytes == 5
+        await broker.flush()
+    assert server.bodies == [b"held"]
 
 
 async def test_a_drain_that_waits_to_be_written_ends_when_the_line_breaks(
@@ -231,12 +264,11 @@ async def test_a_subscription_that_is_cancelled_while_it_is_sent_leaves_nothing(
 ) -> None:
     async with opened(server.url) as broker:
         server.hang()
-        # The first is being written, the others fill what nats-py may hold.
-        for _ in range(3):
-            broker.publish(Message(subject="a", body=bytes(200_000)))
-            await trio.sleep(0.1)
+        # It is more than nats-py may hold of commands, and the line is full.
+        broker.publish(Message(subject="a", body=bytes(2 * WINDOW_BYTES)))
+        await trio.sleep(0.1)
         with trio.move_on_after(1) as scope:
-            await broker.subscribe("b", Inbox())
+            await broker.subscribe("b" * 300_000, Inbox())
         assert scope.cancelled_caught
         server.go_on()
         await broker.flush()

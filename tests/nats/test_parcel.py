@@ -18,7 +18,13 @@ def on_the_wire(headers: Mapping[str, str]) -> int:
 def test_a_parcel_counts_what_the_server_counts() -> None:
     plain = seal(Message(subject="täter", body=b"12345"), max_payload=5)
     assert plain == Parcel(
-        subject="täter", body=b"12345", reply="", headers=None, payload_bytes=5, size=11
+        subject="täter",
+        body=b"12345",
+        reply="",
+        headers={},
+        head="PUB täter 5\r\n".encode(),
+        payload_bytes=5,
+        size=11,
     )
     headers = {"A": "b", "Sequence": "10"}
     size = on_the_wire(headers) + 5
@@ -30,6 +36,7 @@ def test_a_parcel_counts_what_the_server_counts() -> None:
         body=b"12345",
         reply="rückweg",
         headers=headers,
+        head="HPUB to rückweg 32 37\r\nNATS/1.0\r\nA: b\r\nSequence: 10\r\n\r\n".encode(),
         payload_bytes=size,
         size=size + 2 + 8,
     )

@@ -51,6 +51,8 @@ class VirtualServer:
         """Verb and subject of everything that was read, and when."""
         self.bodies: list[bytes] = []
         """Of everything that was published, in order."""
+        self.writes: list[int] = []
+        """The bytes of every buffer that was written."""
         self.lines: list[Line] = []
         self._random = random.Random(5)
         """Chooses the member of a queue group."""
@@ -105,7 +107,14 @@ class Line(Transport):  # type: ignore[misc]
     def __init__(self, server: VirtualServer) -> None:
         self._server = server
         # The part of a TCP transport that the adapter reaches for.
-        self._io_writer = SimpleNamespace(transport=SimpleNamespace(abort=self.end))
+        self._io_writer = SimpleNamespace(
+            transport=SimpleNamespace(
+                abort=self.end,
+                is_closing=lambda: self._ended,
+                get_write_buffer_size=lambda: len(self._unread),
+                get_write_buffer_limits=lambda: (0, WINDOW_BYTES),
+            )
+        )
         self._start()
 
     def _start(self) -> None:
@@ -218,6 +227,7 @@ class Line(Transport):  # type: ignore[misc]
     # --- nats-py's end ----------------------------------------------------------------------
 
     def write(self, payload: bytes) -> None:
+        self._server.writes.append(len(payload))
         if not self._ended:
             self._unread += payload
             if not self._server.is_hung:

@@ -2,11 +2,11 @@
 
 Owns the outbox and what empties it. Rules:
 
-1. The border between Trio and asyncio is crossed once per batch: `publish` appends to the
-   outbox and wakes one asyncio task, the pump.
-2. nats-py gets a message only while it is connected; everything else waits in the outbox,
-   where it is accounted for and can be discarded. What nats-py holds unwritten and the socket's
-   buffers are past the outbox and not yet at the server.
+1. `publish` appends to the outbox and wakes one Trio task, the pump, which writes what has come
+   together as one buffer: no task of asyncio runs for what the socket takes at once.
+2. A message is written only while the connection stands and is not full; everything else waits
+   in the outbox, where it is accounted for and can be discarded. What the connection's buffers
+   hold is past the outbox and not yet at the server.
 3. Nothing another client sends ends the connection, and nothing of ours makes the server end
    it. If it ends for good all the same, `wait_lost` says so.
 4. No message, log line or `repr` contains a secret.
@@ -14,7 +14,6 @@ Owns the outbox and what empties it. Rules:
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +22,6 @@ from typing import Any
 import trio
 import trio_asyncio
 from loguru import logger
-from nats import errors as nats_errors
 from trio_util import RepeatedEvent
 
 from trio_worker.exception_groups import sole_exceptions
@@ -31,11 +29,13 @@ from trio_worker.nats.address import parse_nats_url
 from trio_worker.nats.connection import Connection
 from trio_worker.nats.login import Identity, Login
 from trio_worker.nats.outbox import Outbox
+from trio_worker.nats.parcel import BODY_END
 from trio_worker.nats.subscription import NatsSubscription, Sink, subscribe
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
-_PUMP_BATCH = 64
-"""Messages between two chances for nats-py to write."""
+_PASS_BYTES = 64 * 1024
+_PASS_MESSAGES = 256
+"""What the pump writes between two chances for other tasks: whichever is reached first."""
 _SUBSCRIPTION_MESSAGES = 16_384
 """What one subscription may hold before newer messages are thrown away: more than the
 smallest messages that one read (64 KiB) can bring, so only a stalled loop reaches it."""
@@ -77,11 +77,9 @@ async def open_nats_broker(
             # The default handler re-raises into the loop's nursery, and nats-py leaves
             # exceptions of its tasks unretrieved.
             loop.set_exception_handler(_log_asyncio)
-            filled = asyncio.Event()
-            connection = Connection(address, identity, loop=loop, on_standing=filled.set)
+            connection = Connection(address, identity, loop=loop)
             broker = NatsBroker(
                 connection,
-                filled,
                 outbox_limit_bytes=outbox_limit_bytes,
                 subscription_limit=subscription_limit,
             )
@@ -113,7 +111,7 @@ async def _pumping(broker: NatsBroker) -> AsyncIterator[None]:
 
     async def pump() -> None:
         with scope:
-            await broker.connection.run(broker.pump)
+            await broker.pump()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pump)
@@ -129,19 +127,18 @@ class NatsBroker:
     def __init__(
         self,
         connection: Connection,
-        filled: asyncio.Event,
         *,
         outbox_limit_bytes: int,
         subscription_limit: int,
     ) -> None:
-        """`filled` is set when there may be something to pump, and somebody to take it."""
         self.connection = connection
-        self._filled = filled
         self._outbox = Outbox(
             loose_limit_bytes=outbox_limit_bytes,
             max_payload=lambda: self.max_payload,
-            on_put=filled.set,
+            on_put=self._wake_pump,
         )
+        self._filled = trio.Event()
+        """There is something in the outbox; set anew each time that the pump waits for it."""
         self._pumped = RepeatedEvent()
         """The pump has taken from the outbox what was there."""
         self._subscription_limit = subscription_limit
@@ -205,36 +202,39 @@ class NatsBroker:
     # --- for open_nats_broker -------------------------------------------------------------
 
     async def pump(self) -> None:
-        """In asyncio: hand the outbox to nats-py while the connection stands. Until cancelled."""
+        """Write what is in the outbox, in order, while the connection takes it. Until cancelled."""
         while True:
-            await self._filled.wait()
-            self._filled.clear()
-            while self.connection.stands:
-                await self._pump_batch()
-                self._pumped.set()
-                if not len(self._outbox):
-                    break
-                await asyncio.sleep(0)
+            if not len(self._outbox):
+                self._filled = trio.Event()
+                await self._filled.wait()
+            if not self.connection.is_writable:
+                await self.connection.wait_writable()
+            self.connection.client.write(self._take_frames())
+            self._pumped.set()
+            if len(self._outbox):
+                await trio.lowlevel.checkpoint()
 
-    async def _pump_batch(self) -> None:
-        client = self.connection.client
-        for _ in range(_PUMP_BATCH):
-            if not client.is_connected or (parcel := self._outbox.take()) is None:
-                return
-            if parcel.payload_bytes > client.max_payload:
+    def _wake_pump(self) -> None:
+        self._filled.set()
+
+    def _take_frames(self) -> bytes:
+        """What one pass writes, as it is on the wire."""
+        frames: list[bytes] = []
+        max_payload, room_bytes = self.max_payload, _PASS_BYTES
+        for _ in range(_PASS_MESSAGES):
+            if room_bytes <= 0 or (parcel := self._outbox.take()) is None:
+                break
+            if parcel.payload_bytes > max_payload:
                 # The limit has shrunk with a reconnection.
                 self._dropped += 1
                 self.connection.quiet_log.warn(
                     "size", "dropping a message over the server's new limit"
                 )
                 continue
-            try:
-                await client.publish(parcel.subject, parcel.body, parcel.reply, parcel.headers)
-            except (nats_errors.Error, OSError) as exc:
-                self._dropped += 1
-                self.connection.quiet_log.warn("publish", f"dropping a message: {exc!r}")
-            else:
-                self._published += 1
+            frames += (parcel.head, parcel.body, BODY_END)
+            room_bytes -= parcel.size
+            self._published += 1
+        return b"".join(frames)
 
     async def flush_if_standing(self) -> bool:
         """Flush; False, at once, if there is no connection."""

@@ -32,7 +32,7 @@ T = TypeVar("T")
 _ATTEMPT_TIMEOUT_S = 2.0
 """For each of: connecting, the server's greeting, its answer to our credentials."""
 _PENDING_BYTES = 256 * 1024
-"""What nats-py may hold unwritten before it makes the pump wait."""
+"""What nats-py may hold of commands before it makes who gives them wait."""
 _ABORT_GRACE_S = 0.25
 _MAY_NOT_SUBSCRIBE = re.compile(r'permissions violation for subscription to "([^"]*)"')
 """As the parser hands it on, in lower case."""
@@ -60,9 +60,7 @@ class Connection:
         identity: Identity,
         *,
         loop: Any,
-        on_standing: Callable[[], None],
     ) -> None:
-        """`on_standing` is called in asyncio, and is to be quick: what waits may leave now."""
         self.where = address.bare
         self.client = MendedClient(wants_tls=identity.wants_tls, on_ended=self._on_ended)
         self.quiet_log = QuietLog(self.where)
@@ -72,7 +70,6 @@ class Connection:
         self.slow_consumers = 0
         self._identity = identity
         self._loop = loop
-        self._on_standing = on_standing
         self._life = ConnectionLife()
         self._state = AsyncValue(self._life.state)
         """The life's, to be waited for."""
@@ -81,6 +78,11 @@ class Connection:
     @property
     def stands(self) -> bool:
         return self._life.stands
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether what is written now leaves: the connection stands, and is not full."""
+        return self._life.stands and self.client.is_writable
 
     async def connect(
         self,
@@ -177,6 +179,18 @@ class Connection:
     async def wait_standing(self) -> None:
         await self._state.wait_value(lambda state: state in STANDING)
 
+    async def wait_writable(self) -> None:
+        """Return when what is written leaves, over however many lines that takes."""
+        while not self.is_writable:
+            await self.wait_standing()
+            try:
+                await self.run(self.client.wait_written)
+            except OSError:
+                # It has broken, which nats-py notices in a moment, or has mended since.
+                await self._state.wait_value(
+                    lambda state: state not in STANDING or self.is_writable
+                )
+
     async def wait_useless(self) -> str:
         """Return, with the reason, when it cannot do any more what it is for."""
         await self._state.wait_value(lambda state: state in USELESS)
@@ -238,5 +252,3 @@ class Connection:
             logger.error("NATS at {}: {}", self.where, self._life.reason)
         elif is_news and self._life.state is State.LOST:
             logger.error("the connection to NATS has ended for good: {}", self._life.reason)
-        if self._life.stands:
-            self._on_standing()

@@ -42,6 +42,33 @@ class MendedClient(Client):  # type: ignore[misc]
 
     # --- what nats-py lacks -------------------------------------------------------------------
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether `write` would send: there is a connection, and it is not full.
+
+        Full is what holds more than asyncio's own limit: 64 KiB, or 512 KiB behind TLS.
+        """
+        if not self.is_connected:
+            return False
+        transport = self._transport._io_writer.transport
+        _, full_bytes = transport.get_write_buffer_limits()
+        return not transport.is_closing() and transport.get_write_buffer_size() <= full_bytes
+
+    def write(self, frames: bytes) -> None:
+        """Send behind all that was sent before, at once; only while `is_writable`.
+
+        Synchronous, and legal in Trio's tasks. Never raises: a line that turns out to have broken
+        loses what is written, and nothing of it comes again over the next one.
+        """
+        # The commands that wait for nats-py's own flusher, which then finds nothing left to do.
+        self._transport.write(b"".join((*self._pending, frames)))
+        self._pending.clear()
+        self._pending_data_size = 0
+
+    async def wait_written(self) -> None:
+        """Return when the connection is not full; raises `OSError` when it breaks."""
+        await self._transport.drain()
+
     async def ping(self) -> None:
         """A round trip that may be cancelled; raises `OSError` when the connection breaks."""
         pong = asyncio.get_running_loop().create_future()

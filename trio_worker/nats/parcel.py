@@ -12,9 +12,10 @@ from trio_worker.errors import MessageTooLarge
 CONTROL_LINE_LIMIT_BYTES = 4096
 """A server's default. It ends a connection whose PUB line is longer, for good."""
 
-_VERSION_LINE_BYTES = len(b"NATS/1.0\r\n")
-_LINE_OVERHEAD_BYTES = len(b": \r\n")
-_BLOCK_END_BYTES = len(b"\r\n")
+BODY_END = b"\r\n"
+"""What goes behind the body, and no size counts it."""
+
+_VERSION_LINE = "NATS/1.0\r\n"
 _HEADER_NAME = re.compile(r"\A[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
 _NOT_IN_SUBJECTS = re.compile(r"[ \t\r\n]")
 
@@ -40,7 +41,9 @@ class Parcel:
     body: bytes
     reply: str
     """Empty for none."""
-    headers: dict[str, str] | None
+    headers: dict[str, str]
+    head: bytes
+    """What goes before the body: the command line and the block of the headers."""
     payload_bytes: int
     """What the server compares with its `max_payload`: the header block and the body."""
     size: int
@@ -63,26 +66,29 @@ def seal(message: Sendable, *, max_payload: int) -> Parcel:
             raise ValueError(f"white space in the subject {subject!r}")
     if not message.subject:
         raise ValueError("a message needs a subject")
-    headers = {name: _plain(value) for name, value in message.headers.items()} or None
-    header_bytes = 0
-    if headers is not None:
-        header_bytes = _VERSION_LINE_BYTES + _BLOCK_END_BYTES
-        for name, value in headers.items():
-            if not _HEADER_NAME.match(name):
-                raise ValueError(f"{name!r} is not the name of a header")
-            header_bytes += len(name) + len(value) + _LINE_OVERHEAD_BYTES
-    payload_bytes = header_bytes + len(message.body)
+    headers = {name: _plain(value) for name, value in message.headers.items()}
+    for name in headers:
+        if not _HEADER_NAME.match(name):
+            raise ValueError(f"{name!r} is not the name of a header")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    # Headers are ASCII: as many bytes as characters.
+    block = f"{_VERSION_LINE}{lines}\r\n" if lines else ""
+    payload_bytes = len(block) + len(message.body)
     if payload_bytes > max_payload:
         raise MessageTooLarge(payload_bytes, max_payload)
     subject_bytes = len(message.subject.encode()) + len(reply.encode())
-    line_bytes = len(f"HPUB   {header_bytes} {payload_bytes}\r\n") + subject_bytes
+    sizes = f"{len(block)} {payload_bytes}"
+    line_bytes = len("HPUB   \r\n") + subject_bytes + len(sizes)
     if line_bytes > CONTROL_LINE_LIMIT_BYTES:
         raise MessageTooLarge(line_bytes, CONTROL_LINE_LIMIT_BYTES)
+    subjects = f"{message.subject} {reply}" if reply else message.subject
+    line = f"HPUB {subjects} {sizes}" if block else f"PUB {subjects} {payload_bytes}"
     return Parcel(
         subject=message.subject,
         body=message.body,
         reply=reply,
         headers=headers,
+        head=f"{line}\r\n{block}".encode(),
         payload_bytes=payload_bytes,
         size=payload_bytes + subject_bytes,
     )

@@ -112,7 +112,7 @@ class MemoryServer:
             subject=parcel.subject,
             body=parcel.body,
             reply=parcel.reply or None,
-            headers=parcel.headers or {},
+            headers=parcel.headers,
         )
         groups: dict[str, list[MemorySubscription]] = {}
         takers: list[MemorySubscription] = []
