@@ -161,6 +161,10 @@ class Engine(Protocol):
     def ready(self) -> AsyncBool:
         """Whether a turn can be taken now; to be watched, not to be set."""
 
+    @property
+    def info(self) -> EngineInfo | None:
+        """Of the model that was loaded last; None before the first is."""
+
     async def wait_ready(self) -> EngineInfo:
         """Return once the engine can take a turn. Leaves nothing behind when cancelled."""
 

@@ -111,6 +111,10 @@ class WatchedEngine:
     def ready(self) -> AsyncBool:
         return self._engine.ready
 
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._engine.info
+
     async def wait_ready(self) -> EngineInfo:
         return await self._engine.wait_ready()
 

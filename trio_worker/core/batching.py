@@ -84,6 +84,8 @@ class Batching:
     def follow_pressure(self) -> tuple[list[DegradationStep], list[DegradationStep]]:
         """Do as the gauge says from now on; returns the steps that begin, and those that end."""
         steps, before = self._gauge.steps, self._steps
+        if steps == before:
+            return [], []
         self._steps = steps
         self._scheduler.shrunk = DegradationStep.SHRINK_BATCH in steps
         begun = [step for step in DegradationStep if step in steps and step not in before]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -68,6 +68,12 @@ class PressureGauge:
         self._processes = 0
         self._engine = 0
         self._is_scarce = False
+        band = critical_bytes - soft_bytes
+        self._slack = HYSTERESIS * band
+        self._begins_at = {
+            step: soft_bytes + band * index / len(DegradationStep)
+            for index, step in enumerate(DegradationStep)
+        }
 
     @property
     def used(self) -> int:
@@ -86,35 +92,37 @@ class PressureGauge:
         self.readings += 1
         self._assess()
 
-    def read_engine(self, counted: int) -> None:
-        """Take in what the engine's allocator counts, as of its last turn."""
+    def read_engine(self, counted: int) -> bool:
+        """Take in what the engine's allocator counts, as of its last turn.
+
+        Returns whether the level or the steps have changed.
+        """
         self._engine = counted
         if counted >= self.critical_bytes:
             self.readings += 1
+        before = (self.level, self.steps)
         self._assess()
+        return before != (self.level, self.steps)
 
     def _assess(self) -> None:
-        used = self.used
-        band = self.critical_bytes - self.soft_bytes
-        slack = HYSTERESIS * band
+        used, slack = self.used, self._slack
+        if used < self.soft_bytes - slack and not self._is_scarce:
+            # Nothing begins here, and everything ends.
+            self.level, self.steps = Pressure.NORMAL, frozenset()
+            return
         if used >= self.critical_bytes or self._is_scarce:
             self.level = Pressure.CRITICAL
         elif used >= self.soft_bytes:
             if self.level is not Pressure.CRITICAL:
                 self.level = Pressure.SOFT
-        elif self.level is Pressure.CRITICAL or used < self.soft_bytes - slack:
+        elif self.level is Pressure.CRITICAL:
             self.level = Pressure.NORMAL
         self.steps = frozenset(
             step
-            for step, begins_at in self._thresholds()
+            for step, begins_at in self._begins_at.items()
             if self._is_scarce
             or used >= (begins_at - slack if step in self.steps else max(begins_at, 1))
         )
-
-    def _thresholds(self) -> Iterator[tuple[DegradationStep, float]]:
-        band = self.critical_bytes - self.soft_bytes
-        for index, step in enumerate(DegradationStep):
-            yield step, self.soft_bytes + band * index / len(DegradationStep)
 
 
 class ReservationLedger:

@@ -9,7 +9,7 @@ trial alone (core/trial.py) if it may be what the engine was lost for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.prefill import CHUNK_MIN, PrefillBudget
@@ -21,8 +21,7 @@ PREEMPTIONS_MAX = 2
 """How often at most a request gives its slot to a more urgent one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(NamedTuple):
     """An output for the answer of its sequence."""
 
     sequence: Sequence
@@ -205,7 +204,8 @@ class Scheduler:
         sequence = self.running.get(output.request_id)
         if sequence is None:
             return None
-        sequence.advance(Event.DECODED)
+        if sequence.stage is not Stage.DECODE:
+            sequence.advance(Event.DECODED)
         sequence.produced.append(output.token)
         last_at = sequence.last_token_at
         if sequence.first_token_at is None:
@@ -213,7 +213,7 @@ class Scheduler:
         sequence.last_token_at = now
         if ended:
             self._forget(sequence)
-        elif self._trial.has_proof(sequence):
+        elif self._trial.is_on and self._trial.has_proof(sequence):
             self._acquit(sequence)
         return Delivery(sequence=sequence, output=output, last_at=last_at)
 

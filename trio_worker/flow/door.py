@@ -31,10 +31,17 @@ class Door:
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
         self.state: AsyncValue[DoorState] = AsyncValue(DoorState.PAUSED)
-        self.changed = trio.Event()
-        """Set at the next change of anything that decides about admission, memory included."""
+        self._next_change: trio.Event | None = None
+        """Where somebody has asked for it."""
         self._places: dict[RequestId, trio.Event] = {}
         """One event for each request that waits for a place; bound: max_depth."""
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change of anything that decides about admission, memory included."""
+        if self._next_change is None:
+            self._next_change = trio.Event()
+        return self._next_change
 
     def admit(self, sequence: Sequence) -> None:
         """Take a request in, or raise the `WorkerError` that speaks against it. Synchronous."""
@@ -93,10 +100,11 @@ class Door:
         self._changed()
 
     def _changed(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
-        accepting = self.admission.assess()
+        if self._next_change is not None:
+            self._next_change.set()
+            self._next_change = None
+        state = DoorState.OPEN if self.admission.assess() else DoorState.PAUSED
         if self.admission.draining:
-            self.state.value = DoorState.CLOSED
-        else:
-            self.state.value = DoorState.OPEN if accepting else DoorState.PAUSED
+            state = DoorState.CLOSED
+        if state is not self.state.value:
+            self.state.value = state

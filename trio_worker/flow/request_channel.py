@@ -26,14 +26,16 @@ class _State:
         self.queue = queue
         self.on_put = on_put
         self.parked = trio.lowlevel.ParkingLot()
-        self.changed = trio.Event()
+        self.next_change: trio.Event | None = None
+        """Where somebody has asked for it."""
         self.send_open = True
         self.receive_open = True
 
     def wake(self) -> None:
         self.parked.unpark_all()
-        self.changed.set()
-        self.changed = trio.Event()
+        if self.next_change is not None:
+            self.next_change.set()
+            self.next_change = None
 
 
 class _End:
@@ -111,7 +113,9 @@ class PriorityReceiveChannel(_End):
     @property
     def changed(self) -> trio.Event:
         """Set when the next sequence has been put in, or the sending end closed."""
-        return self._state.changed
+        if self._state.next_change is None:
+            self._state.next_change = trio.Event()
+        return self._state.next_change
 
     def close(self) -> None:
         self._state.receive_open = False

@@ -21,8 +21,8 @@ class Samples:
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=1024)
 
-    def add(self, value: float) -> None:
-        self._values.append(value)
+    def add(self, value: float, count: int = 1) -> None:
+        self._values.extend((value,) * count)
 
     def percentiles(self) -> Percentiles:
         """Nearest rank."""
@@ -41,10 +41,10 @@ class Latency:
         self._histogram = histogram
         self._latest_ms = Samples()
 
-    def observe(self, seconds: float, *labels: str) -> None:
-        """It has taken `seconds` once; `labels` are the histogram's."""
-        self._latest_ms.add(1000 * seconds)
-        self._histogram.observe(seconds, labels)
+    def observe(self, seconds: float, *labels: str, count: int = 1) -> None:
+        """It has taken `seconds`, `count` times; `labels` are the histogram's."""
+        self._latest_ms.add(1000 * seconds, count)
+        self._histogram.observe(seconds, labels, count)
 
     def percentiles_ms(self) -> Percentiles:
         """Of the last 1024 values, in milliseconds."""

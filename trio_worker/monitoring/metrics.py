@@ -70,13 +70,14 @@ class HistogramMetric:
         """One more than there are buckets: the last is for values above them all."""
         self.sums: dict[Labels, float] = {}
 
-    def observe(self, value: float, labels: Labels = ()) -> None:
+    def observe(self, value: float, labels: Labels = (), count: int = 1) -> None:
+        """The value has come `count` times."""
         counts = self.counts.get(labels)
         if counts is None:
             counts = self.counts[labels] = [0] * (len(self.description.buckets) + 1)
             self.sums[labels] = 0.0
-        counts[bisect.bisect_left(self.description.buckets, value)] += 1
-        self.sums[labels] += value
+        counts[bisect.bisect_left(self.description.buckets, value)] += count
+        self.sums[labels] += value * count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,6 +128,10 @@ class SimulatedEngine:
         return self._ready
 
     @property
+    def info(self) -> EngineInfo | None:
+        return self._info if self._loaded_once else None
+
+    @property
     def residents(self) -> frozenset[RequestId]:
         return self._batch.residents
 
@@ -302,12 +306,11 @@ class SimulatedEngine:
             state = EngineState.READY
         else:
             state = EngineState.RESTARTING if self._loaded_once else EngineState.LOADING
-        info = self._info if self._loaded_once else None
         return EngineStatistics(
             state=state,
             pid=None,
             restarts=self.restarts,
-            info=info,
+            info=self.info,
             restarts_by_reason={each.value: count for each, count in self._restarts.items()},
         )
 

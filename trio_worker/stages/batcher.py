@@ -8,6 +8,7 @@ before the tokens of the last one are handed out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -268,8 +269,9 @@ class _Batcher:
 
     def _hand_out(self, deliveries: list[Delivery], now: float) -> None:
         """Every output to the answer that it belongs to, and the time it took into the counts."""
-        for delivery in deliveries:
-            sequence, output = delivery.sequence, delivery.output
+        gaps: Counter[float] = Counter()
+        """How many tokens follow one that came at this time: mostly that of the turn before."""
+        for sequence, output, last_at in deliveries:
             assert sequence.outputs is not None
             sequence.outputs.take(output)
             if isinstance(output, SequenceFailure):
@@ -277,10 +279,12 @@ class _Batcher:
                 continue
             sequence.handed_out += 1
             sequence.concluded = output.finish is not None
-            if delivery.last_at is None:
+            if last_at is None:
                 self._measure_first(sequence, now)
             else:
-                self._counters.inter_token.observe(now - delivery.last_at)
+                gaps[last_at] += 1
+        for last_at, count in gaps.items():
+            self._counters.inter_token.observe(now - last_at, count=count)
 
     def _measure_first(self, sequence: Sequence, now: float) -> None:
         first_s = now - sequence.arrived_at
@@ -298,9 +302,10 @@ class _Batcher:
 
     def _note_memory(self, report: Report) -> None:
         gauge = self._serving.gauge
-        gauge.read_engine(report.memory.active + report.memory.cache)
+        has_changed = gauge.read_engine(report.memory.active + report.memory.cache)
         self._serving.ledger.reconcile(used=gauge.used, cached_tokens=self._scheduler.cached_tokens)
-        self._door.pressure_changed()
+        if has_changed:
+            self._door.pressure_changed()
 
     def _count(self, report: Report, *, took_s: float, now: float) -> None:
         self._metrics.turn_seconds.observe(took_s)
@@ -316,7 +321,7 @@ class _Batcher:
             self._serving.engine_age.decoded(size)
 
     def _recycle_if_due(self) -> None:
-        age, info = self._serving.engine_age, self._engine.statistics().info
+        age, info = self._serving.engine_age, self._engine.info
         if info is not None and age.is_over(info.accelerator):
             logger.info("Replacing the engine after {} tokens", age.tokens)
             age.restarted()

@@ -13,8 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -46,6 +45,10 @@ KILL_GRACE_S = 0.5
 
 LOG_GRACE_S = 0.2
 """How long to read what a dead child had still written."""
+
+
+LINE_ERRORS = (trio.TooSlowError, HungUp, FrameError, trio.ClosedResourceError)
+"""What a line raises; the last where it was closed on our side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,21 +151,26 @@ class EngineLife:
         """Tell the engine its next turn."""
         if self.end is None:
             assert self._control is not None
-            with self._an_error_ends_it():
+            try:
                 self._control.send_now(encode(work))
+            except HungUp as exc:
+                self._end_over(exc)
         return ProcessTurn(self, self._settings.turn_timeout_s)
 
     async def report(self, *, by: float) -> Report:
         """What the oldest turn that is under way has done. As `Turn.report`."""
         assert self._control is not None
-        with self._an_error_ends_it():
+        try:
             with trio.fail_at(by):
                 await self._control.flush()
                 answer = await self._control.receive()
-            if self.end is None:
-                assert isinstance(answer, Report)
-                return answer
-        raise self.lost()
+        except LINE_ERRORS as exc:
+            self._end_over(exc)
+            raise self.lost() from None
+        if self.end is not None:
+            raise self.lost()
+        assert isinstance(answer, Report)
+        return answer
 
     def lost(self) -> EngineLost:
         """For whoever asked this life and gets no answer."""
@@ -198,8 +206,10 @@ class EngineLife:
             return
         logger.info("the engine is ready: {} on {}", self.info.model, self.info.device)
         self._serving.value = True
-        with self._an_error_ends_it():
+        try:
             await self.tokenise.serve(tokenise, answer_within_s=self._settings.turn_timeout_s)
+        except LINE_ERRORS as exc:
+            self._end_over(exc)
 
     async def _load(self, control: FrameStream) -> EngineInfo | None:
         settings = self._settings
@@ -214,23 +224,14 @@ class EngineLife:
         self.finish(end)
         return None
 
-    @contextmanager
-    def _an_error_ends_it(self) -> Iterator[None]:
-        """What goes wrong on a line in the block is the end of this life, and goes no further."""
-        try:
-            yield
-        except trio.TooSlowError:
+    def _end_over(self, exc: Exception) -> None:
+        """Something has gone wrong on a line while it served: that ends this life."""
+        if isinstance(exc, trio.ClosedResourceError):
+            return  # It has ended already, or is cancelled.
+        end = End(reason=LossReason.CRASH, message=str(exc), by_itself=isinstance(exc, HungUp))
+        if isinstance(exc, trio.TooSlowError):
             within_s = self._settings.turn_timeout_s
             end = End(reason=LossReason.HANG, message=f"it gave no answer within {within_s:g} s")
-        except HungUp as exc:
-            end = End(reason=LossReason.CRASH, message=str(exc), by_itself=True)
-        except FrameError as exc:
-            end = End(reason=LossReason.CRASH, message=str(exc))
-        except trio.ClosedResourceError:
-            # It has ended already, or is cancelled.
-            return
-        else:
-            return
         self.finish(end)
 
     async def _watch(self, process: trio.Process) -> None:

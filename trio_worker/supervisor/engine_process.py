@@ -67,6 +67,13 @@ class EngineProcess:
         """Whether a turn can be taken now; to be watched, not to be set."""
         return self._ready
 
+    @property
+    def info(self) -> EngineInfo | None:
+        """See the port."""
+        if self._life is not None and self._life.info is not None:
+            return self._life.info
+        return self._last_info
+
     async def wait_ready(self) -> EngineInfo:
         """See the port."""
         life = await self._wait_life()
@@ -130,7 +137,7 @@ class EngineProcess:
             state=self._state(),
             pid=None if life is None else life.pid,
             restarts=self._restarts.total(),
-            info=self._info(),
+            info=self.info,
             restarts_by_reason={each.value: count for each, count in self._restarts.items()},
         )
 
@@ -149,11 +156,6 @@ class EngineProcess:
     def _why_not_ready(self) -> LossReason:
         end = self._latest_end()
         return LossReason.LOAD if end is None else end.reason
-
-    def _info(self) -> EngineInfo | None:
-        if self._life is not None and self._life.info is not None:
-            return self._life.info
-        return self._last_info
 
     async def _wait_life(self) -> EngineLife:
         """The life that can be asked, once there is one."""
@@ -184,7 +186,7 @@ class EngineProcess:
             self._settings, patience=self._patience, log=self._log, serving=self._ready
         )
         end = await self._life.live()
-        self._last_info = self._info()
+        self._last_info = self.info
         if end.is_models_fault:
             if self._last_info is None:
                 raise ConfigError(end.message)
