@@ -46,18 +46,19 @@ class Subscription(Protocol):
 
 
 class Outlet(Protocol):
-    """One caller's share of the outbox: what is published through it is counted apart."""
+    """One answer's share of the outbox: it goes to one subject, and is counted apart."""
 
     @property
     def unpublished_bytes(self) -> int:
         """Bytes published here that have not been handed to the connection yet."""
 
-    def publish(self, message: Message) -> None:
+    def publish(self, body: bytes, headers: Mapping[str, str]) -> None:
         """Put a message into the outbox; it leaves in order, as soon as there is a connection.
 
+        `headers` are those that the outlet does not have already; they come behind these.
         Synchronous: when this returns, the message will be sent unless the process dies or
-        `discard` is called. Raises `MessageTooLarge` (headers counted), and then nothing is
-        sent.
+        `discard` is called. Raises `MessageTooLarge` (headers counted) and `ValueError` for what
+        is no header name, and then nothing is sent.
         """
 
     def discard(self) -> None:
@@ -84,7 +85,13 @@ class Broker(Protocol):
         Returns when the server knows of the interest.
         """
 
-    def open_outlet(self) -> Outlet: ...
+    def open_outlet(
+        self, subject: str, *, reply: str | None = None, headers: Mapping[str, str]
+    ) -> Outlet:
+        """For messages that have all this in common: it is checked and encoded once.
+
+        Raises `ValueError` for what is no subject or no header name.
+        """
 
     def publish(self, message: Message) -> None:
         """As `Outlet.publish`, for messages that belong to no request.

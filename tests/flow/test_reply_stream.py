@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ from trio_worker.errors import (
     WorkerError,
 )
 from trio_worker.flow.reply_stream import BACKLOG_BYTES_MAX, ReplyStream
-from trio_worker.ports import Message
+from trio_worker.ports import Broker, Message
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire import native
 
@@ -28,17 +29,25 @@ CONTROL = "inference.w1.ctl.r"
 
 @dataclass
 class Wire:
-    """An outlet that takes messages whose bodies have at most `limit` bytes."""
+    """The outlet of a broker; it takes messages whose bodies have at most `limit` bytes."""
 
     limit: int = 2**20
     unpublished_bytes: int = 0
     sent: list[Message] = field(default_factory=list)
     discards: int = 0
+    common: Message | None = None
+    """What the outlet was opened with."""
 
-    def publish(self, message: Message) -> None:
-        if len(message.body) > self.limit:
-            raise MessageTooLarge(len(message.body), self.limit)
-        self.sent.append(message)
+    def open_outlet(self, subject: str, *, reply: str | None, headers: Mapping[str, str]) -> Wire:
+        self.common = Message(subject=subject, reply=reply, headers=headers)
+        return self
+
+    def publish(self, body: bytes, headers: Mapping[str, str]) -> None:
+        if len(body) > self.limit:
+            raise MessageTooLarge(len(body), self.limit)
+        assert self.common is not None
+        whole = {**self.common.headers, **headers}
+        self.sent.append(replace(self.common, body=body, headers=whole))
 
     def discard(self) -> None:
         self.discards += 1
@@ -46,7 +55,7 @@ class Wire:
 
 def open_reply(wire: Wire, control_subject: str | None = CONTROL) -> ReplyStream:
     return ReplyStream(
-        wire,
+        cast("Broker", wire),
         subject="_INBOX.me",
         control_subject=control_subject,
         request_id=RequestId("r"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
@@ -239,15 +240,74 @@ async def test_the_largest_message_passes_and_one_byte_more_is_refused(
     async with system.open() as broker:
         room = broker.max_payload - len(block)
         await broker.subscribe(subject, inbox)
-        outlet = broker.open_outlet()
-        for publish in (broker.publish, outlet.publish):
+        common = dict(list(headers.items())[:1])
+        own = dict(list(headers.items())[1:])
+        outlet = broker.open_outlet(subject, headers=common)
+
+        def publish_loosely(body: bytes) -> None:
+            broker.publish(Message(subject=subject, body=body, headers=headers))
+
+        for publish in (publish_loosely, partial(outlet.publish, headers=own)):
             with pytest.raises(MessageTooLarge) as caught:
-                publish(Message(subject=subject, body=bytes(room + 1), headers=headers))
+                publish(bytes(room + 1))
             assert caught.value.size == caught.value.limit + 1
-            publish(Message(subject=subject, body=bytes(room), headers=headers))
+            publish(bytes(room))
         await inbox.wait(2)
         assert broker.statistics().reconnects == 0
     assert [len(body) for body in inbox.bodies] == [room, room]
+
+
+async def test_an_outlet_has_in_common_what_it_was_opened_with(system: System) -> None:
+    """The same messages as without it, to the order of their headers."""
+    subject, inbox = fresh_subject(), Inbox()
+    common = {"Request-Id": "r-1", "Note": " zwölf "}
+    async with system.open() as broker:
+        await broker.subscribe(subject, inbox)
+        outlet = broker.open_outlet(subject, reply="some.where", headers=common)
+        outlet.publish(b"first", {"Sequence": "0"})
+        outlet.publish(b"second", {"Sequence": "1", "Terminal": "\tdone\n!"})
+        outlet.publish(b"third", {})
+        broker.open_outlet(subject, headers={}).publish(b"bare", {})
+        await inbox.wait(4)
+    plain = {"Request-Id": "r-1", "Note": "zw%C3%B6lf"}
+    expected = [
+        (b"first", "some.where", {**plain, "Sequence": "0"}),
+        (b"second", "some.where", {**plain, "Sequence": "1", "Terminal": "done%0A!"}),
+        (b"third", "some.where", plain),
+        (b"bare", None, {}),
+    ]
+    received = [(each.body, each.reply, each.headers) for each in inbox.messages]
+    assert received == expected
+    assert [list(each[2]) for each in received] == [list(each[2]) for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("subject", "reply", "headers"),
+    [
+        ("", None, {}),
+        ("a b", None, {}),
+        ("a", "b\n", {}),
+        ("a\ud800", None, {}),
+        ("a", "", {"": "x"}),
+    ],
+)
+async def test_what_is_no_subject_or_header_opens_no_outlet(
+    system: System, subject: str, reply: str | None, headers: dict[str, str]
+) -> None:
+    async with system.open() as broker:
+        with pytest.raises(ValueError):
+            broker.open_outlet(subject, reply=reply, headers=headers)
+
+
+@pytest.mark.parametrize("headers", [{"Two Words": "x"}, {"": "x"}, {"Request-Id": "again"}])
+async def test_what_is_no_header_or_one_too_many_is_not_published(
+    system: System, headers: dict[str, str]
+) -> None:
+    async with system.open() as broker:
+        outlet = broker.open_outlet("a", headers={"Request-Id": "r"})
+        with pytest.raises(ValueError):
+            outlet.publish(b"x", headers)
+        assert outlet.unpublished_bytes == 0
 
 
 async def test_subjects_that_fill_the_control_line_are_refused(system: System) -> None:
@@ -272,9 +332,9 @@ async def test_outlets_count_and_discard_their_own(system: System) -> None:
     subject, inbox = fresh_subject(), Inbox()
     async with system.open() as broker:
         await broker.subscribe(subject, inbox)
-        mine, yours = broker.open_outlet(), broker.open_outlet()
-        mine.publish(Message(subject=subject, body=b"mine"))
-        yours.publish(Message(subject=subject, body=b"yours"))
+        mine, yours = (broker.open_outlet(subject, headers={}) for _ in range(2))
+        mine.publish(b"mine", {})
+        yours.publish(b"yours", {})
         broker.publish(Message(subject=subject, body=b"nobody's"))
         assert mine.unpublished_bytes == len(subject) + 4
         assert broker.statistics().unpublished_bytes == 3 * len(subject) + 4 + 5 + 8
@@ -295,7 +355,7 @@ async def test_what_belongs_to_no_request_is_bounded(system: System) -> None:
         await broker.subscribe(subject, inbox)
         for number in range(5):
             broker.publish(Message(subject=subject, body=b"%010d" % number))
-        broker.open_outlet().publish(Message(subject=subject, body=b"last"))
+        broker.open_outlet(subject, headers={}).publish(b"last", {})
         assert broker.statistics().dropped == 3
         await inbox.wait(3)
     assert inbox.bodies == [b"0000000000", b"0000000001", b"last"]
@@ -390,9 +450,9 @@ async def test_what_never_waits_is_no_checkpoint(system: System) -> None:
     subject = fresh_subject()
     async with system.open() as broker:
         with assert_no_checkpoints():
-            outlet = broker.open_outlet()
-            for publish in (broker.publish, outlet.publish):
-                publish(Message(subject=subject))
+            outlet = broker.open_outlet(subject, headers={})
+            outlet.publish(b"", {})
+            broker.publish(Message(subject=subject))
             outlet.discard()
             broker.new_inbox()
             broker.statistics()

@@ -94,14 +94,15 @@ async def test_it_reconnects_subscribes_again_and_sends_what_was_held(
         await broker.subscribe("ctl.*", control)
         private_server.end(number)
         await wait_until(lambda: not broker.statistics().connected)
-        mine, gone = broker.open_outlet(), broker.open_outlet()
+        mine, gone = (broker.open_outlet("a", headers={}) for _ in range(2))
+        unheard = broker.open_outlet("nobody", reply="ctl.r", headers={})
         for count in range(100):
-            mine.publish(Message(subject="a", body=b"%d" % count))
-            gone.publish(Message(subject="a", body=b"discarded"))
+            mine.publish(b"%d" % count, {})
+            gone.publish(b"discarded", {})
         assert mine.unpublished_bytes == 290
         gone.discard()
         assert broker.statistics().unpublished_bytes == 290
-        mine.publish(Message(subject="nobody", reply="ctl.r"))
+        unheard.publish(b"", {})
         private_server.start()
         await plain.wait(100)
         await group.wait(100)
@@ -152,15 +153,15 @@ async def test_messages_over_a_limit_that_shrank_are_dropped(private_server: Nat
         await broker.subscribe("a", inbox)
         private_server.end()
         await wait_until(lambda: not broker.statistics().connected)
-        outlet = broker.open_outlet()
-        outlet.publish(Message(subject="a", body=bytes(2000)))
-        outlet.publish(Message(subject="a", body=b"small"))
+        outlet = broker.open_outlet("a", headers={})
+        outlet.publish(bytes(2000), {})
+        outlet.publish(b"small", {})
         (private_server.folder / "nats.conf").write_text("max_payload: 1000")
         private_server.start()
         await inbox.wait()
         assert broker.max_payload == 1000
         with pytest.raises(MessageTooLarge):
-            outlet.publish(Message(subject="a", body=bytes(1001)))
+            outlet.publish(bytes(1001), {})
         assert broker.statistics().dropped == 1
     assert inbox.bodies == [b"small"]
 
@@ -197,16 +198,16 @@ async def test_after_a_hang_it_goes_on(private_server: NatsServer) -> None:
     async with quick(private_server.url) as broker:
         await broker.subscribe("a", inbox)
         private_server.send(signal.SIGSTOP)
-        outlet = broker.open_outlet()
+        outlet = broker.open_outlet("a", headers={})
         for number in range(40):
-            outlet.publish(Message(subject="a", body=b"%d" % number + bytes(500_000)))
+            outlet.publish(b"%d" % number + bytes(500_000), {})
         with trio.move_on_after(0.1):
             await broker.flush()
         # What is past the outbox is bounded by the buffers, and the rest can be discarded.
         assert outlet.unpublished_bytes > 10_000_000
         outlet.discard()
         private_server.send(signal.SIGCONT)
-        outlet.publish(Message(subject="a", body=b"end"))
+        outlet.publish(b"end", {})
         with trio.fail_after(PATIENCE_S):
             while b"end" not in inbox.bodies:
                 await inbox.wait(len(inbox.messages) + 1)

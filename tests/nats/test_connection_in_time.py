@@ -73,10 +73,11 @@ async def test_after_an_outage_it_is_back_at_the_next_attempt_with_everything_it
         server.attempts_at.clear()
         server.kill()
         await trio.sleep(0.5)
-        kept, gone = broker.open_outlet(), broker.open_outlet()
+        kept = broker.open_outlet("a.kept", headers={})
+        gone = broker.open_outlet("a.gone", headers={})
         for number in range(200):
-            kept.publish(Message(subject="a.kept", body=b"%d" % number))
-            gone.publish(Message(subject="a.gone"))
+            kept.publish(b"%d" % number, {})
+            gone.publish(b"", {})
         gone.discard()
         assert not broker.statistics().connected
         await trio.sleep(6.0)
@@ -203,9 +204,9 @@ async def test_what_is_past_the_outbox_while_a_server_hangs_is_bounded(
     """The rest can still be discarded, and is accounted to its request."""
     async with opened(server.url, close_timeout_s=0.5) as broker:
         server.hang()
-        outlet = broker.open_outlet()
+        outlet = broker.open_outlet("a", headers={})
         for _ in range(1000):
-            outlet.publish(Message(subject="a", body=bytes(10_000)))
+            outlet.publish(bytes(10_000), {})
         await trio.sleep(1)
         # The window, and what one pass wrote last.
         past = 10_000_000 - outlet.unpublished_bytes
@@ -304,11 +305,11 @@ async def test_what_is_published_in_one_step_is_written_as_one_buffer(
 ) -> None:
     """A turn of the engine has a token for every answer."""
     async with opened(server.url) as broker:
-        outlets = [broker.open_outlet() for _ in range(50)]
+        outlets = [broker.open_outlet("a", headers={}) for _ in range(50)]
         server.writes.clear()
         for turn in range(3):
             for outlet in outlets:
-                outlet.publish(Message(subject="a", body=b"%d" % turn))
+                outlet.publish(b"%d" % turn, {})
             await trio.testing.wait_all_tasks_blocked()
         assert server.writes == [50 * len(b"PUB a 1\r\n0\r\n")] * 3
     assert server.bodies == [b"0"] * 50 + [b"1"] * 50 + [b"2"] * 50
@@ -481,16 +482,16 @@ async def test_what_is_too_large_is_refused_before_the_server_would_end_the_conn
 ) -> None:
     server.max_payload = 1000
     async with opened(server.url) as broker:
-        outlet = broker.open_outlet()
+        outlet = broker.open_outlet("a", headers={})
         with pytest.raises(MessageTooLarge):
-            outlet.publish(Message(subject="a", body=bytes(980), headers={"Name": "value"}))
-        outlet.publish(Message(subject="a", body=bytes(975), headers={"N": "v"}))
+            outlet.publish(bytes(980), {"Name": "value"})
+        outlet.publish(bytes(975), {"N": "v"})
         await trio.sleep(1)
         assert [len(body) for body in server.bodies] == [975]
         server.kill()
         await trio.sleep(0.1)
-        outlet.publish(Message(subject="a", body=bytes(490), headers={"Name": "value"}))
-        outlet.publish(Message(subject="a", body=b"small"))
+        outlet.publish(bytes(490), {"Name": "value"})
+        outlet.publish(b"small", {})
         server.max_payload = 500
         server.start()
         await trio.sleep(WAIT_S)

@@ -344,14 +344,14 @@ async def test_a_server_that_hangs_for_long_is_given_up(private_server: NatsServ
     inbox = Inbox()
     async with quick(private_server.url, ping_interval_s=0.05, connect_timeout_s=0.2) as broker:
         await broker.subscribe("a", inbox)
-        outlet = broker.open_outlet()
+        outlet = broker.open_outlet("b", headers={})
         private_server.send(signal.SIGSTOP)
         for _ in range(40):
-            outlet.publish(Message(subject="b", body=bytes(500_000)))
+            outlet.publish(bytes(500_000), {})
         await wait_until(lambda: not broker.statistics().connected)
         outlet.discard()
         private_server.send(signal.SIGCONT)
-        outlet.publish(Message(subject="a"))
+        broker.publish(Message(subject="a"))
         await inbox.wait()
 
 

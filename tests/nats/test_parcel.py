@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from trio_worker.errors import MessageTooLarge
-from trio_worker.nats.parcel import Parcel, seal
+from trio_worker.nats.parcel import address, seal
 from trio_worker.ports import Message
 
 
@@ -17,29 +17,42 @@ def on_the_wire(headers: Mapping[str, str]) -> int:
 
 def test_a_parcel_counts_what_the_server_counts() -> None:
     plain = seal(Message(subject="täter", body=b"12345"), max_payload=5)
-    assert plain == Parcel(
-        subject="täter",
-        body=b"12345",
-        reply="",
-        headers={},
-        head="PUB täter 5\r\n".encode(),
-        payload_bytes=5,
-        size=11,
-    )
+    assert plain.head == "PUB täter 5\r\n".encode()
+    assert (plain.body, plain.payload_bytes, plain.size) == (b"12345", 5, 11)
+    assert (plain.envelope.subject, plain.envelope.reply) == ("täter", "")
     headers = {"A": "b", "Sequence": "10"}
     size = on_the_wire(headers) + 5
     full = seal(
         Message(subject="to", body=b"12345", reply="rückweg", headers=headers), max_payload=size
     )
-    assert full == Parcel(
-        subject="to",
-        body=b"12345",
-        reply="rückweg",
-        headers=headers,
-        head="HPUB to rückweg 32 37\r\nNATS/1.0\r\nA: b\r\nSequence: 10\r\n\r\n".encode(),
-        payload_bytes=size,
-        size=size + 2 + 8,
+    block = "NATS/1.0\r\nA: b\r\nSequence: 10\r\n\r\n"
+    assert full.head == f"HPUB to rückweg 32 37\r\n{block}".encode()
+    assert (full.body, full.payload_bytes, full.size) == (b"12345", size, size + 2 + 8)
+    assert (full.envelope.subject, full.envelope.reply) == ("to", "rückweg")
+
+
+@pytest.mark.parametrize("in_common", [0, 1, 2, 3])
+def test_a_message_is_the_same_whatever_of_it_is_on_the_envelope(in_common: int) -> None:
+    headers = [("A", " ä "), ("Sequence", "10"), ("Note", "x")]
+    whole = seal(
+        Message(subject="to", body=b"12345", reply="back", headers=dict(headers)), max_payload=500
     )
+    envelope = address("to", "back", dict(headers[:in_common]))
+    parts = envelope.seal(b"12345", dict(headers[in_common:]), max_payload=500)
+    for each in (whole, parts):
+        assert each.envelope.headers | each.headers == {
+            "A": "%C3%A4",
+            "Sequence": "10",
+            "Note": "x",
+        }
+    assert parts.head == whole.head
+    assert (parts.payload_bytes, parts.size) == (whole.payload_bytes, whole.size)
+
+
+def test_a_header_is_on_the_envelope_or_on_the_message() -> None:
+    envelope = address("to", None, {"A": "b"})
+    with pytest.raises(ValueError, match="on the envelope too"):
+        envelope.seal(b"", {"B": "c", "A": "b"}, max_payload=500)
 
 
 @pytest.mark.parametrize("headers", [{}, {"A": "b"}, {"A": "", "Long": "x" * 50}])
@@ -83,14 +96,15 @@ def test_white_space_would_make_two_words_of_a_subject(space: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "a:", "ä", "a\n", "a\r\nb", "(", "a\x00"])
 def test_what_is_no_header_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is not the name of a header"):
-        seal(Message(subject="s", headers={name: "x"}), max_payload=100)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not the name of a header"):
+            seal(Message(subject="s", headers={name: "x"}), max_payload=100)
 
 
 def test_every_sign_that_a_header_name_may_have_is_taken() -> None:
     name = "!#$%&'*+-.^_`|~09AZaz"
-    headers = seal(Message(subject="s", headers={name: "x"}), max_payload=100).headers
-    assert headers == {name: "x"}
+    sealed = seal(Message(subject="s", headers={name: "x"}), max_payload=100)
+    assert sealed.envelope.headers == {name: "x"}
 
 
 @pytest.mark.parametrize(
@@ -107,5 +121,6 @@ def test_every_sign_that_a_header_name_may_have_is_taken() -> None:
 )
 def test_header_values_become_printable_ascii(value: str, plain: str) -> None:
     sealed = seal(Message(subject="s", headers={"A": value}), max_payload=100)
-    assert sealed.headers == {"A": plain}
+    assert sealed.envelope.headers == {"A": plain}
+    assert sealed.head.endswith(f"\r\nA: {plain}\r\n\r\n".encode())
     assert sealed.payload_bytes == on_the_wire({"A": plain})

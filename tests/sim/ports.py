@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -57,10 +58,14 @@ class WatchedBroker:
 
         return await self._broker.subscribe(subject, take, group=group)
 
-    def open_outlet(self) -> Outlet:
+    def open_outlet(
+        self, subject: str, *, reply: str | None = None, headers: Mapping[str, str]
+    ) -> Outlet:
         published = Published()
         self._record.published.append(published)
-        return _WatchedOutlet(self._broker.open_outlet(), published, self._record)
+        outlet = self._broker.open_outlet(subject, reply=reply, headers=headers)
+        common = Message(subject=subject, reply=reply, headers=headers)
+        return _WatchedOutlet(outlet, common, published, self._record)
 
     def publish(self, message: Message) -> None:
         self._broker.publish(message)
@@ -76,8 +81,12 @@ class WatchedBroker:
 
 
 class _WatchedOutlet:
-    def __init__(self, outlet: Outlet, published: Published, record: Record) -> None:
+    def __init__(
+        self, outlet: Outlet, common: Message, published: Published, record: Record
+    ) -> None:
         self._outlet = outlet
+        self._common = common
+        """What all its messages have in common."""
         self._published = published
         self._record = record
 
@@ -85,8 +94,9 @@ class _WatchedOutlet:
     def unpublished_bytes(self) -> int:
         return self._outlet.unpublished_bytes
 
-    def publish(self, message: Message) -> None:
-        self._outlet.publish(message)
+    def publish(self, body: bytes, headers: Mapping[str, str]) -> None:
+        self._outlet.publish(body, headers)
+        message = replace(self._common, body=body, headers={**self._common.headers, **headers})
         self._published.messages.append((trio.current_time(), message))
         terminal = message.headers.get("Terminal")
         number = message.headers.get("Sequence")

@@ -74,11 +74,11 @@ async def test_an_outage_holds_what_is_sent_and_loses_what_is_under_way(
     inbox = Inbox()
     async with open_memory_broker(server) as sender, open_memory_broker(server) as receiver:
         await receiver.subscribe("a", inbox)
-        outlet, other = sender.open_outlet(), sender.open_outlet()
+        outlet, other = (sender.open_outlet("a", headers={}) for _ in range(2))
         sender.disconnect()
         for number in range(5):
-            outlet.publish(Message(subject="a", body=b"%d" % number))
-            other.publish(Message(subject="a", body=b"other"))
+            outlet.publish(b"%d" % number, {})
+            other.publish(b"other", {})
         await trio.sleep(10)
         assert inbox.messages == []
         assert outlet.unpublished_bytes == 10

@@ -9,7 +9,7 @@ delivers it.
 from __future__ import annotations
 
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge, WorkerError
-from trio_worker.ports import Message, Outlet
+from trio_worker.ports import Broker
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire import native
 
@@ -22,18 +22,19 @@ class ReplyStream:
 
     def __init__(
         self,
-        outlet: Outlet,
+        broker: Broker,
         *,
         subject: str,
         control_subject: str | None,
         request_id: RequestId,
         worker_id: str,
     ) -> None:
-        self._outlet = outlet
-        self._subject = subject
-        self._control_subject = control_subject
+        self._outlet = broker.open_outlet(
+            subject,
+            reply=control_subject,
+            headers=native.common_headers(request_id=request_id, worker_id=worker_id),
+        )
         self._request_id = request_id
-        self._worker_id = worker_id
         self._sequence = 0
         self.ended = False
 
@@ -67,18 +68,8 @@ class ReplyStream:
         assert not self.ended, f"a second terminal message for {self._request_id}"
         try:
             self._outlet.publish(
-                Message(
-                    subject=self._subject,
-                    body=body,
-                    reply=self._control_subject,
-                    headers=native.headers(
-                        request_id=self._request_id,
-                        worker_id=self._worker_id,
-                        sequence=self._sequence,
-                        terminal=terminal,
-                        error=error,
-                    ),
-                )
+                body,
+                native.headers(sequence=self._sequence, terminal=terminal, error=error),
             )
         except MessageTooLarge as exc:
             raise PayloadTooLarge(

@@ -15,7 +15,7 @@ Owns the outbox and what empties it. Rules:
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from trio_worker.nats.address import parse_nats_url
 from trio_worker.nats.connection import Connection
 from trio_worker.nats.login import Identity, Login
 from trio_worker.nats.outbox import Outbox
-from trio_worker.nats.parcel import BODY_END
+from trio_worker.nats.parcel import BODY_END, address
 from trio_worker.nats.subscription import NatsSubscription, Sink, subscribe
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
@@ -160,8 +160,11 @@ class NatsBroker:
                 "outbox", "the outbox is full: dropping messages of no request"
             )
 
-    def open_outlet(self) -> Outlet:
-        return self._outbox.open_share()
+    def open_outlet(
+        self, subject: str, *, reply: str | None = None, headers: Mapping[str, str]
+    ) -> Outlet:
+        """As the port says."""
+        return self._outbox.open_share(address(subject, reply, headers))
 
     async def subscribe(
         self, subject: str, sink: Sink, *, group: str | None = None

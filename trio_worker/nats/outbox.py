@@ -12,25 +12,35 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from trio_worker.nats.parcel import Parcel, Sendable, seal
+from trio_worker.nats.parcel import Envelope, Parcel, Sendable, seal
 
 
-class Share:
-    """One caller's account in an outbox; it is the `Outlet` of either broker."""
+class Account:
+    """What is in an outbox for one of those who publish. Kept by the outbox."""
 
-    __slots__ = ("_outbox", "numbers", "unpublished_bytes")
+    __slots__ = ("numbers", "unpublished_bytes")
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-        self.unpublished_bytes = 0
-        """Kept by the outbox, as is `numbers`."""
+    def __init__(self) -> None:
         self.numbers: set[int] = set()
+        self.unpublished_bytes = 0
 
-    def publish(self, message: Sendable) -> None:
-        """As `Outlet.publish`. Raises as `seal` does."""
-        self._outbox.put(message, self)
+
+class Share(Account):
+    """The account of one answer; it is the `Outlet` of either broker."""
+
+    __slots__ = ("_envelope", "_outbox")
+
+    def __init__(self, outbox: Outbox, envelope: Envelope) -> None:
+        super().__init__()
+        self._outbox = outbox
+        self._envelope = envelope
+
+    def publish(self, body: bytes, headers: Mapping[str, str]) -> None:
+        """As `Outlet.publish`. Raises as `Envelope.seal` does."""
+        outbox = self._outbox
+        outbox.put(self._envelope.seal(body, headers, max_payload=outbox.max_payload()), self)
 
     def discard(self) -> None:
         """Forget what was published here and has not been taken."""
@@ -54,11 +64,11 @@ class Outbox:
         on_put: Callable[[], None],
     ) -> None:
         self._loose_limit_bytes = loose_limit_bytes
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._on_put = on_put
-        self._entries: OrderedDict[int, tuple[Parcel, Share]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[Parcel, Account]] = OrderedDict()
         self._next_number = 0
-        self._loose = Share(self)
+        self._loose = Account()
         """The account of what belongs to nobody."""
         self.unpublished_bytes = 0
         self.dropped = 0
@@ -67,21 +77,27 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def open_share(self) -> Share:
-        return Share(self)
+    def open_share(self, envelope: Envelope) -> Share:
+        return Share(self, envelope)
 
     def publish(self, message: Sendable) -> bool:
         """Put what belongs to no share; False if it was dropped. Raises as `seal` does."""
-        parcel = seal(message, max_payload=self._max_payload())
+        parcel = seal(message, max_payload=self.max_payload())
         if self._loose.unpublished_bytes + parcel.size > self._loose_limit_bytes:
             self.dropped += 1
             return False
-        self._append(parcel, self._loose)
+        self.put(parcel, self._loose)
         return True
 
-    def put(self, message: Sendable, share: Share) -> None:
-        """Put a message on the account of `share`. Raises as `seal` does."""
-        self._append(seal(message, max_payload=self._max_payload()), share)
+    def put(self, parcel: Parcel, account: Account) -> None:
+        """Put a parcel on this account, behind all others."""
+        number = self._next_number
+        self._next_number += 1
+        self._entries[number] = (parcel, account)
+        account.numbers.add(number)
+        account.unpublished_bytes += parcel.size
+        self.unpublished_bytes += parcel.size
+        self._on_put()
 
     def discard(self, share: Share) -> None:
         """Forget every parcel of `share` that has not been taken."""
@@ -95,9 +111,9 @@ class Outbox:
         """The oldest parcel, which leaves the queue; None if there is none."""
         if not self._entries:
             return None
-        number, (parcel, share) = self._entries.popitem(last=False)
-        share.numbers.remove(number)
-        share.unpublished_bytes -= parcel.size
+        number, (parcel, account) = self._entries.popitem(last=False)
+        account.numbers.remove(number)
+        account.unpublished_bytes -= parcel.size
         self.unpublished_bytes -= parcel.size
         return parcel
 
@@ -108,12 +124,3 @@ class Outbox:
     def is_past(self, mark: int) -> bool:
         """Whether everything before `mark` has left the queue."""
         return not self._entries or next(iter(self._entries)) >= mark
-
-    def _append(self, parcel: Parcel, share: Share) -> None:
-        number = self._next_number
-        self._next_number += 1
-        self._entries[number] = (parcel, share)
-        share.numbers.add(number)
-        share.unpublished_bytes += parcel.size
-        self.unpublished_bytes += parcel.size
-        self._on_put()

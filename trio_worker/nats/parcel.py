@@ -1,17 +1,22 @@
-"""What fits on the wire, and in which form."""
+"""What fits on the wire, and in which form.
+
+What many messages have in common is checked and encoded once, as an `Envelope`; each message is
+sealed in one, as a `Parcel`, which is ready to be written.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
+
+import msgspec
 
 from trio_worker.errors import MessageTooLarge
 
 CONTROL_LINE_LIMIT_BYTES = 4096
 """A server's default. It ends a connection whose PUB line is longer, for good."""
-
 BODY_END = b"\r\n"
 """What goes behind the body, and no size counts it."""
 
@@ -33,65 +38,106 @@ class Sendable(Protocol):
     def headers(self) -> Mapping[str, str]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
+class Parcel(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A message that has been checked and is as it will be on the wire."""
 
-    subject: str
-    body: bytes
-    reply: str
-    """Empty for none."""
+    envelope: Envelope
     headers: dict[str, str]
+    """What it has beside those of the envelope, in their form on the wire."""
     head: bytes
-    """What goes before the body: the command line and the block of the headers."""
+    """What goes before the body: the command line and the block of all headers."""
+    body: bytes
     payload_bytes: int
     """What the server compares with its `max_payload`: the header block and the body."""
     size: int
     """What the parcel counts for in the outbox: the payload and both subjects."""
 
 
-def seal(message: Sendable, *, max_payload: int) -> Parcel:
-    """Check `message` and fix its form on the wire.
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """What messages have in common: checked, and in its form on the wire."""
+
+    subject: str
+    reply: str
+    """Empty for none."""
+    headers: dict[str, str]
+    subjects: str
+    """Both, as in the command line."""
+    subject_bytes: int
+    """Of both."""
+    lines: str
+    """The headers, as in their block."""
+
+    def seal(self, body: bytes, headers: Mapping[str, str], *, max_payload: int) -> Parcel:
+        """Fix the form of a message with more `headers`, which go behind those in common.
+
+        Raises `MessageTooLarge` if the server would end the connection over it, and `ValueError`
+        if a header's name is not one, or is there already.
+        """
+        own = {name: _plain(value) for name, value in headers.items()}
+        if not self.headers.keys().isdisjoint(own):
+            raise ValueError(f"a header of {list(own)} is on the envelope too")
+        lines = self.lines + _lines(own)
+        # Headers are ASCII: as many bytes as characters.
+        block = f"{_VERSION_LINE}{lines}\r\n" if lines else ""
+        payload_bytes = len(block) + len(body)
+        if payload_bytes > max_payload:
+            raise MessageTooLarge(payload_bytes, max_payload)
+        sizes = f"{len(block)} {payload_bytes}"
+        line_bytes = len("HPUB   \r\n") + self.subject_bytes + len(sizes)
+        if line_bytes > CONTROL_LINE_LIMIT_BYTES:
+            raise MessageTooLarge(line_bytes, CONTROL_LINE_LIMIT_BYTES)
+        line = f"HPUB {self.subjects} {sizes}" if block else f"PUB {self.subjects} {payload_bytes}"
+        return Parcel(
+            envelope=self,
+            headers=own,
+            head=f"{line}\r\n{block}".encode(),
+            body=body,
+            payload_bytes=payload_bytes,
+            size=payload_bytes + self.subject_bytes,
+        )
+
+
+def address(subject: str, reply: str | None, headers: Mapping[str, str]) -> Envelope:
+    """Check what messages have in common, and fix its form on the wire.
 
     Header values become printable ASCII without space at the ends: every other character,
     line ends included, is replaced by the percent-encoding of its UTF-8 bytes. A `%` stays as
     it is, so that what is plain already arrives unchanged.
 
-    Raises `MessageTooLarge` if the server would end the connection over it, and `ValueError`
-    if a subject or a header's name is not one.
+    Raises `ValueError` if a subject or a header's name is not one.
     """
-    reply = message.reply or ""
-    for subject in (message.subject, reply):
-        if _NOT_IN_SUBJECTS.search(subject):
-            raise ValueError(f"white space in the subject {subject!r}")
-    if not message.subject:
+    for each in (subject, reply or ""):
+        if _NOT_IN_SUBJECTS.search(each):
+            raise ValueError(f"white space in the subject {each!r}")
+    if not subject:
         raise ValueError("a message needs a subject")
-    headers = {name: _plain(value) for name, value in message.headers.items()}
-    for name in headers:
-        if not _HEADER_NAME.match(name):
-            raise ValueError(f"{name!r} is not the name of a header")
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    # Headers are ASCII: as many bytes as characters.
-    block = f"{_VERSION_LINE}{lines}\r\n" if lines else ""
-    payload_bytes = len(block) + len(message.body)
-    if payload_bytes > max_payload:
-        raise MessageTooLarge(payload_bytes, max_payload)
-    subject_bytes = len(message.subject.encode()) + len(reply.encode())
-    sizes = f"{len(block)} {payload_bytes}"
-    line_bytes = len("HPUB   \r\n") + subject_bytes + len(sizes)
-    if line_bytes > CONTROL_LINE_LIMIT_BYTES:
-        raise MessageTooLarge(line_bytes, CONTROL_LINE_LIMIT_BYTES)
-    subjects = f"{message.subject} {reply}" if reply else message.subject
-    line = f"HPUB {subjects} {sizes}" if block else f"PUB {subjects} {payload_bytes}"
-    return Parcel(
-        subject=message.subject,
-        body=message.body,
-        reply=reply,
-        headers=headers,
-        head=f"{line}\r\n{block}".encode(),
-        payload_bytes=payload_bytes,
-        size=payload_bytes + subject_bytes,
+    plain = {name: _plain(value) for name, value in headers.items()}
+    return Envelope(
+        subject=subject,
+        reply=reply or "",
+        headers=plain,
+        subjects=f"{subject} {reply}" if reply else subject,
+        subject_bytes=len(subject.encode()) + len((reply or "").encode()),
+        lines=_lines(plain),
     )
+
+
+def seal(message: Sendable, *, max_payload: int) -> Parcel:
+    """One message in an envelope of its own. Raises as `address` and `Envelope.seal`."""
+    envelope = address(message.subject, message.reply, message.headers)
+    return envelope.seal(message.body, {}, max_payload=max_payload)
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    return "".join([f"{_checked(name)}: {value}\r\n" for name, value in headers.items()])
+
+
+@lru_cache(maxsize=64)
+def _checked(name: str) -> str:
+    """The name, if it is one: there are few, and each goes with very many messages."""
+    if not _HEADER_NAME.match(name):
+        raise ValueError(f"{name!r} is not the name of a header")
+    return name
 
 
 def _plain(value: str) -> str:

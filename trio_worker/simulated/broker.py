@@ -21,7 +21,7 @@ import itertools
 import random
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ from loguru import logger
 
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.nats.outbox import Outbox
-from trio_worker.nats.parcel import Parcel
+from trio_worker.nats.parcel import Parcel, address
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
 Sink = Callable[[Message], None]
@@ -109,10 +109,10 @@ class MemoryServer:
 
     def _route(self, parcel: Parcel, sender: MemoryBroker) -> None:
         message = Message(
-            subject=parcel.subject,
+            subject=parcel.envelope.subject,
             body=parcel.body,
-            reply=parcel.reply or None,
-            headers=parcel.headers,
+            reply=parcel.envelope.reply or None,
+            headers=parcel.envelope.headers | parcel.headers,
         )
         groups: dict[str, list[MemorySubscription]] = {}
         takers: list[MemorySubscription] = []
@@ -269,8 +269,11 @@ class MemoryBroker:
         """As the port says. Raises `ValueError` for what is no subject or no header name."""
         self._outbox.publish(message)
 
-    def open_outlet(self) -> Outlet:
-        return self._outbox.open_share()
+    def open_outlet(
+        self, subject: str, *, reply: str | None = None, headers: Mapping[str, str]
+    ) -> Outlet:
+        """As the port says."""
+        return self._outbox.open_share(address(subject, reply, headers))
 
     def _announce(self, messages: int = 1) -> None:
         """Line up for the server, once per message; while the line is broken, not at all."""

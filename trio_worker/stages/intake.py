@@ -228,7 +228,7 @@ class _Reception:
             self._serving.door.admission.depth,
         )
         reply = ReplyStream(
-            self._broker.open_outlet(),
+            self._broker,
             subject=reply_subject,
             control_subject=subjects.control(self._worker_id, request.request_id),
             request_id=request.request_id,
@@ -258,7 +258,7 @@ class _Reception:
             "Request refused: {}: {}", error.code, error.message
         )
         ReplyStream(
-            self._broker.open_outlet(),
+            self._broker,
             subject=subject,
             control_subject=None,
             request_id=request_id,

@@ -12,7 +12,7 @@ from trio_worker.wire.native.control import (
     cancelled_id,
 )
 from trio_worker.wire.native.error_reply import error_body
-from trio_worker.wire.native.reply_headers import Header, headers
+from trio_worker.wire.native.reply_headers import Header, common_headers, headers
 from trio_worker.wire.native.request import (
     FIELD_NAMES,
     SEED_END,
@@ -36,6 +36,7 @@ __all__ = [
     "cancel_by_id",
     "cancel_reply",
     "cancelled_id",
+    "common_headers",
     "error_body",
     "headers",
     "parse_body",

@@ -26,20 +26,14 @@ _ERROR_MAX = 512
 """Characters of the error in its header."""
 
 
-def headers(
-    *,
-    request_id: RequestId,
-    worker_id: str,
-    sequence: int,
-    terminal: bool,
-    error: WorkerError | None = None,
-) -> dict[str, str]:
-    """The headers of one message; `error` is what a terminal message answers, if it is one."""
-    values: dict[str, str] = {
-        Header.REQUEST_ID: request_id,
-        Header.WORKER_ID: worker_id,
-        Header.SEQUENCE: str(sequence),
-    }
+def common_headers(*, request_id: RequestId, worker_id: str) -> dict[str, str]:
+    """The headers that all messages of an answer have."""
+    return {Header.REQUEST_ID: request_id, Header.WORKER_ID: worker_id}
+
+
+def headers(*, sequence: int, terminal: bool, error: WorkerError | None = None) -> dict[str, str]:
+    """What else one message has; `error` is what a terminal message answers, if it is one."""
+    values: dict[str, str] = {Header.SEQUENCE: str(sequence)}
     if terminal:
         values[Header.TERMINAL] = "error" if error else "done"
     if error:
