@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -77,7 +77,9 @@ def test_when_nobody_reads_on_it_ends_quietly() -> None:
 
 
 @asynccontextmanager
-async def open_virtual_worker(config: Config, _engine: EngineKind) -> AsyncIterator[MeasuredWorker]:
+async def open_virtual_worker(
+    config: Config, _engine: EngineKind, _program: Sequence[str]
+) -> AsyncIterator[MeasuredWorker]:
     """No server, no process, and no clock but the test's."""
     worker = config.worker
     reuse = PREFIX_CACHE_TOKENS if worker.engine.prefix_cache_mb else 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -14,7 +13,7 @@ from trio_worker.bench import clocked_engine
 from trio_worker.bench.cost import Cost, cost_of, median
 from trio_worker.bench.figures import print_comparison, say
 from trio_worker.bench.load import Load
-from trio_worker.bench.measured_worker import MeasuredWorker, open_measured_worker
+from trio_worker.bench.measured_worker import MeasuredWorker
 from trio_worker.bench.programs import open_program
 from trio_worker.bench.prompts import stories
 from trio_worker.bench.setup import Setup
@@ -61,7 +60,7 @@ REQUIRED: Mapping[float, Mapping[int, Required]] = {
 async def device(setup: Setup) -> None:
     """How much of what the device can do reaches the callers, and the worker's CPU a token."""
     for host_ms, by_streams in REQUIRED.items():
-        async with _open_clocked_worker(setup, device_ms=DEVICE_MS, host_ms=host_ms) as worker:
+        async with _clocked(setup, device_ms=DEVICE_MS, host_ms=host_ms).worker() as worker:
             for streams, required in by_streams.items():
                 load = _streams(worker, streams)
                 costs = [await cost_of(load) for _ in range(setup.rounds)]
@@ -74,7 +73,7 @@ async def device(setup: Setup) -> None:
 async def requests(setup: Setup) -> None:
     """Requests that cost the engine nothing, against a responder that does nothing with them."""
     async with (
-        _open_clocked_worker(setup, device_ms=0.0, host_ms=0.0) as worker,
+        _clocked(setup, device_ms=0.0, host_ms=0.0).worker() as worker,
         open_program("trio_worker.bench.responder", worker.nats_url, RESPONDER) as responder,
     ):
         await responder.read()
@@ -139,18 +138,14 @@ async def _answer_rate(load: Load, costs: list[Cost], _number: int) -> float:
     return costs[-1].answer_rate
 
 
-@asynccontextmanager
-async def _open_clocked_worker(
-    setup: Setup, *, device_ms: float, host_ms: float
-) -> AsyncIterator[MeasuredWorker]:
-    wide = (
-        setup.having("continuous_batching", max_batch_size=max(IN_FLIGHT))
-        .having("requests", max_tokens_limit=clocked_engine.CONTEXT)
-        .having("monitoring", port=None)
-    )
+def _clocked(setup: Setup, *, device_ms: float, host_ms: float) -> Setup:
+    """The same with an engine whose steps take so long, and place for all."""
     program = (
         *(sys.executable, "-P", "-m", clocked_engine.__name__),
         *("--device-ms", str(device_ms), "--host-ms", str(host_ms)),
     )
-    async with open_measured_worker(wide.config, "mlx", program) as worker:
-        yield worker
+    return (
+        replace(setup, engine="mlx", engine_program=program)
+        .having("continuous_batching", max_batch_size=max(IN_FLIGHT))
+        .having("requests", max_tokens_limit=clocked_engine.CONTEXT)
+    )

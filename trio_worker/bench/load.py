@@ -25,6 +25,8 @@ SILENT_S = 30.0
 RECEIVE_BYTES = 2**18
 CONNECT = b'CONNECT {"verbose":false,"headers":true,"no_responders":true}\r\n'
 INBOX = b"_INBOX.load"
+NO_RESPONDERS = b"NATS/1.0 503"
+TERMINAL = b"\nTerminal: "
 ERROR = b"\nNats-Service-Error: "
 CONTENT = b'"content":"'
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
@@ -145,7 +147,10 @@ class Callers:
         """Send what there is to send, and take what has come, waiting for something."""
         self._connection.sendall(b"".join(self._to_send))
         self._to_send.clear()
-        received = self._connection.recv(RECEIVE_BYTES)
+        try:
+            received = self._connection.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            sys.exit(f"nothing has come for {SILENT_S:g} s")
         if not received:
             sys.exit("the NATS server has closed the connection")
         data = self._received + received
@@ -169,7 +174,11 @@ class Callers:
         """One message; `words` are those of its line, of which the reply subject may be missing."""
         reply, has_headers = words[1], words[0] == b"HMSG"
         body_at = int(words[-2]) if has_headers else 0
-        ends = not self._streams or message.find(b"\nTerminal: ", 0, body_at) > 0
+        ends = (
+            not self._streams
+            or message.find(TERMINAL, 0, body_at) > 0
+            or message.startswith(NO_RESPONDERS)
+        )
         if not self._controls[reply] and len(words) == 5 + has_headers:
             self._controls[reply] = words[3]
         if self._token:
@@ -185,7 +194,7 @@ class Callers:
         del self._controls[reply]
         if not self._is_asking:
             return
-        if ERROR in message or message.startswith(b"NATS/1.0 503"):
+        if ERROR in message or message.startswith(NO_RESPONDERS):
             sys.exit(f"not an answer: {message.decode(errors='replace')}")
         if not self._token and (usage := COMPLETION_TOKENS.search(message)) is not None:
             self._tokens += int(usage[1])

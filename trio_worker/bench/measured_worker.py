@@ -20,7 +20,6 @@ from trio_worker.monitoring.metrics import BATCH_FORMATION, HistogramMetric
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.ports import Broker
-from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
 from trio_worker.wire import subjects
 
 STOP_S = 10.0
@@ -128,7 +127,7 @@ class MeasuredWorker:
 
 @asynccontextmanager
 async def open_measured_worker(
-    config: Config, engine: EngineKind, engine_program: Sequence[str] = ENGINE_PROGRAM
+    config: Config, engine: EngineKind, engine_program: Sequence[str]
 ) -> AsyncIterator[MeasuredWorker]:
     """A worker on a NATS server of its own, and one connection for both.
 

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from trio_worker.errors import WorkerFault
+from trio_worker.exception_groups import sole_exceptions
 
 
 class Program:
@@ -48,19 +49,20 @@ async def open_program(module: str, *args: str, says_errors: bool = True) -> Asy
     Cancelled, it is killed. What it says on standard error is shown or dropped.
     """
     command: Sequence[str] = (sys.executable, "-P", "-m", module, *args)
-    async with trio.open_nursery() as nursery:
-        process = await nursery.start(
-            partial(
-                trio.run_process,
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=None if says_errors else subprocess.DEVNULL,
-                check=False,
+    with sole_exceptions():
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(
+                partial(
+                    trio.run_process,
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=None if says_errors else subprocess.DEVNULL,
+                    check=False,
+                )
             )
-        )
-        yield Program(module, process)
-        await process.stdin.aclose()
+            yield Program(module, process)
+            await process.stdin.aclose()
 
 
 def free_port() -> int:

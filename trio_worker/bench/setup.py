@@ -12,9 +12,10 @@ import msgspec
 from trio_worker.bench.measured_worker import MeasuredWorker, open_measured_worker
 from trio_worker.config import Config
 from trio_worker.launch import EngineKind
+from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
 
 OpenWorker: TypeAlias = Callable[
-    [Config, EngineKind], AbstractAsyncContextManager[MeasuredWorker, bool | None]
+    [Config, EngineKind, Sequence[str]], AbstractAsyncContextManager[MeasuredWorker, bool | None]
 ]
 
 
@@ -28,6 +29,8 @@ class Setup:
     """Of an answer whose length is not what is measured."""
     rounds: int
     """How often each measurement is repeated."""
+    engine_program: Sequence[str] = ENGINE_PROGRAM
+    """What serves as the engine's process, unless it is simulated."""
     open_worker: OpenWorker = open_measured_worker
 
     def having(self, section: str, **keys: object) -> Setup:
@@ -40,7 +43,7 @@ class Setup:
     def worker(self) -> AbstractAsyncContextManager[MeasuredWorker, bool | None]:
         """Such a worker, running, with its monitoring off."""
         quiet = self.having("monitoring", port=None)
-        return self.open_worker(quiet.config, self.engine)
+        return self.open_worker(quiet.config, self.engine, self.engine_program)
 
 
 Part: TypeAlias = Callable[[Setup], Awaitable[None]]

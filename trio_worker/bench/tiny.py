@@ -37,6 +37,8 @@ async def tiny(setup: Setup) -> None:
             _open_http_server(model) as url,
         ):
             say(f"a tiny model on {worker.device}:")
+            await _worker_rate(worker, 1, 0)
+            await _loop_rate(loop, 1, 0)
             for streams in STREAMS:
                 ours = partial(_worker_rate, worker, streams)
                 title = f"a worker against %s, {streams} at a time, tokens/s"
@@ -96,7 +98,7 @@ def _answers(url: str, subject: str, streams: int, number: int) -> Load:
     return Load(
         url=url,
         subject=subject,
-        request={"stream": True, "max_tokens": ANSWER_TOKENS},
+        request={"stream": True, "max_tokens": ANSWER_TOKENS, "timeout_ms": 600_000},
         prompts=tuple(stories(f"{number}/{streams}", streams)),
         concurrent=streams,
     )

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
         "scheduling: these three; "
         "device: against what a device could do whose steps take a given time; "
         "tiny: a tiny model, against mlx-lm's loop and server; requests: of one token that costs "
-        "nothing; ahead: these three",
+        "nothing; ahead: these three, with engines of their own",
     )
     add_engine(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64)
