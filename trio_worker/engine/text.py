@@ -53,16 +53,21 @@ class ByteLevel:
     def __init__(self, vocabulary: dict[int, bytes], silent: frozenset[int]) -> None:
         self._vocabulary = vocabulary
         self._silent = silent
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def feed(self, token: int) -> str:
         if token in self._silent:
             return ""
         # A model may have more rows than its tokenizer has tokens; those stand for no text.
-        return self._decoder.decode(self._vocabulary.get(token, b""))
+        held = self._held + self._vocabulary.get(token, b"")
+        # What an incremental decoder does, without its two Python calls a token.
+        text, whole = codecs.utf_8_decode(held, "replace")
+        self._held = held[whole:]
+        return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 class Redecoding:
@@ -105,6 +110,8 @@ class StopMatcher:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """What may be shown, and whether a stop string was found (then nothing follows)."""
+        if not self._stops:
+            return text, False
         held = self._held + text
         found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
