@@ -313,7 +313,9 @@ def test_keys_are_splitmix64_of_seed_and_position() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF, "the first number of its authors' own example"
     for seed, position in ((0, 0), (0, 1), (1, 0), (2**53 - 1, 10**6), (2**64 - 1, 1)):
         mixed = splitmix64((splitmix64(seed) + position) % 2**64)
-        assert sampling._key(seed, position) == (mixed >> 32, mixed % 2**32)
+        mixed_seeds = sampling._mix(np.array([seed], dtype=np.uint64))
+        keys = sampling._keys(mixed_seeds, [position])
+        assert keys.tolist() == [[mixed >> 32, mixed % 2**32]]
 
 
 def test_a_prompts_last_token_is_no_part_of_the_answer_and_the_next_one_is() -> None:
@@ -387,6 +389,34 @@ def test_log_probabilities_are_the_models_own_for_those_who_asked() -> None:
         assert [v for _, v in alternatives] == pytest.approx(expected[likeliest], abs=1e-4)
         assert len(logprobs.arrays) == 3
     assert int(chosen[2]) == 3, "the bias decides, and the log-probability knows nothing of it"
+
+
+def test_penalties_leave_the_log_probabilities_of_all_rows_alone() -> None:
+    """Where all rows ask, nothing is copied for them before the penalties are written."""
+    rows = [row(logprobs=True), row(logprobs=True, presence_penalty=2.0)]
+    logits = np.random.default_rng(9).normal(0, 2, (2, VOCABULARY)).astype(np.float32)
+    tokens = [[1, 2], [1, 2]]
+    chosen, places = Plan(rows, tokens, VOCABULARY).draw(mx.array(logits), mx.array([3, 3]), tokens)
+    for index, place in enumerate(places):
+        assert place is not None
+        logprobs, at = place
+        expected = normal(logits[index])[int(chosen[index])]
+        assert logprobs.read(at, 0)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_filter_that_one_row_asks_for_is_none_of_the_others(draws: list[Draw]) -> None:
+    """Each filter is made for all rows that have any, once, when the membership changes."""
+    settings: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 1.0}]
+    logits = np.zeros((3, 10), dtype=np.float32)
+    logits[2, 0] = 1.0
+    for _ in range(3):
+        settings = [*settings[1:], settings[0]]
+        rows = [row(temperature=1.0, **each) for each in settings]
+        order = [{"top_k": 0, "top_p": 1, "min_p": 2}[next(iter(each))] for each in settings]
+        draws.clear()
+        draw(Plan(rows, [[0]] * 3, 10), logits[order], [0] * 3, [[0]] * 3)
+        on_offer = np.isfinite(draws[0].logits).sum(axis=-1).tolist()
+        assert on_offer == [(3, 3, 1)[each] for each in order]
 
 
 def test_without_alternatives_none_are_looked_for() -> None:

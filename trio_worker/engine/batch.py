@@ -25,6 +25,7 @@ from trio_worker.engine import freed_memory
 from trio_worker.engine.beginnings import Beginnings
 from trio_worker.engine.caches import can_share
 from trio_worker.engine.decoding import Decoding
+from trio_worker.engine.logprobs import Place
 from trio_worker.engine.padding import merge_alike
 from trio_worker.engine.prefill_plan import ComputePart, ModelCall, PrefillPlan
 from trio_worker.engine.prompts import ReadyRows, compute_ends, compute_part, lengths_of
@@ -32,7 +33,15 @@ from trio_worker.engine.row import Row
 from trio_worker.engine.shared_prefixes import lengthened
 from trio_worker.engine.text import AnswerText, Vocabulary
 from trio_worker.engine.turn_report import TurnReport, logprob_of
-from trio_worker.protocol.turn import Admit, EngineMemory, Report, RequestId, Work
+from trio_worker.protocol.turn import (
+    Admit,
+    EngineMemory,
+    Output,
+    Report,
+    RequestId,
+    TokenLogprob,
+    Work,
+)
 
 STEPS_BETWEEN_CLEARS = 512
 """After this many the allocator's cache of freed buffers is emptied, as mlx-lm does."""
@@ -153,6 +162,8 @@ class Batch:
 
     def _prefill(self, budget: int, report: TurnReport) -> None:
         """Compute the ends of prompts, several in one call, and the beginning of one more."""
+        if not self._arriving:
+            return
         plan = PrefillPlan(budget, padding_max=self._padding_max, share=self._share)
         ready: list[ReadyRows] = []
         for row in self._arriving.values():
@@ -242,24 +253,34 @@ class Batch:
     def _step(self, decoding: Decoding, report: TurnReport) -> list[int]:
         """One token for each row; returns the rows that have ended."""
         tokens, places = decoding.step()
+        outputs, end_tokens = report.outputs, self._end_tokens
         finished = []
         for i, (row, token, place) in enumerate(zip(decoding.rows, tokens, places, strict=True)):
             if not row.started:
                 row.started = True
                 continue
             try:
-                text, finish = row.take(token, self._end_tokens)
-                logprob = logprob_of(
-                    place, token, row.sampling.top_logprobs, self._vocabulary.token_text
-                )
+                text, finish = row.take(token, end_tokens)
+                logprob = None if place is None else self._logprob(row, token, place)
             except Exception as exc:  # noqa: BLE001 - as above
                 report.failure(row.request_id, exc)
                 finished.append(i)
                 continue
-            report.output(row, token, text, finish, logprob)
+            outputs.append(
+                Output(
+                    request_id=row.request_id,
+                    token=token,
+                    text=text,
+                    finish=finish,
+                    logprob=logprob,
+                )
+            )
             if finish is not None:
                 finished.append(i)
         return finished
+
+    def _logprob(self, row: Row, token: int, place: Place) -> TokenLogprob:
+        return logprob_of(place, token, row.sampling.top_logprobs, self._vocabulary.token_text)
 
     def _leave(self, decoding: Decoding, rows: list[int], *, may_return: bool) -> None:
         if not rows:

@@ -31,7 +31,7 @@ class Decoding:
         self.caches = caches
         self._model = model
         self._next_tokens = mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32)
-        self._next_places: list[Place] = [None for _ in rows]
+        self._next_places: list[Place | None] = [None for _ in rows]
         self._plan: Plan | None = None
 
     def __len__(self) -> int:
@@ -79,9 +79,10 @@ class Decoding:
         """A copy of what a row has in the caches."""
         return [layer.extract(index) for layer in self.caches]
 
-    def step(self) -> tuple[list[int], list[Place]]:
+    def step(self) -> tuple[list[int], list[Place | None]]:
         """Take the tokens of the step in flight, and start the next one.
 
+        A token has a place in the log-probabilities if its row has asked for them.
         Rows that have just started have none in flight: theirs are the last of their prompts.
         """
         inputs, places = self._next_tokens, self._next_places
@@ -101,6 +102,6 @@ class Decoding:
         return tokens, places
 
 
-def _arrays(places: list[Place]) -> list[mx.array]:
+def _arrays(places: list[Place | None]) -> list[mx.array]:
     distinct = {id(place[0]): place[0] for place in places if place is not None}
     return [array for logprobs in distinct.values() for array in logprobs.arrays]

@@ -28,5 +28,5 @@ class Logprobs:
         return chosen[index], list(zip(tops[index][:top], values[index][:top], strict=True))
 
 
-Place: TypeAlias = tuple[Logprobs, int] | None
-"""Where those of a row's token are; None if the row has not asked."""
+Place: TypeAlias = tuple[Logprobs, int]
+"""Where those of a row's token are."""

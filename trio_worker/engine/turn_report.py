@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from trio_worker.engine.logprobs import Place
 from trio_worker.engine.row import Row
 from trio_worker.protocol.turn import (
-    FinishReason,
     Output,
     Prefill,
     RequestId,
@@ -38,20 +37,6 @@ class TurnReport:
             )
         )
 
-    def output(
-        self,
-        row: Row,
-        token: int,
-        text: str,
-        finish: FinishReason | None,
-        logprob: TokenLogprob | None,
-    ) -> None:
-        self.outputs.append(
-            Output(
-                request_id=row.request_id, token=token, text=text, finish=finish, logprob=logprob
-            )
-        )
-
     def failure(self, request_id: RequestId, exc: Exception) -> None:
         """A sequence that cannot be computed, or whose token could not be handed out."""
         self.failures.append(
@@ -59,15 +44,11 @@ class TurnReport:
         )
 
 
-def logprob_of(
-    place: Place, token: int, top: int, name: Callable[[int], str]
-) -> TokenLogprob | None:
-    """The log-probability of a row's token and of the `top` likeliest, if the row has asked.
+def logprob_of(place: Place, token: int, top: int, name: Callable[[int], str]) -> TokenLogprob:
+    """The log-probability of a row's token and of the `top` likeliest.
 
     `name` gives a token as text.
     """
-    if place is None:
-        return None
     logprobs, index = place
     value, likeliest = logprobs.read(index, top)
     return TokenLogprob(
