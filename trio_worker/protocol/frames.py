@@ -3,8 +3,9 @@
 A frame's body is a MessagePack array that begins with the name of what it is. Frames go over a
 socket pair passed by file descriptor: nothing a library prints can corrupt them.
 
-There are two lines, each strictly one question, one answer: `control` (Hello, then Work after
-Work, each answered by a Report, on the engine's MLX thread) and `tokenise`. While the model loads
+There are two lines, on each of which every question is answered, in order: `control` (Hello, then
+Work after Work, each answered by a Report, on the engine's MLX thread) and `tokenise`, on which
+several questions may be under way. While the model loads
 the engine sends `Progress` frames on the control line, then its `EngineInfo` or `LoadFailed`.
 """
 

@@ -124,9 +124,10 @@ async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> Non
     answer.trace_prompt()
     if sequence.stage is Stage.WAITING:
         await answer.alive_while(serving.door.wait_place, sequence)
-    info = await answer.alive_while(serving.engine.wait_ready)
-    sequence.request.check_vocabulary(info.vocabulary_size)
     prompt = await answer.alive_while(serving.engine.tokenise, sequence.request)
+    info = serving.engine.info
+    assert info is not None, "a model that tokenises is loaded"
+    sequence.request.check_vocabulary(info.vocabulary_size)
     sequence.prompt = prompt
     sequence.max_tokens = _fit(
         len(prompt),

@@ -162,7 +162,6 @@ class EngineLife:
         assert self._control is not None
         try:
             with trio.fail_at(by):
-                await self._control.flush()
                 answer = await self._control.receive()
         except LINE_ERRORS as exc:
             self._end_over(exc)

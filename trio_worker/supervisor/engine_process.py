@@ -95,7 +95,8 @@ class EngineProcess:
             ) from exc
         tries = 0
         while tries < TOKENISE_TRIES:
-            life = await self._wait_life()
+            life = self._life if self._ready.value else await self._wait_life()
+            assert life is not None
             try:
                 answer = await life.tokenise.ask(frame)
             except NeverAsked:

@@ -8,6 +8,7 @@ from typing import Self
 
 import trio
 
+from trio_worker.exception_groups import sole_exceptions
 from trio_worker.protocol.frames import FromEngine, decode_from_engine
 from trio_worker.protocol.framing import RECEIVE_BYTES, FrameBuffer, HungUp
 
@@ -65,11 +66,16 @@ class FrameStream:
             self._push()
 
     async def receive(self) -> FromEngine:
-        """The next frame; a checkpoint.
+        """The next frame; a checkpoint. Meanwhile what is unsent is sent.
 
         Raises `HungUp`, `FrameError`, and `trio.ClosedResourceError` if it is closed on our side.
         Cancelled: nothing is lost.
         """
+        if self._unsent:
+            return await self._receive_and_flush()
+        return await self._receive()
+
+    async def _receive(self) -> FromEngine:
         await trio.lowlevel.checkpoint_if_cancelled()
         has_waited = False
         while (body := self._buffer.take()) is None:
@@ -79,6 +85,15 @@ class FrameStream:
         if not has_waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
         return decode_from_engine(body)
+
+    async def _receive_and_flush(self) -> FromEngine:
+        """Both at once: the other side may read no more before what it has written is read."""
+        with sole_exceptions():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.flush)
+                frame = await self._receive()
+                nursery.cancel_scope.cancel(reason="a frame has come")
+        return frame
 
     def _read(self) -> bool:
         """Take in what has come; False if nothing has."""

@@ -1,13 +1,15 @@
-"""A line to the engine process: strictly one question, one answer, in whole frames.
+"""A line to the engine process on which questions are answered, in whole frames and in order.
 
-Who asks may give up at any time: the question is still sent whole and its answer awaited, so no
-half frame is left behind, and a hung engine is noticed all the same.
+Questions that have come while an answer was awaited go out together, so a busy engine finds the
+next one there. Who asks may give up at any time: a question that has gone out is answered all the
+same, so a hung engine is noticed, and its answer is thrown away.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
 import trio
@@ -15,68 +17,96 @@ import trio
 from trio_worker.protocol.frames import FromEngine
 from trio_worker.supervisor.frame_stream import FrameStream
 
+UNDER_WAY_MAX = 32
+"""Questions that have gone out and are not answered; as many more wait to, and the rest to wait."""
+
 
 class NeverAsked(Exception):
-    """The line was closed before the question could be sent."""
+    """The line was closed before the engine came to the question."""
 
 
 class NoAnswer(Exception):
-    """The line was closed after the question had been taken: the engine may have seen it."""
+    """The line was closed while this question was the one to be answered next."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Question:
-    """A frame, and where its answer goes: a channel of one, closed if there will be none."""
+    """A frame, and what it came to."""
 
-    frame: bytes
-    answer: trio.MemorySendChannel[FromEngine]
+    __slots__ = ("_is_settled", "_outcome", "frame")
+
+    def __init__(self, frame: bytes) -> None:
+        self.frame = frame
+        self._is_settled = trio.Event()
+        self._outcome: FromEngine | NeverAsked | NoAnswer | None = None
+
+    def settle(self, outcome: FromEngine | NeverAsked | NoAnswer) -> None:
+        self._outcome = outcome
+        self._is_settled.set()
+
+    async def wait_answer(self) -> FromEngine:
+        await self._is_settled.wait()
+        assert self._outcome is not None
+        if isinstance(self._outcome, NeverAsked | NoAnswer):
+            raise self._outcome
+        return self._outcome
 
 
 class Line:
     """Takes questions from any task to the one task that asks them. Its state: two channel ends."""
 
     def __init__(self) -> None:
-        # Without a buffer: a question that nobody has taken yet can be taken back.
-        self._send, self._receive = trio.open_memory_channel[_Question](0)
+        self._send, self._receive = trio.open_memory_channel[_Question](UNDER_WAY_MAX)
 
     async def ask(self, frame: bytes) -> FromEngine:
         """The answer to one question. Raises `NeverAsked` and `NoAnswer`.
 
         Cancelled: the question has not been asked, or its answer is thrown away.
         """
-        answer, receive = trio.open_memory_channel[FromEngine](1)
-        with receive:
+        question = _Question(frame)
+        try:
             try:
-                await self._send.send(_Question(frame, answer))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                answer.close()
-                raise NeverAsked from None
-            except trio.Cancelled:
-                answer.close()
-                raise
-            try:
-                return await receive.receive()
-            except trio.EndOfChannel:
-                raise NoAnswer from None
+                self._send.send_nowait(question)
+            except trio.WouldBlock:
+                await self._send.send(question)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            await trio.lowlevel.checkpoint()
+            raise NeverAsked from None
+        return await question.wait_answer()
 
     async def serve(self, stream: FrameStream, *, answer_within_s: float) -> NoReturn:
         """Ask what is asked until cancelled; the line is closed then, and after every error.
 
-        Raises `HungUp`, `FrameError`, and `trio.TooSlowError` for an answer that takes longer
+        Raises as `FrameStream.receive`, and `trio.TooSlowError` for an answer that takes longer
         than `answer_within_s`. Whoever awaits an answer gets to know of the error's consequences
         first: no checkpoint lies between the error and its being caught around `serve`.
         """
-        with self._receive:
+        under_way: deque[_Question] = deque()
+        try:
             while True:
-                question = await self._receive.receive()
-                with question.answer:
-                    with trio.fail_after(answer_within_s):
-                        await stream.send(question.frame)
-                        answer = await stream.receive()
-                    with suppress(trio.BrokenResourceError):
-                        question.answer.send_nowait(answer)
+                if not under_way:
+                    question = await self._receive.receive()
+                    under_way.append(question)
+                    stream.send_now(question.frame)
+                for question in self._waiting(UNDER_WAY_MAX - len(under_way)):
+                    under_way.append(question)
+                    stream.send_now(question.frame)
+                with trio.fail_after(answer_within_s):
+                    answer = await stream.receive()
+                under_way.popleft().settle(answer)
+        finally:
+            self.close()
+            for question in under_way:
+                question.settle(NoAnswer() if question is under_way[0] else NeverAsked())
 
     def close(self) -> None:
         """Whoever waits to ask is told `NeverAsked`, and so is whoever comes later."""
         self._send.close()
+        for question in self._waiting(UNDER_WAY_MAX):
+            question.settle(NeverAsked())
         self._receive.close()
+
+    def _waiting(self, most: int) -> Iterator[_Question]:
+        """Takes the questions that have come, as many as `most`."""
+        with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            for _ in range(most):
+                yield self._receive.receive_nowait()
