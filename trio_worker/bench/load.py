@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -63,6 +63,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """From the request to its first token: of the first requests, one for each at a time."""
 
 
+class _Reading(NamedTuple):
+    """What has come by then."""
+
+    at: float
+    cpu_seconds: float
+    tokens: int
+    answers: int
+
+
 class Callers:
     """Keeps so many requests going. Its state: those under way, and what has come so far."""
 
@@ -105,10 +114,10 @@ class Callers:
             self._receive_for(seconds)
         after = self._reading()
         return Measured(
-            seconds=after[0] - before[0],
-            cpu_seconds=after[1] - before[1],
-            tokens=int(after[2] - before[2]),
-            answers=int(after[3] - before[3]),
+            seconds=after.at - before.at,
+            cpu_seconds=after.cpu_seconds - before.cpu_seconds,
+            tokens=after.tokens - before.tokens,
+            answers=after.answers - before.answers,
             first_token_s=tuple(self._first_token_s),
         )
 
@@ -121,8 +130,13 @@ class Callers:
         while self._controls:
             self._receive()
 
-    def _reading(self) -> tuple[float, float, int, int]:
-        return time.perf_counter(), time.process_time(), self._tokens, self._answers
+    def _reading(self) -> _Reading:
+        return _Reading(
+            at=time.perf_counter(),
+            cpu_seconds=time.process_time(),
+            tokens=self._tokens,
+            answers=self._answers,
+        )
 
     def _receive_for(self, seconds: float) -> None:
         until = time.perf_counter() + seconds
@@ -145,8 +159,9 @@ class Callers:
 
     def _receive(self) -> None:
         """Send what there is to send, and take what has come, waiting for something."""
-        self._connection.sendall(b"".join(self._to_send))
-        self._to_send.clear()
+        if self._to_send:
+            self._connection.sendall(b"".join(self._to_send))
+            self._to_send.clear()
         try:
             received = self._connection.recv(RECEIVE_BYTES)
         except TimeoutError:
