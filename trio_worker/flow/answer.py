@@ -106,6 +106,8 @@ class Answer:
 
         Raises what has gone wrong with the answer. Cancelled: what has been taken has been sent.
         """
+        if not self._stream:
+            await self._has_ended.wait()
         while not self._has_ended.is_set():
             with trio.move_on_at(self._last_sent_at + KEEP_ALIVE_S) as quiet:
                 await self._has_ended.wait()

@@ -7,6 +7,7 @@ same, so a hung engine is noticed, and its answer is thrown away.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -82,17 +83,17 @@ class Line:
         """
         under_way: deque[_Question] = deque()
         try:
-            while True:
-                if not under_way:
-                    question = await self._receive.receive()
-                    under_way.append(question)
-                    stream.send_now(question.frame)
-                for question in self._waiting(UNDER_WAY_MAX - len(under_way)):
-                    under_way.append(question)
-                    stream.send_now(question.frame)
-                with trio.fail_after(answer_within_s):
+            with trio.fail_at(math.inf) as patience:
+                while True:
+                    patience.deadline = math.inf
+                    asked = [] if under_way else [await self._receive.receive()]
+                    asked += self._waiting(UNDER_WAY_MAX - len(under_way) - len(asked))
+                    under_way += asked
+                    patience.deadline = trio.current_time() + answer_within_s
+                    if asked:
+                        stream.send_now(b"".join(question.frame for question in asked))
                     answer = await stream.receive()
-                under_way.popleft().settle(answer)
+                    under_way.popleft().settle(answer)
         finally:
             self.close()
             for question in under_way:
