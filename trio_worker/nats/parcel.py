@@ -73,10 +73,13 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         Raises `MessageTooLarge` if the server would end the connection over it, and `ValueError`
         if a header's name is not one, or is there already.
         """
-        own = {name: _plain(value) for name, value in headers.items()}
-        if not self.headers.keys().isdisjoint(own):
-            raise ValueError(f"a header of {list(own)} is on the envelope too")
-        lines = self.lines + _lines(own)
+        own: dict[str, str] = {}
+        lines = self.lines
+        for name, value in headers.items():
+            if name in self.headers:
+                raise ValueError(f"the header {name!r} is on the envelope too")
+            own[name] = plain = _plain(value)
+            lines += _line(name, plain)
         # Headers are ASCII: as many bytes as characters.
         block = f"{_VERSION_LINE}{lines}\r\n" if lines else ""
         payload_bytes = len(block) + len(body)
@@ -118,7 +121,7 @@ def address(subject: str, reply: str | None, headers: Mapping[str, str]) -> Enve
         headers=plain,
         subjects=f"{subject} {reply}" if reply else subject,
         subject_bytes=len(subject.encode()) + len((reply or "").encode()),
-        lines=_lines(plain),
+        lines="".join(_line(name, value) for name, value in plain.items()),
     )
 
 
@@ -128,8 +131,8 @@ def seal(message: Sendable, *, max_payload: int) -> Parcel:
     return envelope.seal(message.body, {}, max_payload=max_payload)
 
 
-def _lines(headers: Mapping[str, str]) -> str:
-    return "".join([f"{_checked(name)}: {value}\r\n" for name, value in headers.items()])
+def _line(name: str, plain: str) -> str:
+    return f"{_checked(name)}: {plain}\r\n"
 
 
 @lru_cache(maxsize=64)
