@@ -232,6 +232,29 @@ async def test_what_waits_for_a_hung_server_leaves_over_the_next_line_and_once(
     assert [int(body) for body in server.bodies] == list(range(40 - held, 40))
 
 
+async def test_an_error_of_a_line_that_has_been_replaced_holds_up_nothing(
+    server: VirtualServer, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trio may hear of it when the next line stands already, which breaks no more."""
+    async with opened(server.url) as broker:
+        client = broker.connection.client
+        wait_written = client.wait_written
+
+        async def late() -> None:
+            await wait_written()
+            raise ConnectionResetError
+
+        monkeypatch.setattr(client, "wait_written", late)
+        server.hang()
+        for _ in range(40):
+            broker.publish(Message(subject="a", body=bytes(10_000)))
+        await trio.sleep(1)
+        server.go_on()
+        with trio.fail_after(1):
+            await broker.flush()
+    assert len(server.bodies) == 40
+
+
 async def test_waits_on_a_hung_server_end_with_their_scopes(
     server: VirtualServer, autojump_clock: MockClock
 ) -> None:

@@ -180,7 +180,10 @@ class Connection:
         await self._state.wait_value(lambda state: state in STANDING)
 
     async def wait_writable(self) -> None:
-        """Return when what is written leaves, over however many lines that takes."""
+        """Return when what is written leaves. Waits while there is no connection.
+
+        Cancelled: nothing is lost.
+        """
         while not self.is_writable:
             await self.wait_standing()
             try:
