@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import trio
 from support.worker_rig import make_config
@@ -26,3 +29,25 @@ async def test_the_simulated_engine_has_the_configured_turn_timeout(
             await engine.begin(Work()).report()
         assert lost.value.reason == "hang"
         assert trio.current_time() - began_at == pytest.approx(2.5)
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_is_there_when_the_worker_is_ready_is_not_looked_at_again() -> None:
+    """And what was garbage by then is gone, as is what becomes it later."""
+    thresholds = gc.get_threshold()
+    before = weakref.ref(_Cycle())
+    try:
+        launch.settle_garbage_collection()
+        assert before() is None
+        assert len(gc.get_objects()) < gc.get_freeze_count() / 10
+        assert gc.get_threshold() == (launch.COLLECT_EVERY, *thresholds[1:])
+        after = weakref.ref(_Cycle())
+        gc.collect()
+        assert after() is None
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)

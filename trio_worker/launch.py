@@ -5,6 +5,7 @@ What `run`, `bench` and tests of the whole share; where a configuration's units 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -30,6 +31,10 @@ from trio_worker.stages.notify import Standing
 from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
 from trio_worker.supervisor.engine_process import open_engine
 from trio_worker.worker import World, run_worker
+
+COLLECT_EVERY = 5_000
+"""Objects more than before: a collection of the young costs what it finds alive, the requests under
+way, and little of what this worker makes is in cycles."""
 
 EngineKind: TypeAlias = Literal["mlx", "simulated"]
 
@@ -58,6 +63,11 @@ async def launch(
         if on_progress is not None:
             on_progress(step, done, total, unit)
 
+    def ready(observed: Observed) -> None:
+        settle_garbage_collection()
+        if on_ready is not None:
+            on_ready(observed)
+
     with open_service_manager(os.environ) as service_manager, open_stack_sampler() as sampler:
         world = World(
             stops=stops,
@@ -69,13 +79,20 @@ async def launch(
             wall_clock=time.time,
             serve_http=partial(serve_http, exposition=exposition),
             greet=greet,
-            on_ready=on_ready,
+            on_ready=ready,
             on_progress=on_progress,
             service_manager=service_manager,
             standing=standing,
             sampler=sampler,
         )
         await run_worker(config, world)
+
+
+def settle_garbage_collection() -> None:
+    """Spare later collections, each of which stops everything, what is there by now: it stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
 
 
 @asynccontextmanager

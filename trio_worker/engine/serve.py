@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from contextlib import suppress
@@ -88,6 +89,9 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     if hello.prewarm:
         say(PREWARMING, 0, 0, "")
         prewarm(batch, model, hello.prewarm_prompt, hello.prewarm_max_tokens)
+    # What is there by now stays: no later collection, which stops a turn, has to look at it.
+    gc.collect()
+    gc.freeze()
     threading.Thread(
         target=_tokenise, args=(tokenising, model.tokenizer, renderer), daemon=True
     ).start()
