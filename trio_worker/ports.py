@@ -156,13 +156,29 @@ class Turn(Protocol):
     async def report(self) -> Report:
         """What the turn has done, once it has; a checkpoint also where that is so already.
 
-        Raises `EngineLost` if the engine is lost before: then everything it held is gone.
+        Asked for in the order in which the turns began. Raises `EngineLost` if the engine is lost
+        before: then everything it held is gone, and all turns that had begun are lost with it.
         Cancelled: the turn goes on, and its report may be asked for again.
         """
 
 
 class Engine(Protocol):
-    """Computes tokens for a batch. One turn at a time; `tokenise` may overlap it."""
+    """Computes tokens for a batch; `tokenise` may overlap its turns.
+
+    Up to `TURNS_UNDER_WAY_MAX` turns may have begun before the report of the first is taken: then
+    the engine goes from one to the next without waiting to be told. What holds of them:
+
+    1. They are done one after the other, in the order in which they began, and each has a report,
+       which says what the engine holds after just this turn.
+    2. What a turn removes is gone, and its room free, before what it admits comes in; so the
+       engine never holds more than the one who plans knows of.
+    3. A sequence that ends by itself leaves in that turn. Later ones, begun without knowing of
+       it, compute nothing for it, and to remove it there changes nothing.
+    4. Each may take as long as any turn, from when it began or the one before was reported,
+       whichever is later.
+    5. What the engine has computed and not reported is lost with it; who comes back with the
+       tokens that were reported says what it would have said.
+    """
 
     @property
     def ready(self) -> AsyncBool:
@@ -186,7 +202,7 @@ class Engine(Protocol):
         """
 
     def begin(self, work: Work) -> Turn:
-        """Have the next turn done; the report of the one before has been taken.
+        """Have the next turn done, behind those that have begun.
 
         Synchronous and quick: when this returns the engine has been told, and what is done until
         the report is asked for is done while it computes. Never raises because the engine is

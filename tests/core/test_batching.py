@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.factories import make_sequence
+from support.factories import make_report, make_sequence
 
 from trio_worker.core.batching import (
     FAULTS_MAX,
@@ -26,6 +26,7 @@ from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
+from trio_worker.protocol.turn import TURNS_UNDER_WAY_MAX, Report
 
 ROW = 256
 """Bytes of every request here: one granule of tokens, at a byte each."""
@@ -49,6 +50,7 @@ class Scene:
             "degraded_max_tokens": 50,
             "levels": 3,
             "held_most_s": 10.0,
+            "lead_s": 0.01,
         }
         self.batching = Batching(
             BatchRules(**{**given, **rules}),
@@ -57,6 +59,14 @@ class Scene:
             gauge=self.gauge,
         )
         self.sequences: dict[str, Sequence] = {}
+
+    def begun_after(self, last: Report) -> int:
+        """How many turns are begun until no more may be."""
+        begun = 0
+        while self.batching.may_begin_ahead(last):
+            self.batching.plan(1.0)
+            begun += 1
+        return begun
 
     def queued(self, *names: str, at: float = 0.0, level: int = 1) -> None:
         for name in names:
@@ -334,3 +344,61 @@ def test_when_it_came_into_the_queue_is_known_of_who_is_in_it() -> None:
     sequence.advance(Event.TOKENISED)
     sequence.queued_at = 3.0
     assert queued_at_of(sequence) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "lead_s", "most"),
+    [
+        (0.002, 0.004, 3),
+        (0.003, 0.004, 2),
+        (0.004, 0.004, 2),
+        (0.005, 0.004, 1),
+        (0.002, 0.0, 1),
+        (0.0, 0.004, TURNS_UNDER_WAY_MAX),
+        (0.0, 0.0, 1),
+    ],
+)
+def test_so_many_turns_are_begun_ahead_as_fit_into_the_lead(
+    turn_s: float, lead_s: float, most: int
+) -> None:
+    scene = Scene(lead_s=lead_s)
+    scene.queued("a")
+    scene.batching.fill(1.0)
+    assert scene.begun_after(make_report([("a", None)], residents={"a"}, seconds=turn_s)) == most
+
+
+@pytest.mark.parametrize("what", ["prefill", "nothing"])
+def test_nothing_begins_ahead_but_in_a_run_of_decode_steps(what: str) -> None:
+    scene = Scene(lead_s=1.0)
+    scene.queued("a")
+    scene.batching.fill(1.0)
+    prefilled = 5 if what == "prefill" else 0
+    outputs = [("a", None)] if what == "prefill" else []
+    last = make_report(outputs, residents={"a"}, seconds=0.001, prefilled=prefilled)  # type: ignore[arg-type]
+    assert scene.begun_after(last) == 1
+
+
+def test_nothing_begins_ahead_on_a_trial() -> None:
+    scene = Scene(lead_s=1.0)
+    scene.queued("a", "b")
+    scene.batching.fill(1.0)
+    for _ in range(2):
+        scene.batching.plan(1.0)
+        scene.scheduler.lost(blameless=False)
+    assert scene.scheduler.is_on_trial
+    last = make_report([("b", None)], residents={"b"}, seconds=0.001)
+    assert scene.begun_after(last) == 1
+
+
+@pytest.mark.parametrize(("waiting", "most"), [(False, 1), (True, 3)])
+def test_where_all_are_about_to_end_a_turn_begins_ahead_for_who_waits_alone(
+    *, waiting: bool, most: int
+) -> None:
+    scene = Scene(slots=1, lead_s=0.002)
+    scene.queued("a")
+    scene.sequences["a"].max_tokens = 1
+    scene.batching.fill(1.0)
+    if waiting:
+        scene.queued("b")
+    last = make_report([("a", None)], residents={"a"}, seconds=0.001)
+    assert scene.begun_after(last) == most

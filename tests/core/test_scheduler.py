@@ -68,7 +68,9 @@ def enter(scheduler: Scheduler, *names: str, now: float = 0.0, level: int = 1) -
 
 
 def turn(scheduler: Scheduler, *names: str, now: float = 1.0) -> list[Delivery]:
-    """A token for each of these; the others stay without one."""
+    """A token for each of these; the others stay without one. Begins the turn if none has begun."""
+    if not scheduler.turns_under_way:
+        scheduler.plan()
     residents = {str(each) for each in scheduler._resident}
     report = make_report([(each, None) for each in names], residents=residents)
     return scheduler.book(report, now=now)
@@ -200,11 +202,12 @@ def test_whoever_is_withdrawn_is_removed_by_the_next_plan_and_by_no_other() -> N
     scheduler.withdraw(first)
     scheduler.withdraw(first)
     assert state(scheduler) == ("b", 3, 256, 1, True)
-    work = scheduler.plan()
-    assert (work.remove, scheduler.removed) == (("a",), (first,))
+    assert scheduler.plan().remove == ("a",)
     assert turn(scheduler, "b")[0].sequence is second
-    assert (scheduler.plan().remove, scheduler.removed) == ((), ())
+    assert [*scheduler.removed] == [first]
+    assert scheduler.plan().remove == ()
     turn(scheduler, "b")
+    assert [*scheduler.removed] == []
     scheduler.withdraw(second)
     assert (scheduler.has_work, scheduler.free_slots) == (True, 4), "the engine still holds it"
     scheduler.plan()
@@ -430,6 +433,7 @@ def test_a_suspect_that_leaves_hands_the_trial_on(how: str) -> None:
     if how == "withdrawn":
         scheduler.withdraw(new)
         assert new.stage is Stage.PREFILL, "where it goes is for its task to say"
+        turn(scheduler)
     elif how == "finished":
         scheduler.book(make_report([("new", FinishReason.STOP)], residents=set()), now=1.0)
     else:
@@ -472,3 +476,92 @@ def test_two_of_three_crashes_are_not_two_in_a_row_of_those_that_came_between() 
     young.advance(Event.END)
     scheduler.withdraw(young)
     assert scheduler.plan().remove == ()
+
+
+# --- several turns under way ----------------------------------------------------------------
+
+
+def test_a_turn_begun_ahead_knows_nothing_of_what_is_under_way() -> None:
+    scheduler = make_scheduler()
+    first, second = enter(scheduler, "a", "b")
+    scheduler.plan()
+    turn(scheduler, "a", "b")
+    scheduler.plan()
+    assert scheduler.plan().admit == ()
+    assert scheduler.turns_under_way == 2
+    scheduler.withdraw(first)
+    (third,) = enter(scheduler, "c")
+    work = scheduler.plan()
+    assert (work.remove, [each.request_id for each in work.admit]) == (("a",), ["c"])
+    # The first two turns are done before the one that removes it and lets the other in.
+    for _ in range(2):
+        report = make_report([("a", None), ("b", None)], residents={"a", "b"})
+        assert [each.sequence for each in scheduler.book(report, now=2.0)] == [second]
+    report = make_report([("b", None), ("c", None)], residents={"b", "c"})
+    assert [each.sequence for each in scheduler.book(report, now=3.0)] == [second, third]
+    assert (len(first.produced), len(second.produced), len(third.produced)) == (1, 4, 1)
+    assert scheduler.turns_under_way == 0
+
+
+@pytest.mark.parametrize("end", ["token", "finish", "failure"])
+def test_what_comes_before_the_turn_that_admits_it_is_another_s(end: str) -> None:
+    """A new request with the id of one that has left, or one that was preempted and is back."""
+    scheduler = make_scheduler()
+    (old,) = enter(scheduler, "a")
+    scheduler.plan()
+    turn(scheduler, "a")
+    scheduler.plan()
+    scheduler.withdraw(old)
+    (new,) = enter(scheduler, "a")
+    work = scheduler.plan()
+    assert (work.remove, [each.request_id for each in work.admit]) == (("a",), ["a"])
+    if end == "failure":
+        report = make_report(failures=["a"], residents=set())
+    else:
+        report = make_report(
+            [("a", FinishReason.STOP if end == "finish" else None)],
+            residents=set() if end == "finish" else {"a"},
+        )
+    assert scheduler.book(report, now=2.0) == []
+    assert (old.produced, new.produced) == ([7], [])
+    report = make_report([("a", None)], residents={"a"})
+    assert [each.sequence for each in scheduler.book(report, now=3.0)] == [new]
+    assert state(scheduler) == ("a", 3, 256, 1, True)
+
+
+def test_who_ends_in_a_turn_gets_nothing_of_the_next_and_is_not_removed() -> None:
+    scheduler = make_scheduler()
+    enter(scheduler, "a", "b")
+    scheduler.plan()
+    turn(scheduler, "a", "b")
+    scheduler.plan()
+    scheduler.plan()
+    report = make_report([("a", FinishReason.STOP), ("b", None)], residents={"b"})
+    assert len(scheduler.book(report, now=2.0)) == 2
+    assert state(scheduler)[0] == "b"
+    assert scheduler.plan().remove == ()
+    for _ in range(2):
+        scheduler.book(make_report([("b", None)], residents={"b"}), now=3.0)
+    with pytest.raises(AssertionError, match="the engine holds"):
+        scheduler.plan()
+        scheduler.book(make_report([("b", None)], residents={"a", "b"}), now=4.0)
+
+
+def test_a_turn_begins_ahead_only_if_somebody_outlasts_what_is_under_way() -> None:
+    scheduler = make_scheduler()
+    short, long = enter(scheduler, "s", "l")
+    short.max_tokens, long.max_tokens = 2, 3
+    outlasts = []
+    for _ in range(4):
+        outlasts.append(scheduler.outlasts_what_is_under_way)
+        scheduler.plan()
+    assert outlasts == [True, True, True, False]
+    scheduler.lost(blameless=True)
+    assert scheduler.turns_under_way == 0
+
+
+def test_it_says_that_a_trial_is_on() -> None:
+    scheduler = make_scheduler()
+    assert not scheduler.is_on_trial
+    suspects(scheduler, "old", "new")
+    assert scheduler.is_on_trial

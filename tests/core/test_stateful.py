@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from typing import Any
 
 from hypothesis import settings
@@ -18,6 +19,7 @@ from trio_worker.core.sequence import Event, Sequence, Stage
 from trio_worker.core.trial import PROOF_TOKENS
 from trio_worker.errors import DuplicateRequest, QueueFull, ResourceLimitExceeded, WorkerDraining
 from trio_worker.protocol.turn import (
+    TURNS_UNDER_WAY_MAX,
     EngineMemory,
     FinishReason,
     Output,
@@ -116,6 +118,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deadly: set[str] = set()
         self.residents: dict[str, list[int]] = {}
         """The engine: the tokens of each."""
+        self.under_way: deque[Work] = deque()
+        """What it has been told and has not done."""
         self.names = itertools.count()
         self.crashes = 0
         self.excuses = 0
@@ -179,28 +183,56 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(times):
             self._turn(None)
 
+    @precondition(lambda self: 0 < len(self.under_way) < TURNS_UNDER_WAY_MAX)
+    @rule()
+    def begin_ahead(self) -> None:
+        """What follows happens while several turns are under way, each begun with less known."""
+        if not self.scheduler.is_on_trial:
+            self._begin()
+
+    @rule()
+    def begin(self) -> None:
+        if not self.under_way:
+            self._begin()
+
     @rule()
     def planned_restart(self) -> None:
-        self.scheduler.plan()
-        self.residents.clear()
+        self._begin()
+        self._forget()
         assert self.scheduler.lost(blameless=True) == []
 
     def _turn(self, leaver: str | None, *, failing: str | None = None) -> None:
         """A turn, in the middle of which `leaver` may leave."""
-        work = self.scheduler.plan()
+        if not self.under_way:
+            self._begin()
+        work = self.under_way.popleft()
         self._take_in(work)
         ended = not self.deadly.isdisjoint(self.residents)
         if leaver is not None and leaver in self.running:
             self._withdraw(leaver)
         if ended:
             self.crashes += 1
-            self.residents.clear()
+            self._forget()
             for delivery in self.scheduler.lost(blameless=False):
                 self._fail(delivery)
             return
         report = self._report(admitted={each.request_id for each in work.admit}, failing=failing)
         for delivery in self.scheduler.book(report, now=1.0):
             self._deliver(delivery)
+
+    def _forget(self) -> None:
+        self.residents.clear()
+        self.under_way.clear()
+
+    def _begin(self) -> None:
+        self.under_way.append(self.scheduler.plan())
+        assert self.scheduler.turns_under_way == len(self.under_way)
+        expected = set(self.residents)
+        for work in self.under_way:
+            expected.difference_update(work.remove)
+            expected.update(admit.request_id for admit in work.admit)
+        running = set(self.running)
+        assert expected == running or (len(expected) == 1 and expected < running)
 
     def _take_in(self, work: Work) -> None:
         for name in work.remove:
@@ -209,8 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert admit.request_id not in self.residents
             assert list(admit.produced) == self.produced[admit.request_id], "no token is lost"
             self.residents[admit.request_id] = list(admit.produced)
-        resident, running = set(self.residents), set(self.running)
-        assert resident == running or (len(resident) == 1 and resident < running)
+        assert len(self.residents) <= self.scheduler.slots
 
     def _report(self, *, admitted: set[Any], failing: str | None) -> Report:
         failures = [failing] if failing in self.residents else []
@@ -277,10 +308,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Left alone, everyone comes to an end: the deadly fail, the others complete."""
-        for _ in range(20 * self.MAX_TOKENS):
+        for _ in range(20 * self.MAX_TOKENS + TURNS_UNDER_WAY_MAX):
             while self.preempted and self.scheduler.free_slots > 0:
                 self._enter(self.preempted.pop(0))
-            if not self.running:
+            if not self.running and not self.under_way:
                 break
             self._turn(None)
         assert not self.running

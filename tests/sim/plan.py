@@ -130,6 +130,8 @@ def make_plan(seed: int) -> Plan:
         f"worker.drain_timeout_ms={drain_ms}",
         f"worker.simulated.turn_ms={rng.choice((5, 20, 60))}",
         f"worker.simulated.vocabulary={VOCABULARY}",
+        # From a source of its own: the rest of a seed's plan is what it was.
+        f"worker.engine.lead_ms={random.Random(f'lead {seed}').choice((0, 0, 10, 50, 200, 1000))}",
     )
     return Plan(
         seed=seed,

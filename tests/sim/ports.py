@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,7 +20,7 @@ from trio_worker.ports import (
     Subscription,
     Turn,
 )
-from trio_worker.protocol.turn import EngineInfo, Report, Work
+from trio_worker.protocol.turn import EngineInfo, Report, RequestId, Work
 from trio_worker.simulated.broker import MemoryBroker
 from trio_worker.simulated.engine import SimulatedEngine
 
@@ -110,12 +111,25 @@ class _WatchedOutlet:
         self._outlet.discard()
 
 
+@dataclass(slots=True)
+class _UnderWay:
+    """What the engine has been told and not reported, and whom it held when it last reported."""
+
+    works: deque[Work] = field(default_factory=deque)
+    held: frozenset[RequestId] = frozenset()
+
+    def forget(self) -> None:
+        self.works.clear()
+        self.held = frozenset()
+
+
 class WatchedEngine:
     """Writes down every turn, and compares who is in the engine with who is running."""
 
     def __init__(self, engine: SimulatedEngine, record: Record) -> None:
         self._engine = engine
         self._record = record
+        self._under_way = _UnderWay()
 
     @property
     def ready(self) -> AsyncBool:
@@ -135,13 +149,20 @@ class WatchedEngine:
 
     def begin(self, work: Work) -> Turn:
         self._check(work)
-        return _WatchedTurn(self._engine.begin(work), self._record)
+        turn = self._engine.begin(work)
+        self._under_way.works.append(work)
+        return _WatchedTurn(turn, self._record, self._under_way)
 
     def _check(self, work: Work) -> None:
         record, scheduler = self._record, self._record.scheduler
         assert scheduler is not None
-        admitted = {admit.request_id for admit in work.admit}
-        expected = (self._engine.residents - set(work.remove)) | admitted
+        if not self._engine.is_busy:
+            self._under_way.works.clear()  # they were lost
+            self._under_way.held = self._engine.residents
+        expected = set(self._under_way.held)
+        for each in (*self._under_way.works, work):
+            expected.difference_update(each.remove)
+            expected.update(admit.request_id for admit in each.admit)
         record.turns.append((trio.current_time(), tuple(sorted(expected))))
         if not self._engine.ready.value:
             return
@@ -165,16 +186,21 @@ class WatchedEngine:
 
 
 class _WatchedTurn:
-    def __init__(self, turn: Turn, record: Record) -> None:
+    def __init__(self, turn: Turn, record: Record, under_way: _UnderWay) -> None:
         self._turn = turn
         self._record = record
+        self._under_way = under_way
         self._began_at = trio.current_time()
 
     async def report(self) -> Report:
         record = self._record
         try:
             report = await self._turn.report()
+            record.most_under_way = max(record.most_under_way, len(self._under_way.works))
+            self._under_way.works.popleft()
+            self._under_way.held = report.residents
         except EngineLost as lost:
+            self._under_way.forget()
             record.losses += 1
             record.log("engine", f"lost: {lost.reason}")
             raise

@@ -95,6 +95,9 @@ class Record:
         self.losses = 0
         """How often a turn ended in the loss of the engine."""
         self.longest_turn_s = 0.0
+        """From its begin, behind others that were under way."""
+        self.most_under_way = 0
+        """Turns at a time."""
         self.used_bytes = 0
         self.critical_bytes = 0
         self.engine_bytes_most = 0

@@ -216,6 +216,10 @@ def resumed_loses_its_tokens() -> Patch:
     return mock.patch.object(Scheduler, "lost", losing)
 
 
+def outputs_of_earlier_turns_taken() -> Patch:
+    return mock.patch.object(Scheduler, "_is_coming", return_value=False)
+
+
 def reservation_never_released() -> Patch:
     return mock.patch.object(ReservationLedger, "release", return_value=None)
 
@@ -287,6 +291,16 @@ FILLED = scene(
     ),
 )
 """As many requests wait as there are places."""
+
+BACK_AT_ONCE = scene(
+    ONE_SLOT,
+    "worker.engine.lead_ms=1000",
+    calls=(
+        call(0.01, "low", priority=2, max_tokens=60),
+        call(0.15, "urgent", priority=0, max_tokens=20, cancel="control", cancel_after_s=0.035),
+    ),
+)
+"""One is preempted and comes back while turns are under way that were begun with it aboard."""
 
 SILENT = scene(
     ONE_SLOT,
@@ -370,6 +384,7 @@ FOUND = (
     Found(drain_forgets_the_waiting, STOPPED, "went on to wait"),
     Found(preempted_loses_its_tokens, PREEMPTED, "was told"),
     Found(resumed_loses_its_tokens, LOST, "was told"),
+    Found(outputs_of_earlier_turns_taken, BACK_AT_ONCE, "was told"),
     Found(reservation_never_released, PREEMPTED, "holds a reservation already"),
     Found(refusal_names_a_control_subject, CROWDED, "admitted"),
     Found(rubbish_is_not_answered, CROWDED, "were answered"),

@@ -21,7 +21,16 @@ from trio.testing import assert_checkpoints, assert_no_checkpoints
 from trio_worker.core.request import ChatMessage, Request
 from trio_worker.errors import EngineLost, InvalidRequest, WorkerFault
 from trio_worker.ports import Engine
-from trio_worker.protocol.turn import Admit, FinishReason, Output, Report, RequestId, Sampling, Work
+from trio_worker.protocol.turn import (
+    TURNS_UNDER_WAY_MAX,
+    Admit,
+    FinishReason,
+    Output,
+    Report,
+    RequestId,
+    Sampling,
+    Work,
+)
 
 PATIENCE_S = 10.0
 """For the end of an engine to be noticed."""
@@ -245,6 +254,48 @@ async def check_removed_sequences_produce_nothing(engine: Engine) -> None:
     assert not report.residents
 
 
+async def check_turns_begun_ahead_are_done_in_order_and_say_the_same(engine: Engine) -> None:
+    await engine.wait_ready()
+    sequences = await admits(engine, max_tokens=12)
+    alone = await run_all(engine, sequences)
+    first, *others = sequences
+    runs: dict[RequestId, Run] = {}
+    works = [
+        Work(admit=(first,), prefill_tokens=64),
+        Work(admit=tuple(others), prefill_tokens=64),
+        *(Work(prefill_tokens=64) for _ in range(TURNS_UNDER_WAY_MAX - 2)),
+    ]
+    under_way = [engine.begin(work) for work in works]
+    report = await under_way.pop(0).report()
+    assert report.residents <= {first.request_id}, "a turn knows nothing of those behind it"
+    note(runs, report.outputs)
+    for _ in range(TURNS_MOST):
+        if not under_way:
+            break
+        report = await under_way.pop(0).report()
+        note(runs, report.outputs)
+        if report.residents:
+            under_way.append(engine.begin(Work(prefill_tokens=64)))
+    assert runs == alone
+
+
+async def check_who_is_removed_ahead_is_gone_in_that_turn_and_not_before(engine: Engine) -> None:
+    await engine.wait_ready()
+    first, second, *_ = await admits(engine, max_tokens=40)
+    again = replace(first, request_id=RequestId("again"))
+    under_way = [
+        engine.begin(Work(admit=(first,), prefill_tokens=64)),
+        engine.begin(Work(prefill_tokens=64)),
+        engine.begin(Work(remove=(first.request_id,), admit=(second, again))),
+        engine.begin(Work(remove=(second.request_id, again.request_id))),
+        engine.begin(Work(remove=(second.request_id,))),
+    ]
+    residents = [(await turn.report()).residents for turn in under_way]
+    assert residents[1] == {first.request_id}
+    assert residents[2] == {second.request_id, again.request_id}
+    assert residents[3:] == [frozenset(), frozenset()]
+
+
 async def check_unknown_removes_are_ignored(engine: Engine) -> None:
     await engine.wait_ready()
     report = await engine.begin(Work(remove=(RequestId("nobody"),))).report()
@@ -372,6 +423,23 @@ async def check_a_hung_turn_ends_in_time_and_the_next_engine_serves(
         assert await run_all(engine, sequences) == whole
 
 
+async def check_all_turns_under_way_are_lost_together(open_engine: Open, harm: Harm) -> None:
+    async with open_engine(1) as engine:
+        await engine.wait_ready()
+        sequences = await admits(engine, max_tokens=6)
+        whole = await run_all(engine, sequences)
+        harm.hang(engine)
+        under_way = [engine.begin(Work(admit=tuple(sequences)))]
+        under_way += [engine.begin(Work()) for _ in range(3)]
+        for turn in under_way:
+            with trio.fail_after(PATIENCE_S), pytest.raises(EngineLost) as caught:
+                await turn.report()
+            assert caught.value.reason == "hang"
+        await engine.wait_ready()
+        assert engine.statistics().restarts == 1
+        assert await run_all(engine, sequences) == whole
+
+
 async def check_a_pardon_gives_back_what_was_spent_and_no_more(
     open_engine: Open, harm: Harm
 ) -> None:
@@ -397,6 +465,7 @@ async def check_a_pardon_gives_back_what_was_spent_and_no_more(
 ENDS: tuple[Callable[[Open, Harm], Awaitable[None]], ...] = (
     check_a_recycled_engine_is_a_fresh_one_and_costs_no_budget,
     check_a_hung_turn_ends_in_time_and_the_next_engine_serves,
+    check_all_turns_under_way_are_lost_together,
     check_a_pardon_gives_back_what_was_spent_and_no_more,
 )
 
@@ -410,6 +479,8 @@ CHECKS: tuple[Callable[[Engine], Awaitable[None]], ...] = (
     check_prefill_stays_within_its_bound,
     check_each_decoding_sequence_gets_one_token_a_step,
     check_removed_sequences_produce_nothing,
+    check_turns_begun_ahead_are_done_in_order_and_say_the_same,
+    check_who_is_removed_ahead_is_gone_in_that_turn_and_not_before,
     check_unknown_removes_are_ignored,
     check_a_batch_gives_the_tokens_that_each_gets_alone,
     check_produced_tokens_are_gone_on_from,

@@ -258,6 +258,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "grows in that proportion, up to four times"
         ),
     ] = 200
+    lead_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000,
+            description="how far the engine may run ahead of what it is told, where its turns are "
+            "shorter; a newcomer and a cancel may have to wait that much longer; 0: not at all",
+        ),
+    ] = 4
     wired_limit_mb: (
         Annotated[
             int,
@@ -384,7 +393,10 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     resource_limits: ResourceConfig = ResourceConfig()
     engine: Annotated[
         EngineConfig,
-        Meta(description="of these, only `token_gap_target_ms` matters to `--engine simulated`"),
+        Meta(
+            description="of these, only `token_gap_target_ms` and `lead_ms` matter to "
+            "`--engine simulated`"
+        ),
     ] = EngineConfig()
     requests: RequestsConfig = RequestsConfig()
     drain_timeout_ms: Annotated[

@@ -20,7 +20,7 @@ from trio_worker.core.memory import DegradationStep, Pressure, PressureGauge
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
-from trio_worker.protocol.turn import Work
+from trio_worker.protocol.turn import TURNS_UNDER_WAY_MAX, Report, Work
 
 TRIM_INTERVAL_S = 1.0
 """How often caches are trimmed while they are to be: doing it in each turn costs turns."""
@@ -38,6 +38,8 @@ class BatchRules:
     levels: int
     held_most_s: float
     """How long after its arrival pressure may hold back a request of the lowest level."""
+    lead_s: float
+    """How far the engine may run ahead, in turns that are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,22 @@ class Batching:
         if self._scheduler.has_work:
             return True
         return self.head(now) is not None and self._is_trim_due(now)
+
+    def may_begin_ahead(self, last: Report) -> bool:
+        """Whether a turn may begin behind those under way; `last` is the report before theirs.
+
+        Only in a run of decode steps, which take about the same time each, and only if somebody
+        outlasts those under way, or may enter after them.
+        """
+        ahead = self._scheduler.turns_under_way
+        if ahead == 0:
+            return True
+        if last.prefill_calls or not last.outputs:
+            return False
+        most = min(int(self.rules.lead_s / max(last.seconds, 1e-6)), TURNS_UNDER_WAY_MAX - 1)
+        if ahead > most or self._scheduler.is_on_trial:
+            return False
+        return self._scheduler.outlasts_what_is_under_way or len(self._queue) > 0
 
     def plan(self, now: float) -> Work:
         """The next turn, as `Scheduler.plan`; it also trims caches where that is due."""

@@ -1,7 +1,9 @@
 """Who is in the batch: plans each turn and books what it did.
 
-Rule 1: the engine holds exactly the running sequences, and those withdrawn since the last plan.
-Rule 2: a sequence that left the running set gets no further output.
+Rule 1: the engine holds exactly the running sequences, and those withdrawn since the last plan,
+once the turns under way are done.
+Rule 2: a sequence that left the running set gets no further output, also not of turns that were
+under way then; if it comes back, the first it gets is of the turn that admits it.
 Rule 3: every running sequence holds a reservation, from when it enters until it leaves.
 Rule 4: after a loss of the engine every running sequence comes back with the tokens it has, on
 trial alone (core/trial.py) if it may be what the engine was lost for.
@@ -9,6 +11,8 @@ trial alone (core/trial.py) if it may be what the engine was lost for.
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from trio_worker.core.memory import ReservationLedger
@@ -30,6 +34,23 @@ class Delivery(NamedTuple):
     """When the token before came; None if there was none."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a turn that is under way changes."""
+
+    admitted: frozenset[RequestId]
+    removed: tuple[Sequence, ...]
+
+    def held_after(self, held: frozenset[RequestId], report: Report) -> frozenset[RequestId]:
+        """Whom the engine holds after this turn, of which this is the report."""
+        ended = [each.request_id for each in report.outputs if each.finish is not None]
+        failed = [each.request_id for each in report.failures]
+        if not (self.admitted or self.removed or ended or failed):
+            return held
+        removed = [each.request_id for each in self.removed]
+        return held.difference(removed).union(self.admitted).difference(ended, failed)
+
+
 class Scheduler:
     """All its state: the running sequences, which of them are resident, and the trial."""
 
@@ -41,11 +62,16 @@ class Scheduler:
         self.freed_at = float("-inf")
         """When the last request that was withdrawn gave its slot back, within a turn."""
         self.removed: tuple[Sequence, ...] = ()
-        """Those whose removal is part of the turn planned last."""
+        """Those whose removal was part of the turn booked last."""
         self.running: dict[RequestId, Sequence] = {}
         """In the order in which they entered."""
         self._prefill = prefill
         self._resident: set[RequestId] = set()
+        """Whom the engine holds once all that is planned is done, as far as is known."""
+        self._held: frozenset[RequestId] = frozenset()
+        """Whom it held after the turn booked last."""
+        self._planned: deque[_Planned] = deque()
+        """The turns that have been planned and not booked; bound: those under way."""
         self._leaving: dict[RequestId, Sequence] = {}
         self._trial = Trial()
 
@@ -66,6 +92,22 @@ class Scheduler:
             for request_id, each in self.running.items()
             if request_id in self._resident
         )
+
+    @property
+    def turns_under_way(self) -> int:
+        """Turns that have been planned and not booked."""
+        return len(self._planned)
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Then it has to be clear which turn a crash comes from: none begins ahead."""
+        return self._trial.is_on
+
+    @property
+    def outlasts_what_is_under_way(self) -> bool:
+        """Whether somebody gets a token of another turn, whatever those under way bring."""
+        ahead = len(self._planned)
+        return any(len(each.produced) + ahead < each.max_tokens for each in self.running.values())
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +174,7 @@ class Scheduler:
     def plan(self, *, trim_caches: bool = False) -> Work:
         """The next turn. What it removes and admits counts as done from here on."""
         removed = tuple(self._leaving)
-        self.removed = tuple(self._leaving.values())
+        leaving = tuple(self._leaving.values())
         self._resident.difference_update(removed)
         self._leaving.clear()
         tried = self._trial.tried
@@ -142,7 +184,9 @@ class Scheduler:
             if each.stage is Stage.RESUMING:
                 each.advance(Event.BATCHED)
             each.prefilled = 0
-        self._resident.update(each.request_id for each in admitted)
+        coming = frozenset(each.request_id for each in admitted)
+        self._resident |= coming
+        self._planned.append(_Planned(coming, leaving))
         return Work(
             admit=tuple(
                 Admit(
@@ -171,8 +215,10 @@ class Scheduler:
 
     def book(self, report: Report, *, now: float) -> list[Delivery]:
         """Take in what a turn did; returns what is to be handed out, in order."""
+        planned = self._planned.popleft()
+        self.removed = planned.removed
         for progress in report.prefills:
-            if (sequence := self.running.get(progress.request_id)) is not None:
+            if (sequence := self._aboard(progress.request_id)) is not None:
                 sequence.prefilled = progress.done
                 sequence.cached = max(sequence.cached, progress.cached)
         deliveries = [
@@ -180,9 +226,11 @@ class Scheduler:
             *(self._book_failure(failure) for failure in report.failures),
         ]
         self._measure(report)
-        assert report.residents == self._resident, (
-            f"the engine holds {sorted(report.residents)}, not {sorted(self._resident)}"
+        held = planned.held_after(self._held, report)
+        assert report.residents == held, (
+            f"the engine holds {sorted(report.residents)}, not {sorted(held)}"
         )
+        self._held = held
         return [delivery for delivery in deliveries if delivery is not None]
 
     def _measure(self, report: Report) -> None:
@@ -198,10 +246,9 @@ class Scheduler:
 
     def _book_output(self, output: Output, now: float) -> Delivery | None:
         ended = output.finish is not None
+        sequence = self._aboard(output.request_id)
         if ended:
-            self._resident.discard(output.request_id)
-            self._leaving.pop(output.request_id, None)
-        sequence = self.running.get(output.request_id)
+            self._left_by_itself(output.request_id)
         if sequence is None:
             return None
         if sequence.stage is not Stage.DECODE:
@@ -218,13 +265,25 @@ class Scheduler:
         return Delivery(sequence=sequence, output=output, last_at=last_at)
 
     def _book_failure(self, failure: SequenceFailure) -> Delivery | None:
-        self._resident.discard(failure.request_id)
-        self._leaving.pop(failure.request_id, None)
-        sequence = self.running.get(failure.request_id)
+        sequence = self._aboard(failure.request_id)
+        self._left_by_itself(failure.request_id)
         if sequence is None:
             return None
         self._forget(sequence)
         return Delivery(sequence=sequence, output=failure)
+
+    def _is_coming(self, request_id: RequestId) -> bool:
+        """Whether a turn that is under way admits it: then what is reported is another's."""
+        return any(request_id in each.admitted for each in self._planned)
+
+    def _aboard(self, request_id: RequestId) -> Sequence | None:
+        """Whose output of the turn being booked this is; None if it has left meanwhile."""
+        return None if self._is_coming(request_id) else self.running.get(request_id)
+
+    def _left_by_itself(self, request_id: RequestId) -> None:
+        if not self._is_coming(request_id):
+            self._resident.discard(request_id)
+            self._leaving.pop(request_id, None)
 
     def lost(self, *, blameless: bool) -> list[Delivery]:
         """The engine is gone with all it held; returns the failure of the guilty, if found.
@@ -233,8 +292,7 @@ class Scheduler:
         and no sequence can have caused it.
         """
         aboard = [each for each in self.running.values() if each.request_id in self._resident]
-        self._resident.clear()
-        self._leaving.clear()
+        self._engine_is_empty()
         self._prefill.restarted()
         for each in aboard:
             each.advance(Event.ENGINE_LOST)
@@ -252,12 +310,17 @@ class Scheduler:
     def abandon(self) -> None:
         """Forget everybody: a fault may have left anything half done. The engine has to go too."""
         self.running.clear()
-        self.removed = ()
-        self._resident.clear()
-        self._leaving.clear()
+        self._engine_is_empty()
         self._trial = Trial()
         self.ledger.release_all()
         self._prefill.restarted()
+
+    def _engine_is_empty(self) -> None:
+        self.removed = ()
+        self._resident.clear()
+        self._held = frozenset()
+        self._planned.clear()
+        self._leaving.clear()
 
     def _acquit(self, sequence: Sequence) -> None:
         """It is no suspect any more; it makes room if the next one is to be tried alone."""

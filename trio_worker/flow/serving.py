@@ -129,6 +129,7 @@ def _batch_rules(worker: WorkerConfig, slots: int, aging_s: float | None) -> Bat
         degraded_max_tokens=worker.resource_limits.degraded_max_tokens,
         levels=levels,
         held_most_s=held_most_s(levels, aging_s),
+        lead_s=worker.engine.lead_ms / 1000,
     )
 
 

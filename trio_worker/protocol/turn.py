@@ -15,6 +15,9 @@ import msgspec
 
 RequestId = NewType("RequestId", str)
 
+TURNS_UNDER_WAY_MAX = 8
+"""Turns that may have begun before the report of the first is taken."""
+
 
 # Without the collector of cycles: what is frozen cannot come to refer to itself.
 class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random as randomness
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossRea
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.ports import EngineState, EngineStatistics, Turn
 from trio_worker.protocol.turn import (
+    TURNS_UNDER_WAY_MAX,
     EngineInfo,
     EngineMemory,
     Output,
@@ -114,7 +115,8 @@ class SimulatedEngine:
         self._lost.set()
         self._end_reason = LossReason.LOAD
         self._loaded_once = False
-        self._under_way: SimulatedTurn | None = None
+        self._under_way: deque[SimulatedTurn] = deque()
+        """The oldest first."""
         self._hangs_next = False
         self._deaths = 0
         """Ends that count against `max_restarts`."""
@@ -135,6 +137,11 @@ class SimulatedEngine:
     def residents(self) -> frozenset[RequestId]:
         return self._batch.residents
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether turns are under way."""
+        return bool(self._under_way)
+
     def crash(self) -> None:
         """End as a killed process would: at once, with all it holds."""
         self._end(LossReason.CRASH)
@@ -151,6 +158,7 @@ class SimulatedEngine:
 
     def _end(self, reason: LossReason) -> None:
         self._batch.clear()
+        self._under_way.clear()
         if self._ready.value:
             self._end_reason = reason
             self._ready.value = False
@@ -210,25 +218,21 @@ class SimulatedEngine:
         return self._batch.tokens_of(text)
 
     def begin(self, work: Work) -> Turn:
-        assert self._under_way is None or self._under_way.is_lost, "one turn at a time"
-        if self._ready.value:
-            self._batch.take_in(work)
-            turn = self._decide(work)
-        else:
-            now = trio.current_time()
-            turn = SimulatedTurn(engine=self, lost=self._lost, began_at=now, ends_at=now)
-        self._under_way = turn
+        assert len(self._under_way) < TURNS_UNDER_WAY_MAX, "too many turns at once"
+        turn = SimulatedTurn(self, self._lost, work)
+        if not turn.is_lost:
+            self._under_way.append(turn)
+            if len(self._under_way) == 1:
+                turn.course = self._decide(work, trio.current_time())
         return turn
 
-    def _decide(self, work: Work) -> SimulatedTurn:
-        """What this turn will come to, unless the engine is ended from outside before."""
-        now = trio.current_time()
+    def _decide(self, work: Work, now: float) -> _Course:
+        """What a turn that begins now will come to, unless the engine is ended from outside."""
+        self._batch.take_in(work)
         if self._batch.with_a_word_of(self._faults.deadly_words) or any(
             self._chance(self._faults.out_of_memory) for _ in work.admit
         ):
-            return SimulatedTurn(
-                engine=self, lost=self._lost, began_at=now, ends_at=now, kills=LossReason.CRASH
-            )
+            return _Course(began_at=now, ends_at=now, kills=LossReason.CRASH)
         failures = tuple(
             SequenceFailure(request_id=request_id, message="a word that cannot be computed")
             for request_id in self._failing(work)
@@ -239,9 +243,7 @@ class SimulatedEngine:
         prefills = self._batch.prefill(work.prefill_tokens)
         prefilled = sum(count for _, count in prefills)
         duration_s, kills = self._duration(decoding=bool(decoding), prefilled=prefilled)
-        return SimulatedTurn(
-            engine=self,
-            lost=self._lost,
+        return _Course(
             began_at=now,
             ends_at=now + duration_s,
             kills=kills,
@@ -270,25 +272,32 @@ class SimulatedEngine:
         return duration_s, kills
 
     def finish(self, turn: SimulatedTurn) -> Report:
-        """The time of a turn has passed: what it has done. Raises `EngineLost`."""
-        self._under_way = None
-        if turn.kills is not None and not turn.is_lost:
-            self._end(turn.kills)
-        if turn.is_lost:
+        """The time of the oldest turn has passed: what it has done. Raises `EngineLost`."""
+        course = turn.course
+        if not turn.is_lost and course is not None and course.kills is not None:
+            self._end(course.kills)
+        if turn.is_lost or course is None:
             raise EngineLost("the simulated engine was lost in a turn", reason=self._end_reason)
-        outputs = self._batch.step(turn.decoding)
+        assert turn is self._under_way[0], "reports are taken in order"
+        self._under_way.popleft()
+        outputs = self._batch.step(course.decoding)
         self.largest_batch = max(self.largest_batch, len(outputs))
-        return Report(
+        report = Report(
             outputs=self._spoil(outputs),
-            prefills=turn.prefills,
-            failures=turn.failures,
+            prefills=course.prefills,
+            failures=course.failures,
             residents=self.residents,
             memory=self._memory(),
-            seconds=trio.current_time() - turn.began_at,
-            prefill_tokens=turn.prefilled,
-            prefill_calls=int(turn.prefilled > 0),
-            prefill_seconds=self._config.prefill_ms_per_token * turn.prefilled / 1000,
+            seconds=course.ends_at - course.began_at,
+            prefill_tokens=course.prefilled,
+            prefill_calls=int(course.prefilled > 0),
+            prefill_seconds=self._config.prefill_ms_per_token * course.prefilled / 1000,
         )
+        if self._under_way:
+            # It has gone on by itself, whenever this report is taken.
+            following = self._under_way[0]
+            following.course = self._decide(following.work, course.ends_at)
+        return report
 
     def _failing(self, work: Work) -> list[RequestId]:
         hit = self._batch.with_a_word_of(self._faults.failing_words)
@@ -334,13 +343,10 @@ class SimulatedEngine:
         return EngineMemory(active=self._model_bytes + held, cache=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SimulatedTurn:
-    """A turn that has begun."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Course:
+    """What a turn comes to, settled when it begins to be done."""
 
-    engine: SimulatedEngine
-    lost: trio.Event
-    """Of the engine, as it was when the turn began."""
     began_at: float
     ends_at: float
     kills: LossReason | None = None
@@ -350,15 +356,26 @@ class SimulatedTurn:
     prefilled: int = 0
     failures: tuple[SequenceFailure, ...] = ()
 
+
+class SimulatedTurn:
+    """A turn that has begun. Its state: its course, once those before it are done."""
+
+    def __init__(self, engine: SimulatedEngine, lost: trio.Event, work: Work) -> None:
+        """`lost` is the engine's of the moment: its next incarnation has another."""
+        self.work = work
+        self.course: _Course | None = None
+        self._engine = engine
+        self._lost = lost
+
     @property
     def is_lost(self) -> bool:
-        return self.lost.is_set()
+        return self._lost.is_set()
 
     async def report(self) -> Report:
         """See the port."""
-        with trio.move_on_at(self.ends_at):
-            await self.lost.wait()
-        return self.engine.finish(self)
+        with trio.move_on_at(self.course.ends_at if self.course is not None else math.inf):
+            await self._lost.wait()
+        return self._engine.finish(self)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ before the tokens of the last one are handed out.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -96,9 +96,9 @@ class _Batcher:
             if turn is None:
                 # What is queued is held back by memory: look again when something has changed.
                 await wait_any(*(change.wait for change in changes))
+                continue
             try:
-                while turn is not None:
-                    turn = await self.follow(turn)
+                await self.go_on_from(turn)
             except EngineLost as lost:
                 self.lost(lost)
                 await self.wait_ready()
@@ -202,22 +202,35 @@ class _Batcher:
         self._log_resumed(work)
         return turn
 
-    async def follow(self, turn: _TurnUnderWay) -> _TurnUnderWay | None:
-        """See a turn to its end; returns the next one, if there is something to do.
+    async def go_on_from(self, turn: _TurnUnderWay) -> None:
+        """Turn after turn, until there is nothing to do.
 
-        That is under way before anything is handed out: the engine computes meanwhile. Raises
-        `EngineLost`; then `lost` has to follow.
+        Raises `EngineLost`, with all turns that were under way; then `lost` has to follow.
         """
-        report = await turn.turn.report()
+        under_way = deque([turn])
+        while under_way:
+            report = await under_way[0].turn.report()
+            self.take(report, under_way)
+
+    def take(self, report: Report, under_way: deque[_TurnUnderWay]) -> None:
+        """Book the report of the oldest turn, begin what follows, and hand the tokens out.
+
+        In this order: the engine computes while tokens are handed out.
+        """
+        turn = under_way.popleft()
         now = trio.current_time()
         self._heartbeat.beat(now)
-        self._measure_removed(now)
         deliveries = self._scheduler.book(report, now=now)
+        self._measure_removed(now)
         self._note_memory(report)
         try:
             self._count(report, took_s=now - turn.began_at, now=now)
             self._recycle_if_due()
-            return self.begin(Trigger.RUNNING) if self._scheduler.has_work else None
+            while self._scheduler.has_work and self._batching.may_begin_ahead(report):
+                following = self.begin(Trigger.RUNNING)
+                if following is None:
+                    break
+                under_way.append(following)
         finally:
             self._hand_out(deliveries, now)
             self._log_ended(deliveries)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -97,6 +98,8 @@ class EngineLife:
         self._has_end = trio.Event()
         self._control: FrameStream | None = None
         """The line that turns are taken on; there is one while it serves."""
+        self._reported_at = -math.inf
+        """When the last turn was."""
         self.tokenise = Line()
         self.pid: int | None = None
         self.info: EngineInfo | None = None
@@ -155,13 +158,14 @@ class EngineLife:
                 self._control.send_now(encode(work))
             except HungUp as exc:
                 self._end_over(exc)
-        return ProcessTurn(self, self._settings.turn_timeout_s)
+        return ProcessTurn(self)
 
-    async def report(self, *, by: float) -> Report:
+    async def report(self, *, began_at: float) -> Report:
         """What the oldest turn that is under way has done. As `Turn.report`."""
         assert self._control is not None
+        since = max(began_at, self._reported_at)
         try:
-            with trio.fail_at(by):
+            with trio.fail_at(since + self._settings.turn_timeout_s):
                 answer = await self._control.receive()
         except LINE_ERRORS as exc:
             self._end_over(exc)
@@ -169,6 +173,7 @@ class EngineLife:
         if self.end is not None:
             raise self.lost()
         assert isinstance(answer, Report)
+        self._reported_at = trio.current_time()
         return answer
 
     def lost(self) -> EngineLost:
@@ -244,10 +249,10 @@ class EngineLife:
 class ProcessTurn:
     """A turn that has begun in one life, and is lost with it."""
 
-    def __init__(self, life: EngineLife, turn_timeout_s: float) -> None:
+    def __init__(self, life: EngineLife) -> None:
         self._life = life
-        self._by = trio.current_time() + turn_timeout_s
+        self._began_at = trio.current_time()
 
     async def report(self) -> Report:
         """See the port."""
-        return await self._life.report(by=self._by)
+        return await self._life.report(began_at=self._began_at)
