@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -113,14 +114,17 @@ async def figures(part: str, capsys: pytest.CaptureFixture[str], *changes: str) 
 async def test_eight_together_are_seven_times_as_fast_as_one_by_one(
     autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One by one 50 tokens a second; together 128 tokens in 16 turns and two to begin with."""
-    assert await figures("batching", capsys) == [
-        (
-            "8 requests together against one at a time, tokens/s: 355.6 to 50.0, "
-            "ratio 7.11 (7.11 to 7.11); 4.0 required"
-        ),
-        "  on simulated; the largest batch had 8 requests",
-    ]
+    """One by one 50 tokens a second; together 128 in 16 turns and up to two to begin with."""
+    line, device = await figures("batching", capsys)
+    pattern = (
+        r"8 requests together against one at a time, tokens/s: (\S+) to 50\.0, "
+        r"ratio (\S+) \(.*\); 4\.0 required"
+    )
+    found = re.fullmatch(pattern, line)
+    assert found is not None
+    assert 128 / (18 * 0.02) <= float(found[1]) + 0.05 <= 128 / (16 * 0.02) + 0.1
+    assert float(found[2]) == pytest.approx(float(found[1]) / 50, abs=0.01)
+    assert device == "  on simulated; the largest batch had 8 requests"
 
 
 @pytest.mark.parametrize("part", ["seeds", "mixing"])
@@ -130,7 +134,10 @@ async def test_sampling_costs_nothing_where_it_takes_no_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (line,) = await figures(part, capsys)
-    assert ": 355.6 to 355.6, ratio 1.00 (1.00 to 1.00)" in line
+    found = re.search(r": (\S+) to (\S+), ratio", line)
+    assert found is not None
+    for rate in found.groups():
+        assert 128 / (18 * 0.02) <= float(rate) + 0.05 <= 128 / (16 * 0.02) + 0.1
 
 
 async def test_a_newcomers_prompt_takes_what_the_target_leaves_of_each_turn(

@@ -20,6 +20,7 @@ from trio_worker.protocol.frames import (
     Hello,
     LoadFailed,
     Progress,
+    ToEngine,
     Tokenise,
     Tokenised,
 )
@@ -91,13 +92,14 @@ def turn(batch: SimulatedBatch, work: Work) -> Report:
 
 
 def tokenise(line: Line, batch: SimulatedBatch) -> None:
-    while True:
-        asked = line.receive()
+    def answer(asked: ToEngine) -> Tokenised:
         assert isinstance(asked, Tokenise)
         text = asked.prompt
         if text is None:
             text = " ".join(content for _, content in asked.messages or ())
-        line.send(Tokenised(tokens=batch.tokens_of(text)))
+        return Tokenised(tokens=batch.tokens_of(text))
+
+    line.answer(answer)
 
 
 if __name__ == "__main__":

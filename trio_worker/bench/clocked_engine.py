@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from trio_worker.engine.sockets import Line
-from trio_worker.protocol.frames import Hello, Tokenise, Tokenised
+from trio_worker.protocol.frames import Hello, ToEngine, Tokenise, Tokenised
 from trio_worker.protocol.turn import (
     Admit,
     EngineInfo,
@@ -194,10 +194,12 @@ def _serve(control: Line, tokenising: Line, batch: ClockedBatch) -> NoReturn:
 
 
 def _tokenise(line: Line) -> None:
-    while True:
-        asked = line.receive()
-        assert isinstance(asked, Tokenise)
-        line.send(tokenise(asked))
+    line.answer(_answer)
+
+
+def _answer(asked: ToEngine) -> Tokenised:
+    assert isinstance(asked, Tokenise)
+    return tokenise(asked)
 
 
 def main() -> NoReturn:

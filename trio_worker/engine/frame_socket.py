@@ -37,5 +37,12 @@ class FrameSocket:
             self._buffer.feed(data)
         return body
 
+    def receive_all(self) -> list[bytes]:
+        """The bodies of the next frame and of those that have come with it. Raises as `receive`."""
+        bodies = [self.receive()]
+        while (body := self._buffer.take()) is not None:
+            bodies.append(body)
+        return bodies
+
     def close(self) -> None:
         self.socket.close()

@@ -34,9 +34,11 @@ from trio_worker.engine.text import Vocabulary
 from trio_worker.errors import ExitStatus
 from trio_worker.protocol.frames import (
     PREWARMING,
+    FromEngine,
     Hello,
     LoadFailed,
     Progress,
+    ToEngine,
     Tokenise,
     Tokenised,
     TokeniseFailed,
@@ -189,11 +191,13 @@ def tokenise(tokenizer: Any, asked: Tokenise, renderer: Renderer) -> Tokenised |
 
 def _tokenise(line: Line, tokenizer: Any, renderer: Renderer) -> None:
     try:
-        while True:
-            asked = line.receive()
-            assert isinstance(asked, Tokenise)
-            line.send(tokenise(tokenizer, asked, renderer))
+        line.answer(lambda asked: _answer(asked, tokenizer, renderer))
     except BaseException:
         # A thread that dies alone would leave the worker waiting.
         log.exception("the tokenise line failed")
         leave(ExitStatus.SOFTWARE)
+
+
+def _answer(asked: ToEngine, tokenizer: Any, renderer: Renderer) -> FromEngine:
+    assert isinstance(asked, Tokenise)
+    return tokenise(tokenizer, asked, renderer)

@@ -10,12 +10,17 @@ import os
 import select
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from trio_worker.engine.frame_socket import FrameSocket
 from trio_worker.errors import ExitStatus
 from trio_worker.protocol.frames import FromEngine, ToEngine, decode_to_engine, encode
 from trio_worker.protocol.framing import HungUp
+
+TOGETHER_S = 0.001
+"""How long an answer may wait for those to what was asked with it."""
 
 
 class Line:
@@ -34,9 +39,33 @@ class Line:
             leave(ExitStatus.OK)
         return decode_to_engine(body)
 
-    def send(self, frame: FromEngine) -> None:
+    def answer(self, answer: Callable[[ToEngine], FromEngine]) -> NoReturn:
+        """Answer whatever comes, in order; what has come together is answered together.
+
+        Unless that takes its time: then what there is goes out.
+        """
+        while True:
+            answers: list[FromEngine] = []
+            until = time.monotonic() + TOGETHER_S
+            for asked in self._receive_all():
+                answers.append(answer(asked))
+                if time.monotonic() > until:
+                    self.send(*answers)
+                    answers.clear()
+                    until = time.monotonic() + TOGETHER_S
+            self.send(*answers)
+
+    def _receive_all(self) -> list[ToEngine]:
+        """The next frame, and those that have come with it."""
         try:
-            self._socket.sendall(encode(frame))
+            bodies = self._frames.receive_all()
+        except (HungUp, OSError):
+            leave(ExitStatus.OK)
+        return [decode_to_engine(body) for body in bodies]
+
+    def send(self, *frames: FromEngine) -> None:
+        try:
+            self._socket.sendall(b"".join(map(encode, frames)))
         except OSError:
             leave(ExitStatus.OK)
 

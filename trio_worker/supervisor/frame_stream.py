@@ -86,6 +86,11 @@ class FrameStream:
             await trio.lowlevel.cancel_shielded_checkpoint()
         return decode_from_engine(body)
 
+    def receive_nowait(self) -> FromEngine | None:
+        """The next frame of those that have come already, or None. Raises `FrameError`."""
+        body = self._buffer.take()
+        return None if body is None else decode_from_engine(body)
+
     async def _receive_and_flush(self) -> FromEngine:
         """Both at once: the other side may read no more before what it has written is read."""
         with sole_exceptions():

@@ -92,8 +92,10 @@ class Line:
                     patience.deadline = trio.current_time() + answer_within_s
                     if asked:
                         stream.send_now(b"".join(question.frame for question in asked))
-                    answer = await stream.receive()
-                    under_way.popleft().settle(answer)
+                    answer: FromEngine | None = await stream.receive()
+                    while answer is not None:
+                        under_way.popleft().settle(answer)
+                        answer = stream.receive_nowait() if under_way else None
         finally:
             self.close()
             for question in under_way:
