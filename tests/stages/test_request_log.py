@@ -74,6 +74,21 @@ async def test_each_step_of_a_request_has_a_line_at_debug(autojump_clock: MockCl
 
 
 @pytest.mark.parametrize(
+    ("fields", "end"),
+    [({}, "depth 1"), ({"caller": "a"}, "depth 1, caller a"), ({"user": "b"}, "depth 1, caller b")],
+)
+async def test_who_asks_stands_where_the_request_begins(
+    autojump_clock: MockClock, fields: dict[str, object], end: str
+) -> None:
+    with logged("DEBUG") as lines:
+        async with running_worker() as rig:
+            await rig.ask(prompt="x", max_tokens=1, request_id="one", **fields)
+    assert about(lines, "one")[0] == (
+        f"DEBUG Request admitted: model smollm2-135m-instruct, priority 0, {end}"
+    )
+
+
+@pytest.mark.parametrize(
     ("fields", "line"),
     [
         (

@@ -68,6 +68,7 @@ def request(prompt: str) -> Request:
         stream=False,
         priority=0,
         timeout_s=60.0,
+        caller=None,
     )
 
 

@@ -47,6 +47,7 @@ def make_request(request_id: str = "r", **changes: Any) -> Request:
         "stream": False,
         "priority": 1,
         "timeout_s": 30.0,
+        "caller": None,
     }
     return Request(**{**values, **changes})
 

@@ -130,6 +130,7 @@ def test_every_kind_of_exchange_is_shown() -> None:
 def test_every_field_header_and_code_is_named() -> None:
     names = [
         *native.FIELD_NAMES,
+        *native.WITHOUT_EFFECT,
         *native.WorkerNote.__struct_fields__,
         *native.Header,
         *ErrorCode,

@@ -137,6 +137,7 @@ def _sequence(request_id: str) -> Sequence:
             stream=False,
             priority=level,
             timeout_s=1e9,
+            caller=None,
         ),
         reply_subject="_INBOX.x",
         arrival=arrival,

@@ -30,6 +30,8 @@ class Request:
     """The level; 0 is the most urgent."""
     timeout_s: float
     """From arrival to the terminal message."""
+    caller: str | None
+    """Who asks, by a name of its own choice; it proves nothing."""
 
     @property
     def is_chat(self) -> bool:

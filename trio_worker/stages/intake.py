@@ -236,10 +236,11 @@ class _Reception:
             self._answer(message, reply_subject, request_id or self._draw_id(), error)
             return None
         logger.bind(request_id=request.request_id).debug(
-            "Request admitted: model {}, priority {}, depth {}",
+            "Request admitted: model {}, priority {}, depth {}{}",
             self._serving.limits.model_name,
             request.priority,
             self._serving.door.admission.depth,
+            "" if request.caller is None else f", caller {request.caller}",
         )
         reply = ReplyStream(
             self._broker,

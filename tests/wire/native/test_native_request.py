@@ -47,9 +47,8 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-_near_requests = st.dictionaries(
-    st.sampled_from([*native.FIELD_NAMES, "maxTokens", "requestId", "other"]), _json, max_size=8
-)
+_names = [*native.FIELD_NAMES, "maxTokens", "requestId", "user", "store", "other"]
+_near_requests = st.dictionaries(st.sampled_from(_names), _json, max_size=8)
 
 
 @given(st.binary(max_size=200) | _near_requests.map(msgspec.json.encode))
@@ -75,6 +74,7 @@ def test_the_defaults_of_a_request() -> None:
         stream=False,
         priority=0,
         timeout_s=30.0,
+        caller=None,
     )
     assert read(b'{"prompt": "x", "stream": true}').priority == 1
 
@@ -103,6 +103,7 @@ EVERYTHING = {
     "top_logprobs": 3,
     "priority": "low",
     "timeout_ms": 5,
+    "caller": "front-1",
 }
 
 
@@ -134,6 +135,7 @@ def test_every_field_arrives() -> None:
         stream=True,
         priority=2,
         timeout_s=0.005,
+        caller="front-1",
     )
     assert read(msgspec.json.encode(EVERYTHING)) == expected
     assert expected.is_chat
@@ -154,6 +156,39 @@ def test_other_spellings_are_the_same_field(spelling: str, field: str) -> None:
     respelled = {spelling if name == field else name: each for name, each in EVERYTHING.items()}
     plain = read(msgspec.json.encode(EVERYTHING))
     assert read(msgspec.json.encode(respelled)) == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "caller"),
+    [
+        ({"user": "alice"}, "alice"),
+        ({"safety_identifier": "alice"}, "alice"),
+        ({"user": "alice", "caller": "front"}, "front"),
+        ({"caller": "front", "safety_identifier": "alice"}, "front"),
+        ({"user": "alice", "safety_identifier": "7f3a"}, "7f3a"),
+        ({"user": "alice", "safety_identifier": "not a name"}, "alice"),
+        ({"user": None, "caller": None, "safety_identifier": None}, None),
+        ({"user": "x" * 64}, "x" * 64),
+    ],
+)
+def test_who_asks_may_be_said_as_for_openai_where_that_is_a_name_here(
+    fields: dict[str, object], caller: str | None
+) -> None:
+    assert read_fields(**fields).caller == caller
+
+
+@pytest.mark.parametrize("name", ["user", "safety_identifier"])
+@pytest.mark.parametrize("value", ["", "a b", "a@b.c", "é", "a\n", "x" * 65, 5, True, ["a"], {}])
+def test_what_openais_fields_say_of_who_asks_is_ignored_where_that_is_no_name_here(
+    name: str, value: object
+) -> None:
+    assert read_fields(**{name: value}) == read_fields()
+
+
+@pytest.mark.parametrize("name", sorted(native.WITHOUT_EFFECT))
+@pytest.mark.parametrize("value", [None, True, 0, "x", ["x"], {"x": "y"}])
+def test_what_would_not_change_the_answer_is_passed_over(name: str, value: object) -> None:
+    assert read_fields(**{name: value}) == read_fields()
 
 
 def test_null_is_absent_also_beside_the_other_of_two() -> None:
@@ -178,14 +213,15 @@ def test_null_is_absent_also_beside_the_other_of_two() -> None:
         ("stop", ["x", "x" * 256, [], ["x"] * 16]),
         ("priority", [0, 2, "high", "medium", "low"]),
         ("timeout_ms", [1, 60_000]),
+        ("caller", ["a", "Az09_-", "x" * 64]),
         ("prompt", ["x", "a\x00b", "\U0001f600"]),
     ],
 )
 def test_the_ends_of_every_range_are_taken(field: str, values: list[Any]) -> None:
     for value in values:
         request = read_fields(**{field: value})
-        if field == "request_id":
-            assert request.request_id == value
+        if field in {"request_id", "caller"}:
+            assert getattr(request, field) == value
         if field == "stop":
             assert request.stop == ((value,) if isinstance(value, str) else tuple(value))
     assert read_fields(logprobs=True, top_logprobs=20).sampling.top_logprobs == 20
@@ -284,6 +320,11 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"top_logprobs": 21}, "top_logprobs: Expected `int` <= 20", {}),
         ({"priority": True}, "priority: Expected `int | str | null`, got `bool`", {}),
         ({"timeout_ms": 0}, "timeout_ms: Expected `int` >= 1", {}),
+        ({"caller": 5}, "caller: Expected `str | null`, got `int`", {}),
+        ({"caller": ""}, "caller: Expected `str` matching regex", {}),
+        ({"caller": "a.b"}, "caller: Expected `str` matching regex", {}),
+        ({"caller": "a\n"}, "caller: Expected `str` matching regex", {}),
+        ({"caller": "x" * 65}, "caller: Expected `str` matching regex", {}),
         # What this worker allows, and what goes together.
         (
             {"max_tokens": 101},
@@ -318,6 +359,11 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"max_token": 1}, "max_token is not a field of a request; did you mean max_tokens?", {}),
         ({"modelid": 1}, "modelid is not a field of a request; did you mean modelId?", {}),
         ({"frobnicate": 1}, "frobnicate is not a field of a request", {}),
+        ({"usr": "x"}, "usr is not a field of a request; did you mean user?", {}),
+        ({"meta_data": 1}, "meta_data is not a field of a request; did you mean metadata?", {}),
+        # What OpenAI's models would answer otherwise for.
+        ({"reasoning_effort": "low"}, "reasoning_effort is not a field of a request", {}),
+        ({"verbosity": "low"}, "verbosity is not a field of a request", {}),
     ],
 )
 def test_what_is_wrong_is_said_and_its_field_is_named(

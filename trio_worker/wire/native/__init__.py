@@ -16,6 +16,7 @@ from trio_worker.wire.native.reply_headers import Header, common_headers, header
 from trio_worker.wire.native.request import (
     FIELD_NAMES,
     SEED_END,
+    WITHOUT_EFFECT,
     Fields,
     RequestLimits,
     parse_body,
@@ -27,6 +28,7 @@ __all__ = [
     "CANCEL_BODY",
     "FIELD_NAMES",
     "SEED_END",
+    "WITHOUT_EFFECT",
     "AnswerWriter",
     "Fields",
     "Header",

@@ -36,6 +36,13 @@ _OTHER_SPELLINGS = {
     "requestId": "request_id",
     "topP": "top_p",
 }
+_CALLER = re.compile(r"\A[A-Za-z0-9_-]{1,64}\Z")
+_OPENAIS_CALLERS = ("safety_identifier", "user")
+"""OpenAI's fields for who asks. Any text may be in them: the first that is a `caller` is taken."""
+WITHOUT_EFFECT = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store"}
+)
+"""OpenAI's fields that would not change the answer: whatever is in them, they are passed over."""
 _LOGIT_BIAS_MAX = 1024
 _QUOTED_MAX = 256
 """Characters of a fault's description, which may quote what the caller sent."""
@@ -77,6 +84,7 @@ class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     priority: int | str | None = None
     timeout_ms: Annotated[int, Meta(ge=1)] | None = None
+    caller: Annotated[str, Meta(pattern=_CALLER.pattern)] | None = None
 
 
 FIELD_NAMES = _RequestFields.__struct_fields__
@@ -102,7 +110,7 @@ class RequestLimits:
 
 
 def parse_body(body: bytes, limits: RequestLimits) -> Fields:
-    """The fields of a request under their canonical names, nulls left out.
+    """The fields of a request under their canonical names, without nulls and what has no effect.
 
     Raises `PayloadTooLarge` before looking at a body over the limit, and `InvalidRequest` if it
     is not a JSON object, or spells one field twice.
@@ -136,9 +144,18 @@ def parse_body(body: bytes, limits: RequestLimits) -> Fields:
                 details={"field": name},
             )
         spelled[name] = key
-        if value is not None:
+        if value is not None and name not in WITHOUT_EFFECT:
             fields[name] = value
+    _settle_caller(fields)
     return fields
+
+
+def _settle_caller(fields: Fields) -> None:
+    """Leave `caller` alone to say who asks."""
+    for name in _OPENAIS_CALLERS:
+        value = fields.pop(name, None)
+        if isinstance(value, str) and _CALLER.match(value):
+            fields.setdefault("caller", value)
 
 
 def request_id_of(fields: Fields) -> RequestId | None:
@@ -190,11 +207,12 @@ def to_request(
             or limits.default_timeout_ms
         )
         / 1000,
+        caller=asked.caller,
     )
 
 
 def _unknown_field(name: str) -> InvalidRequest:
-    known = (*FIELD_NAMES, *_OTHER_SPELLINGS)
+    known = (*FIELD_NAMES, *_OTHER_SPELLINGS, *_OPENAIS_CALLERS, *sorted(WITHOUT_EFFECT))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return InvalidRequest(
