@@ -63,6 +63,45 @@ async def test_one_token_more_than_the_context_holds_is_refused_with_the_numbers
         )
 
 
+@pytest.mark.parametrize(
+    ("words", "asked", "tokens"),
+    [
+        (15, 5, 5),
+        (15, 6, 5),
+        (19, 100_000, 1),
+        (15, None, 5),
+        (4, 13, 12),
+        (4, 11, 11),
+        (4, None, 12),
+    ],
+)
+async def test_what_may_be_fitted_is_cut_down_to_what_the_limit_and_the_context_leave(
+    autojump_clock: MockClock, words: int, asked: int | None, tokens: int
+) -> None:
+    options = (
+        "worker.requests.default_max_tokens=2",
+        "worker.requests.max_tokens_limit=12",
+    )
+    async with running_worker(*options, context_length=20) as rig:
+        reply = await ask(rig, words, max_tokens=asked, fit_max_tokens=True)
+        assert (reply.code, reply.usage["completion_tokens"]) == ("ok", tokens)
+
+
+@pytest.mark.parametrize("asked", [None, 5])
+async def test_a_prompt_that_leaves_no_room_is_refused_whatever_may_be_fitted(
+    autojump_clock: MockClock, asked: int | None
+) -> None:
+    async with running_worker(context_length=20) as rig:
+        reply = await ask(rig, 20, max_tokens=asked, fit_max_tokens=True)
+        assert reply.error is not None
+        assert reply.code == "CONTEXT_LENGTH_EXCEEDED"
+        assert reply.error.details == {
+            "prompt_tokens": 20,
+            "max_tokens": 1,
+            "context_length": 20,
+        }
+
+
 async def test_what_would_never_fit_into_memory_is_refused_with_the_numbers(
     autojump_clock: MockClock,
 ) -> None:

@@ -63,6 +63,7 @@ def request(prompt: str) -> Request:
         prompt=prompt,
         messages=(),
         max_tokens=None,
+        fit_max_tokens=False,
         sampling=Sampling(),
         stop=(),
         stream=False,

@@ -42,6 +42,7 @@ def make_request(request_id: str = "r", **changes: Any) -> Request:
         "prompt": "a prompt",
         "messages": (),
         "max_tokens": 10,
+        "fit_max_tokens": False,
         "sampling": Sampling(),
         "stop": (),
         "stream": False,

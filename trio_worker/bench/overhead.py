@@ -132,6 +132,7 @@ def _sequence(request_id: str) -> Sequence:
             prompt="x",
             messages=(),
             max_tokens=None,
+            fit_max_tokens=False,
             sampling=Sampling(),
             stop=(),
             stream=False,

@@ -23,6 +23,8 @@ class Request:
     messages: tuple[ChatMessage, ...]
     max_tokens: int | None
     """None: as many as the default and the context allow."""
+    fit_max_tokens: bool
+    """Whether `max_tokens` is cut down to what the context leaves, rather than refused."""
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool

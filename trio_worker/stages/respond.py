@@ -16,6 +16,7 @@ from loguru import logger
 from trio_worker.core.memory import MB, ReservationLedger
 from trio_worker.core.priority import name_of
 from trio_worker.core.rates import ServiceRate
+from trio_worker.core.request import Request
 from trio_worker.core.sequence import Ending, Event, Sequence, Stage
 from trio_worker.errors import (
     SHUTTING_DOWN,
@@ -130,10 +131,7 @@ async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> Non
     sequence.request.check_vocabulary(info.vocabulary_size)
     sequence.prompt = prompt
     sequence.max_tokens = _fit(
-        len(prompt),
-        sequence.request.max_tokens,
-        serving.default_max_tokens,
-        info.context_length,
+        len(prompt), sequence.request, serving.default_max_tokens, info.context_length
     )
     _check_memory(sequence, serving.ledger)
     sequence.outputs = answer
@@ -149,20 +147,23 @@ async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> Non
     answer.close()
 
 
-def _fit(prompt: int, asked: int | None, default: int, context_length: int) -> int:
+def _fit(prompt: int, request: Request, default: int, context_length: int) -> int:
     """How many tokens the answer may have. Raises `ContextLengthExceeded`."""
+    wanted = default if request.max_tokens is None else request.max_tokens
+    # An answer that may be cut down to what fits needs room for one token.
+    least = 1 if request.fit_max_tokens or request.max_tokens is None else wanted
     room = context_length - prompt
-    if room < 1 or (asked is not None and asked > room):
+    if room < least:
         raise ContextLengthExceeded(
-            f"the prompt has {prompt} tokens and max_tokens is {asked or 1}; "
+            f"the prompt has {prompt} tokens and max_tokens is {least}; "
             f"the model's context holds {context_length} together",
             details={
                 "prompt_tokens": prompt,
-                "max_tokens": asked or 1,
+                "max_tokens": least,
                 "context_length": context_length,
             },
         )
-    return asked if asked is not None else min(default, room)
+    return min(wanted, room)
 
 
 def _check_memory(sequence: Sequence, ledger: ReservationLedger) -> None:

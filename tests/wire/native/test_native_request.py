@@ -69,6 +69,7 @@ def test_the_defaults_of_a_request() -> None:
         prompt="x",
         messages=(),
         max_tokens=None,
+        fit_max_tokens=False,
         sampling=Sampling(seed=42),
         stop=(),
         stream=False,
@@ -88,6 +89,7 @@ EVERYTHING = {
         {"role": "assistant", "content": ""},
     ],
     "max_tokens": 7,
+    "fit_max_tokens": True,
     "temperature": 1,
     "top_p": 0.9,
     "top_k": 5,
@@ -118,6 +120,7 @@ def test_every_field_arrives() -> None:
             ChatMessage(role="assistant", content=""),
         ),
         max_tokens=7,
+        fit_max_tokens=True,
         sampling=Sampling(
             temperature=1.0,
             top_p=0.9,
@@ -290,6 +293,8 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"prompt": ""}, "prompt: Expected `str` of length >= 1", {}),
         ({"max_tokens": 0}, "max_tokens: Expected `int` >= 1", {}),
         ({"max_tokens": 1.5}, "max_tokens: Expected `int | null`, got `float`", {}),
+        ({"fit_max_tokens": 1}, "fit_max_tokens: Expected `bool`, got `int`", {}),
+        ({"max_tokens": 0, "fit_max_tokens": True}, "max_tokens: Expected `int` >= 1", {}),
         ({"temperature": 2.01}, "temperature: Expected `float` <= 2.0", {}),
         ({"temperature": -0.01}, "temperature: Expected `float` >= 0.0", {}),
         ({"top_p": 0}, "top_p: Expected `float` > 0.0", {}),
@@ -432,6 +437,15 @@ def test_what_is_no_json_object_is_said_without_a_field(body: bytes, message: st
     assert re.search(message, caught.value.message)
     assert ("half of" in caught.value.message) == (b"ud800" in body)
     assert caught.value.details == {}
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, 100), (99, 99), (100, 100), (10**12, 100)])
+def test_what_may_be_fitted_is_cut_down_to_the_limit_which_is_also_what_holds_without(
+    asked: int | None, taken: int
+) -> None:
+    request = read_fields(fit_max_tokens=True, max_tokens=asked)
+    assert (request.max_tokens, request.fit_max_tokens) == (taken, True)
+    assert read_fields(fit_max_tokens=False).max_tokens is None
 
 
 def test_a_bias_must_be_of_the_models_vocabulary() -> None:

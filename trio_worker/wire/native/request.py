@@ -69,6 +69,7 @@ class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     messages: Annotated[list[_ChatMessage], Meta(min_length=1)] | None = None
     prompt: Annotated[str, Meta(min_length=1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    fit_max_tokens: bool = False
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
@@ -197,7 +198,8 @@ def to_request(
             ChatMessage(role=message.role, content=_text_of(message.content))
             for message in asked.messages or ()
         ),
-        max_tokens=_at_most("max_tokens", asked.max_tokens, limits.max_tokens_limit),
+        max_tokens=_max_tokens(asked, limits.max_tokens_limit),
+        fit_max_tokens=asked.fit_max_tokens,
         sampling=_sampling(asked, draw_seed),
         stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
         stream=asked.stream,
@@ -237,6 +239,12 @@ def _json_name(value: object) -> str:
 
 def _text_of(content: str | list[_TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _max_tokens(asked: _RequestFields, limit: int) -> int | None:
+    if asked.fit_max_tokens:
+        return limit if asked.max_tokens is None else min(asked.max_tokens, limit)
+    return _at_most("max_tokens", asked.max_tokens, limit)
 
 
 def _at_most(name: str, value: int | None, limit: int) -> int | None:
