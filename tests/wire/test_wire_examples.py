@@ -124,6 +124,7 @@ def test_every_kind_of_exchange_is_shown() -> None:
     for subject in ("inference", "inference.w1", "inference.model.demo", "inference.cancel"):
         assert subject in subjects
     assert "worker.w1.ping" in subjects
+    assert "$SRV.INFO.trio-worker" in subjects
     assert "worker.w1.stats" in {each.message["subject"] for each in shown if not each.is_request}
 
 
@@ -136,6 +137,16 @@ def test_every_field_header_and_code_is_named() -> None:
         *ErrorCode,
     ]
     assert [name for name in names if f"`{name}`" not in PAGE] == []
+
+
+def test_everything_that_a_worker_says_it_takes_is_explained() -> None:
+    (info,) = (
+        each.message["body"]
+        for each in examples(PAGE)
+        if not each.is_request and each.message["subject"] == "_INBOX.me.info"
+    )
+    table = PAGE.partition("## Who is there")[2].partition("\n## ")[0]
+    assert [key for key in info["metadata"] if f"`{key}`" not in table] == []
 
 
 @pytest.mark.parametrize(
