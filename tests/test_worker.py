@@ -108,10 +108,37 @@ async def test_logprobs_come_only_when_asked_for(autojump_clock: MockClock) -> N
     async with running_worker() as rig:
         plain = await rig.ask(prompt="p", max_tokens=2)
         asked = await rig.ask(prompt="p", max_tokens=2, logprobs=True, top_logprobs=2)
+        messages = [{"role": "user", "content": "p"}]
+        chat = await rig.ask(messages=messages, max_tokens=2, logprobs=True, top_logprobs=2)
     assert plain.chunks[0].body["choices"][0]["logprobs"] is None
-    content = asked.chunks[0].body["choices"][0]["logprobs"]["content"]
+    logprobs = asked.chunks[0].body["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == 2
+    assert len(logprobs["top_logprobs"][0]) == 2
+    content = chat.chunks[0].body["choices"][0]["logprobs"]["content"]
     assert len(content) == 2
     assert len(content[0]["top_logprobs"]) == 2
+
+
+async def test_a_streamed_text_says_the_same_of_its_tokens_as_a_whole_one(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_worker() as rig:
+        plain = await rig.ask(prompt="p", max_tokens=8, seed=1)
+        # It might begin with the fourth word, which is held back until the fifth.
+        stop = f"{plain.text.split()[3]} !"
+        asked = {"max_tokens": 8, "seed": 1, "logprobs": 2, "stop": stop}
+        whole = await rig.ask(prompt="p", **asked)
+        streamed = await rig.ask(prompt="p", **asked, stream=True)
+    expected = whole.chunks[0].body["choices"][0]["logprobs"]
+    chunks = streamed.chunks[1:-1]
+    for name, values in expected.items():
+        assert [chunk.body["choices"][0]["logprobs"][name] for chunk in chunks] == [
+            [value] for value in values
+        ]
+    said = [chunk.text for chunk in chunks]
+    assert expected["text_offset"] == [len("".join(said[:index])) for index in range(8)]
+    assert said[3] == "", "nothing was held back"
+    assert streamed.text == whole.text == plain.text
 
 
 async def test_without_max_tokens_the_default_or_what_fits_holds(autojump_clock: MockClock) -> None:

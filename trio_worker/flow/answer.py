@@ -122,12 +122,12 @@ class Answer:
             raise EngineFailed(output.message)
         if self._traced is not None:
             self._traced.append(output.text)
-        logprobs = (output.logprob,) if output.logprob is not None else None
         if not self._stream:
             self._texts.append(output.text)
-            self._logprobs.extend(logprobs or ())
-        elif output.text or logprobs:
-            self._send(self._writer.chunk(output.text, logprobs))
+            if output.logprob is not None:
+                self._logprobs.append(output.logprob)
+        elif output.text or output.logprob is not None:
+            self._send(self._writer.chunk(output.text, output.logprob))
         return output.finish
 
     def close(self) -> None:
@@ -143,8 +143,8 @@ class Answer:
             self.reply.finish(self._writer.closing(finish, usage, note))
         else:
             wanted = self._sequence.request.sampling.logprobs
-            logprobs = tuple(self._logprobs) if wanted else None
-            self.reply.finish(self._writer.whole(self.text, logprobs, finish, usage, note))
+            logprobs = self._logprobs if wanted else None
+            self.reply.finish(self._writer.whole(self._texts, logprobs, finish, usage, note))
 
     async def alive_while(self, call: Callable[..., Awaitable[_T]], *args: object) -> _T:
         """What `call` returns or raises; meanwhile a streaming caller gets keep-alive chunks."""

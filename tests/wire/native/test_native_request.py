@@ -231,6 +231,25 @@ def test_the_ends_of_every_range_are_taken(field: str, values: list[Any]) -> Non
     assert read_fields(logprobs=True, top_logprobs=0).sampling.logprobs
 
 
+@pytest.mark.parametrize(
+    ("fields", "wanted", "alternatives"),
+    [
+        ({}, False, 0),
+        ({"logprobs": False}, False, 0),
+        ({"logprobs": True}, True, 0),
+        ({"logprobs": True, "top_logprobs": 2}, True, 2),
+        ({"logprobs": 0}, True, 0),
+        ({"logprobs": 1}, True, 1),
+        ({"logprobs": 5, "top_logprobs": 0}, True, 5),
+    ],
+)
+def test_log_probabilities_of_a_text_are_asked_for_by_a_number_too(
+    fields: dict[str, object], *, wanted: bool, alternatives: int
+) -> None:
+    sampling = read_fields(**fields).sampling
+    assert (sampling.logprobs, sampling.top_logprobs) == (wanted, alternatives)
+
+
 def test_an_id_that_cannot_be_one_is_not_used_in_the_error_about_it() -> None:
     for value in ("", "a b", "a\n", "x" * 129, 5, None, ["a"], "é"):
         assert native.request_id_of({"request_id": value}) is None
@@ -320,7 +339,9 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"stop": ["x"] * 17}, "stop: Expected `array` of length <= 16", {}),
         ({"stream": "yes"}, "stream: Expected `bool`, got `str`", {}),
         ({"stream": 1}, "stream: Expected `bool`, got `int`", {}),
-        ({"logprobs": 1}, "logprobs: Expected `bool`, got `int`", {}),
+        ({"logprobs": "yes"}, "logprobs: Expected `bool | int`, got `str`", {}),
+        ({"logprobs": -1}, "logprobs: Expected `int` >= 0", {}),
+        ({"logprobs": 6}, "logprobs: Expected `int` <= 5", {}),
         ({"top_logprobs": -1}, "top_logprobs: Expected `int` >= 0", {}),
         ({"top_logprobs": 21}, "top_logprobs: Expected `int` <= 20", {}),
         ({"priority": True}, "priority: Expected `int | str | null`, got `bool`", {}),
@@ -355,6 +376,16 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ),
         ({"logit_bias": {LONG: 1}}, f"logit_bias: '{LONG[:64]}' is not the number of a token", {}),
         ({"top_logprobs": 1}, "top_logprobs: needs logprobs: true beside it", {}),
+        (
+            {"top_logprobs": 1, "logprobs": 1},
+            "top_logprobs: logprobs has the number already; send one of them",
+            {},
+        ),
+        (
+            {"logprobs": 1, "messages": [{"role": "user", "content": "x"}]},
+            "logprobs: with messages it is true or false; the number is top_logprobs",
+            {},
+        ),
         ({"priority": 3}, f"priority: '3' {PRIORITIES}", {"levels": 3}),
         ({"priority": -1}, f"priority: '-1' {PRIORITIES}", {"levels": 3}),
         ({"priority": "urgent"}, f"priority: 'urgent' {PRIORITIES}", {"levels": 3}),

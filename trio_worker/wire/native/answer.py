@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeAlias
+
 import msgspec
 
 from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
@@ -53,21 +57,70 @@ class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 class _Message(msgspec.Struct, frozen=True):
     role: str
     content: str
+    refusal: None = None
 
 
 class _Alternative(msgspec.Struct, frozen=True):
     token: str
     logprob: float
+    utf8: list[int] | None = msgspec.field(name="bytes")
 
 
 class _TokenLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
+    utf8: list[int] | None = msgspec.field(name="bytes")
     top_logprobs: tuple[_Alternative, ...]
 
 
-class _Logprobs(msgspec.Struct, frozen=True):
+class _MessageLogprobs(msgspec.Struct, frozen=True):
+    """As chat has them: an entry a token."""
+
     content: tuple[_TokenLogprob, ...]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, logprobs: Sequence[TokenLogprob]) -> _MessageLogprobs:
+        return cls(
+            tuple(
+                _TokenLogprob(
+                    each.token,
+                    each.logprob,
+                    _utf8(each.token),
+                    tuple(_Alternative(token, value, _utf8(token)) for token, value in each.top),
+                )
+                for each in logprobs
+            )
+        )
+
+
+class _TextLogprobs(msgspec.Struct, frozen=True):
+    """As completions have them: a list of each thing, with a place for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+    @classmethod
+    def of(
+        cls, logprobs: Sequence[TokenLogprob], texts: Sequence[str], *, begins_at: int
+    ) -> _TextLogprobs:
+        """`texts` is what each token has shown; `begins_at` characters stand before the first."""
+        offsets = list(accumulate(map(len, texts), initial=begins_at))
+        return cls(
+            tokens=[each.token for each in logprobs],
+            token_logprobs=[each.logprob for each in logprobs],
+            top_logprobs=(
+                [_by_token(each) for each in logprobs]
+                if any(each.top for each in logprobs)
+                else None
+            ),
+            text_offset=offsets[:-1],
+        )
+
+
+_Logprobs: TypeAlias = _MessageLogprobs | _TextLogprobs
 
 
 class _Choice(msgspec.Struct, kw_only=True):
@@ -110,6 +163,8 @@ class AnswerWriter:
         self._model = model
         self._created = created
         self._chat = chat
+        self._said = 0
+        """Characters, counted where each token's place among them is told."""
         # The chunks of an answer are alike but for their texts.
         self._before_text, self._after_text = self._body(_Delta(content=_HERE)).split(_HERE_WRITTEN)
 
@@ -121,8 +176,11 @@ class AnswerWriter:
         """An empty chunk: the request is alive and nothing can be shown yet."""
         return self._body(_Delta())
 
-    def chunk(self, text: str, logprobs: tuple[TokenLogprob, ...] | None = None) -> bytes:
-        if logprobs is not None:
+    def chunk(self, text: str, logprob: TokenLogprob | None = None) -> bytes:
+        """What one token shows; of one answer, all chunks have its log-probability or none."""
+        if logprob is not None:
+            logprobs = self._logprobs((logprob,), (text,))
+            self._said += len(text)
             return self._body(_Delta(content=text), logprobs=logprobs)
         return self._before_text + _encoder.encode(text) + self._after_text
 
@@ -132,26 +190,36 @@ class AnswerWriter:
 
     def whole(
         self,
-        text: str,
-        logprobs: tuple[TokenLogprob, ...] | None,
+        texts: Sequence[str],
+        logprobs: Sequence[TokenLogprob] | None,
         finish: FinishReason,
         usage: Usage,
         note: WorkerNote,
     ) -> bytes:
-        """The only message of an answer that is not streamed."""
-        message = _Message(role="assistant", content=text)
-        return self._body(message, logprobs=logprobs, finish=finish, usage=usage, note=note)
+        """The only message of an answer that is not streamed; `texts` is what each token shows."""
+        return self._body(
+            _Message(role="assistant", content="".join(texts)),
+            logprobs=None if logprobs is None else self._logprobs(logprobs, texts),
+            finish=finish,
+            usage=usage,
+            note=note,
+        )
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], texts: Sequence[str]) -> _Logprobs:
+        if self._chat:
+            return _MessageLogprobs.of(logprobs)
+        return _TextLogprobs.of(logprobs, texts, begins_at=self._said)
 
     def _body(
         self,
         part: _Delta | _Message,
         *,
-        logprobs: tuple[TokenLogprob, ...] | None = None,
+        logprobs: _Logprobs | None = None,
         finish: FinishReason | None = None,
         usage: Usage | msgspec.UnsetType = msgspec.UNSET,
         note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
-        choice = _Choice(logprobs=_logprobs(logprobs), finish_reason=finish)
+        choice = _Choice(logprobs=logprobs, finish_reason=finish)
         if not self._chat:
             kind = "text_completion"
             choice.text = part.content or ""
@@ -174,16 +242,14 @@ class AnswerWriter:
         )
 
 
-def _logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> _Logprobs | None:
-    if logprobs is None:
-        return None
-    return _Logprobs(
-        content=tuple(
-            _TokenLogprob(
-                token=each.token,
-                logprob=each.logprob,
-                top_logprobs=tuple(_Alternative(token, value) for token, value in each.top),
-            )
-            for each in logprobs
-        )
-    )
+def _utf8(token: str) -> list[int] | None:
+    """The token's bytes; None where it is not whole characters, and some bytes are not known."""
+    return None if "\ufffd" in token else list(token.encode())
+
+
+def _by_token(logprob: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, and the one that was chosen; of those alike as text, the likeliest."""
+    values: dict[str, float] = {}
+    for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
+        values.setdefault(token, value)
+    return values

@@ -81,7 +81,7 @@ class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, lt=SEED_END)] | None = None
     stop: _StopString | Annotated[list[_StopString], Meta(max_length=16)] | None = None
     stream: bool = False
-    logprobs: bool = False
+    logprobs: bool | Annotated[int, Meta(ge=0, le=5)] = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     priority: int | str | None = None
     timeout_ms: Annotated[int, Meta(ge=1)] | None = None
@@ -90,7 +90,9 @@ class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 FIELD_NAMES = _RequestFields.__struct_fields__
 _SAMPLING_AS_ASKED = tuple(
-    name for name in Sampling.__annotations__ if name not in {"logit_bias", "seed", "top_logprobs"}
+    name
+    for name in Sampling.__annotations__
+    if name not in {"logit_bias", "seed", "logprobs", "top_logprobs"}
 )
 """What `Sampling` takes from the field of the same name as it is."""
 
@@ -261,6 +263,7 @@ def _sampling(asked: _RequestFields, draw_seed: Callable[[], int]) -> Sampling:
         **{name: getattr(asked, name) for name in _SAMPLING_AS_ASKED},
         logit_bias=_logit_bias(asked.logit_bias or {}),
         seed=asked.seed if asked.seed is not None else draw_seed(),
+        logprobs=asked.logprobs is not False,
         top_logprobs=_top_logprobs(asked),
     )
 
@@ -281,11 +284,24 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _top_logprobs(asked: _RequestFields) -> int:
-    if asked.top_logprobs and not asked.logprobs:
+    """How many likely tokens to report; completions have the number in `logprobs` itself."""
+    if isinstance(asked.logprobs, bool):
+        if asked.top_logprobs and not asked.logprobs:
+            raise InvalidRequest(
+                "top_logprobs: needs logprobs: true beside it", details={"field": "top_logprobs"}
+            )
+        return asked.top_logprobs
+    if asked.prompt is None:
         raise InvalidRequest(
-            "top_logprobs: needs logprobs: true beside it", details={"field": "top_logprobs"}
+            "logprobs: with messages it is true or false; the number is top_logprobs",
+            details={"field": "logprobs"},
         )
-    return asked.top_logprobs
+    if asked.top_logprobs:
+        raise InvalidRequest(
+            "top_logprobs: logprobs has the number already; send one of them",
+            details={"field": "top_logprobs"},
+        )
+    return asked.logprobs
 
 
 def _level(asked: _RequestFields, limits: RequestLimits) -> int:
