@@ -18,7 +18,7 @@ PLUMBING = {"core", "errors", "ports", "protocol"}
 EVERYTHING = {
     *PLUMBING,
     *("bench", "calling", "cli", "client", "client_asyncio", "config", "deploy"),
-    *("exception_groups", "flow", "launch", "logs", "machine", "monitoring", "nats"),
+    *("exception_groups", "flow", "gateway", "launch", "logs", "machine", "monitoring", "nats"),
     *("simulated", "stages", "supervisor", "wire", "worker"),
 }
 """All but the engine process."""
@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"calling.on_trio"},
     "client_asyncio": {"calling.on_asyncio"},
     "deploy": {"config", "errors"},
+    "gateway": {"core", "errors", "wire"},
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
     "bench.http_load": set(),
@@ -90,6 +91,9 @@ PURE = {
     *("config.catalogue", "config.conflicts", "config.generated", "config.keys"),
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
+    *("gateway.answers", "gateway.browsers", "gateway.errors", "gateway.fields"),
+    *("gateway.json_body", "gateway.keys", "gateway.messages", "gateway.models"),
+    "gateway.terms",
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
     *("nats.address", "nats.connection_life", "nats.outbox", "nats.parcel", "simulated.batch"),
     *("supervisor.load_patience", "supervisor.restart_budget"),
