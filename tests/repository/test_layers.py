@@ -18,7 +18,8 @@ PLUMBING = {"core", "errors", "ports", "protocol"}
 EVERYTHING = {
     *PLUMBING,
     *("bench", "calling", "cli", "client", "client_asyncio", "config", "deploy"),
-    *("exception_groups", "flow", "gateway", "launch", "logs", "machine", "monitoring", "nats"),
+    *("exception_groups", "flow", "gateway", "http", "launch", "logs", "machine"),
+    *("monitoring", "nats"),
     *("simulated", "stages", "supervisor", "wire", "worker"),
 }
 """All but the engine process."""
@@ -35,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "nats.address"},
     "ports": {"core", "errors", "protocol"},
     "flow": {*PLUMBING, "config", "exception_groups", "wire", "supervisor.restart_budget"},
+    "http": {"errors"},
+    "http.messages": set(),
     "monitoring": {*PLUMBING, "config", "flow"},
     "monitoring.counters": {"core", "errors", "protocol"},
     "monitoring.heartbeat": set(),
@@ -87,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),
-    *("calling.any_loop", "calling.attempts"),
+    *("calling.any_loop", "calling.attempts", "http.limits"),
     *("config.catalogue", "config.conflicts", "config.generated", "config.keys"),
     *("config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
@@ -104,7 +107,7 @@ WITHOUT_A_LOOP = {
     *("bench.clocked_engine", "bench.http_load", "bench.load"),
 }
 WITHOUT_TRIO = {"calling.on_asyncio", "client_asyncio"}
-EDGES = {"machine", "monitoring", "nats", "supervisor"}
+EDGES = {"http", "machine", "monitoring", "nats", "supervisor"}
 """Where a file adapts one third-party library."""
 
 MODEL_LIBRARIES = {"mlx", "mlx_lm", "transformers", "tokenizers", "huggingface_hub"}
@@ -113,7 +116,17 @@ LOOPS = {"trio", "trio_util", "trio_asyncio", "anyio", "asyncio"}
 WORLD = {
     *("time", "socket", "select", "selectors", "subprocess", "threading", "multiprocessing"),
     *("signal", "ssl", "urllib.request", "http", "tempfile", "shutil", "secrets", "os", "io"),
-    *("psutil", "nats", "hypercorn", "starlette", "loguru", "queue", "concurrent", "logging"),
+    *(
+        "psutil",
+        "nats",
+        "h11",
+        "hypercorn",
+        "starlette",
+        "loguru",
+        "queue",
+        "concurrent",
+        "logging",
+    ),
     "prometheus_client",
 }
 """What reads a clock or touches something outside of the process."""
@@ -296,6 +309,8 @@ def test_every_file_keeps_to_its_layer(path: Path) -> None:
         ("stages.intake", "from trio import sleep"),
         ("stages.intake", "import mlx.core as mx"),
         ("nats.broker", "from trio_worker.monitoring import http_server"),
+        ("http.server", "from trio_worker.monitoring.observed import Observed"),
+        ("http.line", "import h11\nimport psutil"),
         ("nats.broker", "import nats\nimport psutil"),
         ("nats.broker", "from trio_worker.stages import intake"),
         ("nats.outbox", "import trio"),
@@ -342,6 +357,7 @@ def test_a_breach_is_found(module: str, source: str) -> None:
         ("stages.intake", "from trio_worker.monitoring.metrics import Metrics"),
         ("flow.serving", "from trio_worker.supervisor.restart_budget import RestartBudget"),
         ("monitoring.http_pages", "import starlette\nimport hypercorn\nimport trio\nimport json"),
+        ("http.line", "import h11\nimport trio\nimport loguru"),
         ("monitoring.http_server", "from trio_worker.monitoring.snapshot import Snapshot"),
         ("nats.broker", "from trio_worker.nats.outbox import Outbox"),
         ("engine.__main__", "import mlx_lm\nfrom trio_worker.engine.prefix_cache import X"),
