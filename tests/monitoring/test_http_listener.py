@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -17,8 +18,8 @@ from support.observed import FakeWorker, fake_exposition
 from trio.testing import MockClock
 
 from trio_worker.errors import ConfigError
-from trio_worker.monitoring import event_feed, http_listener, hypercorn_internals
-from trio_worker.monitoring.http_server import serve_http
+from trio_worker.monitoring import event_feed, http_server
+from trio_worker.monitoring.http_server import LIMITS, serve_http
 
 
 @pytest.mark.parametrize(
@@ -40,13 +41,12 @@ async def test_a_client_that_falls_silent_in_the_middle_of_a_request_is_cut(
         await s.send_all(part)
         async for _ in s:
             pass
-        assert trio.current_time() - began < hypercorn_internals.IDLE_S + 1
+        assert trio.current_time() - began < http_server.LIMITS.head_s + 1
 
 
 async def test_a_stream_that_is_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_listener, "SEND_S", 0.02)
+    monkeypatch.setattr(http_server, "LIMITS", replace(LIMITS, send_s=0.02, connections=1))
     monkeypatch.setattr(event_feed, "SAMPLE_S", 0.005)
-    monkeypatch.setattr(http_listener, "CONNECTIONS_MAX", 1)
     worker = FakeWorker()
     # Events of some hundred kilobytes: few of them fill what the system keeps for a connection.
     crowd = worker.in_flight() * 20
@@ -85,7 +85,7 @@ async def test_the_port_is_free_again_after_the_end() -> None:
 
 
 async def test_a_client_that_does_not_read_cannot_hold_up_the_stop() -> None:
-    """hypercorn shields its sends; without our bound the worker would never end."""
+    """A send that is shielded, or awaited without a bound, would keep the worker for ever."""
     worker = FakeWorker()
     worker.stats = ["x" * 1_000_000] * 20
     with trio.fail_after(3):
@@ -99,8 +99,7 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_stop() -> None:
 
 
 async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_listener, "SEND_S", 0.02)
-    monkeypatch.setattr(http_listener, "CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(http_server, "LIMITS", replace(LIMITS, send_s=0.02, connections=1))
     worker = FakeWorker()
     worker.stats = ["x" * 1_000_000] * 20
     async with (
@@ -113,8 +112,7 @@ async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_idle_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_listener, "CONNECTIONS_MAX", 2)
-    monkeypatch.setattr(http_listener, "CLOSING_S", 0.01)
+    monkeypatch.setattr(http_server, "LIMITS", replace(LIMITS, connections=2, half_closed_s=0.01))
     async with (
         loopback.serving(FakeWorker()) as port,
         await trio.open_tcp_stream("127.0.0.1", port),
@@ -122,6 +120,7 @@ async def test_idle_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) 
         await trio.open_tcp_stream("127.0.0.1", port) as refused,
     ):
         with trio.fail_after(5):
+            assert (await refused.receive_some(1000)).startswith(b"HTTP/1.1 503")
             assert await refused.receive_some(1) == b""
         await idle.aclose()
         assert await loopback.get_when_free(port, "/livez") == 200
@@ -188,7 +187,7 @@ async def test_a_thirty_third_connection_is_closed_at_once(autojump_clock: MockC
 async def test_a_client_that_breaks_off_leaves_its_place_at_once(
     autojump_clock: MockClock,
 ) -> None:
-    with mock.patch.object(http_listener, "CONNECTIONS_MAX", 1):
+    with mock.patch.object(http_server, "LIMITS", replace(LIMITS, connections=1)):
         async with virtual.serving(FakeWorker()) as connect:
             for _ in range(3):
                 async with await connect() as stream:
@@ -204,7 +203,7 @@ async def test_a_client_that_does_not_read_is_cut_after_five_seconds(
 ) -> None:
     worker = FakeWorker()
     worker.stats = ["x" * 1_000_000] * 5
-    with mock.patch.object(http_listener, "CONNECTIONS_MAX", 1):
+    with mock.patch.object(http_server, "LIMITS", replace(LIMITS, connections=1)):
         async with virtual.serving(worker) as connect, await connect() as stuck:
             await stuck.send_all(virtual.request("/stats"))
             await trio.sleep(4.9)

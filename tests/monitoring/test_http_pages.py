@@ -15,7 +15,6 @@ from support.observed import SNAPSHOT, FakeWorker, fake_exposition
 from trio.testing import MockClock
 
 from trio_worker.monitoring import event_feed, http_pages, recent
-from trio_worker.monitoring.event_feed import EventFeed
 from trio_worker.monitoring.observed import Health, Observed
 
 MEMORY_LINE = (
@@ -53,9 +52,8 @@ async def test_the_snapshot_is_json() -> None:
 
 def test_the_index_names_every_page_but_the_dashboards_parts() -> None:
     """What it names has to be in the documentation, too."""
-    worker = FakeWorker()
-    paths = http_pages.routes_of(worker, fake_exposition, EventFeed(worker)).keys()
-    assert paths - {"/page/{name}"} == http_pages.ENDPOINTS.keys()
+    readings = http_pages.readings_of(FakeWorker(), fake_exposition).keys()
+    assert {"/", http_pages.EVENTS, *readings} == http_pages.ENDPOINTS.keys()
 
 
 async def test_the_index_names_pages_that_exist() -> None:

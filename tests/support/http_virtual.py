@@ -34,7 +34,7 @@ async def serving(observed: Any, exposition: Any = fake_exposition) -> AsyncIter
         await listening.bind(path)
         listening.listen(100)
 
-        async def listen(_host: str, _port: int) -> list[trio.SocketListener]:
+        async def listen(*_: Any, section: str) -> list[trio.SocketListener]:
             return [trio.SocketListener(listening)]
 
         with mock.patch.object(http_server, "open_listeners", listen):

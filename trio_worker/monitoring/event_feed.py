@@ -13,9 +13,8 @@ import msgspec
 import trio
 import trio_util
 from loguru import logger
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from trio_worker.http.exchange import Exchange
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.snapshot import Snapshot
 
@@ -117,37 +116,23 @@ def _sample_of(snapshot: Snapshot) -> Mapping[str, float | None]:
     }
 
 
-class EventStream(Response):
-    """Server-sent events until the client leaves, does not read, or `STREAM_S` have passed.
+async def tell_events(feed: EventFeed, exchange: Exchange, headers: Mapping[str, str]) -> None:
+    """Answer with server-sent events until `STREAM_S` have passed.
 
     One event at most is under way to a client: the next one is taken when it has been sent.
     """
-
-    def __init__(self, feed: EventFeed, headers: Mapping[str, str]) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={**headers, "X-Accel-Buffering": "no"}
-        )
-        del self.headers["content-length"]
-        self._feed = feed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        if scope["method"] == "GET":
-            async with trio.open_nursery() as nursery:
-                nursery.cancel_scope.deadline = trio.current_time() + STREAM_S
-                nursery.start_soon(self._until_gone, receive, nursery.cancel_scope)
-                await self._tell(send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _tell(self, send: Send) -> None:
-        with self._feed.watched():
-            body = self._feed.history() + self._feed.event()
-            while True:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                await self._feed.wait_sampled()
-                body = self._feed.event()
-
-    async def _until_gone(self, receive: Receive, stream: trio.CancelScope) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        stream.cancel(reason="the client is gone")
+    exchange.begin(
+        200,
+        {
+            **headers,
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "X-Accel-Buffering": "no",
+        },
+    )
+    if exchange.request.method == "HEAD":
+        return
+    with feed.watched(), trio.move_on_after(STREAM_S):
+        await exchange.send(feed.history() + feed.event())
+        while True:
+            await feed.wait_sampled()
+            await exchange.send(feed.event())

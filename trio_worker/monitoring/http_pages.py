@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import resources
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from loguru import logger
 
-from trio_worker.monitoring.event_feed import EventFeed, EventStream
-from trio_worker.monitoring.hypercorn_internals import Routes
+from trio_worker.http.exchange import Endpoint, Exchange
+from trio_worker.http.messages import Answer, Request
+from trio_worker.monitoring.event_feed import EventFeed, tell_events
 from trio_worker.monitoring.observed import Health, Observed
 from trio_worker.monitoring.recent import Recent
 
@@ -27,6 +28,9 @@ ENDPOINTS = {
 
 Exposition: TypeAlias = Callable[[Observed, str], tuple[bytes, str]]
 """From what is observed and an Accept header to the metrics and their content type."""
+Page: TypeAlias = Callable[[Request], Answer]
+EVENTS = "/events"
+PARTS = "/page/"
 
 _FRESH = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _PAGE_TYPES = {
@@ -47,40 +51,58 @@ _PAGE_HEADERS = {
 }
 
 
-def routes_of(observed: Observed, exposition: Exposition, feed: EventFeed) -> Routes:
-    """Every page there is, by its path."""
-    return {**_readings(observed, exposition, feed), **_dashboard()}
+def pages_of(observed: Observed, exposition: Exposition, feed: EventFeed) -> Endpoint:
+    """What answers a GET, and a HEAD, of every page there is."""
+    plain = {**readings_of(observed, exposition), **_dashboard()}
+
+    async def answer(exchange: Exchange) -> Answer | None:
+        request = exchange.request
+        path = request.path
+        if path != EVENTS and path not in plain:
+            return _text("there is no such page", status=404)
+        if request.method not in ("GET", "HEAD"):
+            return _text("this page can only be read", status=405, headers={"Allow": "GET, HEAD"})
+        if path != EVENTS:
+            return _compute(plain[path], request)
+        if feed.is_full:
+            return _text("too many streams are open", status=503)
+        await tell_events(feed, exchange, _FRESH)
+        return None
+
+    return answer
 
 
-def _readings(observed: Observed, exposition: Exposition, feed: EventFeed) -> Routes:
-    """What says how things are."""
+def _compute(page: Page, request: Request) -> Answer:
+    try:
+        return page(request)
+    except Exception as error:  # noqa: BLE001 - what is shown must not stop what it shows
+        logger.opt(exception=error).error("the page {} failed", request.path)
+        return _text("this page failed; the worker's log says how", status=500)
+
+
+def readings_of(observed: Observed, exposition: Exposition) -> Mapping[str, Page]:
+    """What says how things are, by path."""
     recent_stats, recent_metrics = Recent[bytes](), Recent[tuple[bytes, str]]()
 
-    async def livez(_: Request) -> Response:
+    def livez(_: Request) -> Answer:
         return _probe(observed.liveness())
 
-    async def readyz(_: Request) -> Response:
+    def readyz(_: Request) -> Answer:
         return _probe(observed.readiness(), observed.resources().line)
 
-    async def healthz(_: Request) -> Response:
+    def healthz(_: Request) -> Answer:
         live, ready = observed.liveness(), observed.readiness()
         resources = observed.resources()
         body = msgspec.json.encode({"live": live, "ready": ready, "resources": resources})
         return _json(body, ok=live.ok and ready.ok)
 
-    async def stats(_: Request) -> Response:
+    def stats(_: Request) -> Answer:
         return _json(recent_stats.get(lambda: msgspec.json.encode(observed.snapshot())))
 
-    async def metrics(request: Request) -> Response:
+    def metrics(request: Request) -> Answer:
         accept = request.headers.get("accept", "*/*")
         body, content_type = recent_metrics.get(lambda: exposition(observed, accept), of=accept)
-        # As a header: starlette would add a second charset to a media type.
-        return Response(body, headers={**_FRESH, "Content-Type": content_type})
-
-    async def events(_: Request) -> Response:
-        if feed.is_full:
-            return PlainTextResponse("too many streams are open\n", status_code=503)
-        return EventStream(feed, _FRESH)
+        return Answer(headers={**_FRESH, "Content-Type": content_type}, body=body)
 
     return {
         "/livez": livez,
@@ -88,51 +110,51 @@ def _readings(observed: Observed, exposition: Exposition, feed: EventFeed) -> Ro
         "/healthz": healthz,
         "/metrics": metrics,
         "/stats": stats,
-        "/events": events,
     }
 
 
-def _dashboard() -> Routes:
-    """The index, and the dashboard with its parts."""
+def _dashboard() -> Mapping[str, Page]:
+    """The index, and the dashboard with its parts, by path."""
     parts = _read_page()
 
-    async def index(request: Request) -> Response:
+    def index(request: Request) -> Answer:
         if "text/html" in request.headers.get("accept", ""):
             return parts["index.html"]
         return _json(msgspec.json.encode(ENDPOINTS))
 
-    async def part(request: Request) -> Response:
-        return parts.get(request.path_params["name"]) or PlainTextResponse(
-            "there is no such page\n", status_code=404
-        )
+    def show(part: Answer) -> Page:
+        return lambda _: part
 
-    return {"/": index, "/page/{name}": part}
+    return {"/": index, **{f"{PARTS}{name}": show(part) for name, part in parts.items()}}
 
 
-def _read_page() -> Mapping[str, Response]:
+def _read_page() -> Mapping[str, Answer]:
     """The dashboard's files, by name."""
     folder = resources.files("trio_worker.monitoring").joinpath("page")
     return {
-        part.name: Response(
-            part.read_bytes(), headers={**_PAGE_HEADERS, "Content-Type": _PAGE_TYPES[suffix]}
+        part.name: Answer(
+            headers={**_PAGE_HEADERS, "Content-Type": _PAGE_TYPES[suffix]}, body=part.read_bytes()
         )
         for part in folder.iterdir()
         if (suffix := part.name.rpartition(".")[2]) in _PAGE_TYPES
     }
 
 
-def _probe(health: Health, *more: str) -> Response:
-    return PlainTextResponse(
-        "".join(f"{line}\n" for line in (health.reason, *more)),
-        status_code=200 if health.ok else 503,
-        headers=_FRESH,
+def _probe(health: Health, *more: str) -> Answer:
+    return _text(health.reason, *more, status=200 if health.ok else 503, headers=_FRESH)
+
+
+def _text(*lines: str, status: int, headers: Mapping[str, str] = MappingProxyType({})) -> Answer:
+    return Answer(
+        status=status,
+        headers={**headers, "Content-Type": "text/plain; charset=utf-8"},
+        body="".join(f"{line}\n" for line in lines).encode(),
     )
 
 
-def _json(body: bytes, *, ok: bool = True) -> Response:
-    return Response(
-        body,
-        media_type="application/json",
-        status_code=200 if ok else 503,
-        headers={**_FRESH, "Vary": "Accept"},
+def _json(body: bytes, *, ok: bool = True) -> Answer:
+    return Answer(
+        status=200 if ok else 503,
+        headers={**_FRESH, "Vary": "Accept", "Content-Type": "application/json"},
+        body=body,
     )
