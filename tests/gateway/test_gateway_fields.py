@@ -284,9 +284,52 @@ def test_what_had_no_effect_is_named_in_the_reply() -> None:
     assert chat().ignored_header() == {}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metadata", "moderation", "store", "reasoning_effort", "verbosity", "tool_choice"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+        *("function_call", "parallel_tool_calls", "safety_identifier", "user"),
+    ],
+)
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_a_habit_of_clients_is_taken_and_named(endpoint: Endpoint, name: str) -> None:
+    body = msgspec.json.encode({"messages": MESSAGES, "prompt": "x", name: "a b"})
+    asked = read(body, endpoint=endpoint, rules=RELAXED)
+    assert name in asked.ignored
+    assert name not in asked.fields
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        *((name, "leave it out") for name in ("audio", "prediction", "web_search_options")),
+        ("echo", "leave it out, or send false"),
+        ("n", "leave it out, or send 1"),
+        ("modalities", 'leave it out, or send ["text"]'),
+    ],
+)
+def test_what_cannot_be_had_is_refused_even_where_unknown_fields_are_ignored(
+    name: str, instead: str
+) -> None:
+    body = msgspec.json.encode({"messages": MESSAGES, name: {"a": 1}})
+    with pytest.raises(InvalidRequest) as caught:
+        read(body, rules=RELAXED)
+    assert caught.value.message == f"{name}: this server cannot do that yet; {instead}"
+
+
+def test_the_header_that_names_what_had_no_effect_is_bounded() -> None:
+    body = msgspec.json.encode({"messages": MESSAGES, **{f"x{n:03}": 1 for n in range(100)}})
+    (names,) = read(body, rules=RELAXED).ignored_header().values()
+    assert names.split(", ") == [f"x{n:03}" for n in range(32)]
+
+
 def test_an_unknown_field_is_refused_with_the_nearest_name_or_ignored_and_named() -> None:
     assert "did you mean temperature?" in refused(temprature=1).message
-    assert "/v1/completions" in refused(prompt="x").message
+    assert refused(temprature=1).message.count("?") == 1
+    assert refused(prompt="x").message.endswith("it is one of /v1/completions")
+    with pytest.raises(InvalidRequest, match=r"it is one of /v1/chat/completions$"):
+        complete(messages=MESSAGES)
     assert refused(**{"x" * 1000: 1}).details == {"field": "x" * 64 + "…"}
     body = msgspec.json.encode(
         {
@@ -449,7 +492,17 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
         read(body)
 
 
+def test_half_of_a_surrogate_pair_is_named_and_nothing_else_is() -> None:
+    with pytest.raises(InvalidRequest, match="surrogate pair"):
+        read(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
+    with pytest.raises(InvalidRequest) as caught:
+        read(b"{")
+    assert "surrogate" not in caught.value.message
+
+
 def test_a_body_over_the_limit_is_refused_unread() -> None:
+    with pytest.raises(InvalidRequest):
+        read(b"x" * 100_000)
     with pytest.raises(PayloadTooLarge) as caught:
         read(b"x" * 100_001)
     assert caught.value.details == {"bytes": 100_001, "limit": 100_000}
