@@ -39,6 +39,9 @@ from trio_worker.config import load_config
         (["nats.reply_prefixes=[$SYS.]"], "nats.reply_prefixes", "begin with $"),
         (["nats.reply_prefixes=[w]"], "nats.reply_prefixes", "begin with worker."),
         (["nats.dialects=[native, mlx-serving]"], "nats.dialects", "not built yet"),
+        (["gateway.host=0.0.0.0"], "gateway.host", "a file with keys in cluster.gateway.keys_file"),
+        (["gateway.host=::"], "gateway.host", "such as 127.0.0.1"),
+        (["gateway.host=chat.example"], "gateway.host", "from other machines by everybody"),
         (["nats.jetstream.enabled=true"], "nats.jetstream.enabled", "not built yet"),
     ],
 )  # fmt: skip
@@ -60,6 +63,9 @@ def test_values_that_do_not_go_together(overrides: list[str], path: str, words: 
         ["nats.embedded=always", "nats.url=nats://[::1]:5222"],
         ["nats.reply_prefixes=[_INBOX., _APP, app.replies.]"],
         ["nats.tls.cert_file=a", "nats.tls.key_file=b"],
+        ["gateway.host=::1"],
+        ["gateway.host=localhost", "gateway.port=0"],
+        ["gateway.host=0.0.0.0", "gateway.keys_file=keys"],
     ],
 )
 def test_values_that_go_together(overrides: list[str]) -> None:

@@ -7,6 +7,7 @@ from support.configurations import (
     DEFAULTS,
     Load,
     load_fixture,  # noqa: F401 - a fixture
+    problems_of,
     value_at,
 )
 from support.paths import REPOSITORY
@@ -64,6 +65,26 @@ def test_whole_numbers_are_numbers(load: Load) -> None:
     loaded = load("cluster: {worker: {simulated: {turn_ms: 3}}}")
     assert loaded.worker.simulated.turn_ms == 3.0
     assert type(loaded.worker.simulated.turn_ms) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "origins"),
+    [
+        ("[]", ()),
+        ('["*"]', ("*",)),
+        ("[https://chat.example, app://x]", ("https://chat.example", "app://x")),
+    ],
+)
+def test_a_page_is_named_by_its_origin(load: Load, given: str, origins: tuple[str, ...]) -> None:
+    assert load(f"cluster: {{gateway: {{cors_origins: {given}}}}}").gateway.cors_origins == origins
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/path", "null", ""])
+def test_what_is_no_origin_is_said(load: Load, origin: str) -> None:
+    """A browser would send nothing that it is compared with."""
+    (problem,) = problems_of(lambda: load("cluster:", f'gateway.cors_origins=["{origin}"]'))
+    assert problem.startswith("cluster.gateway.cors_origins: ")
+    assert "an origin such as https://chat.example" in problem
 
 
 def test_tls_is_off_unless_it_is_there(load: Load) -> None:

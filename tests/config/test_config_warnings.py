@@ -20,6 +20,7 @@ def test_the_defaults_raise_no_warning_on_a_machine_that_is_large_enough() -> No
         (["worker.engine.prefix_cache_mb=8192"], "engine.prefix_cache_mb"),
         (["worker.resource_limits.degraded_max_tokens=5000"], "degraded_max_tokens"),
         (["worker.monitoring.host=0.0.0.0"], "monitoring.host"),
+        (['gateway.cors_origins=["*"]'], "gateway.cors_origins"),
         (["nats.jetstream.stream=OTHER"], "nats.jetstream.stream"),
         (["nats.jetstream.subject=jobs.>"], "nats.jetstream.subject"),
         (["nats.jetstream.max_deliver=4"], "nats.jetstream.max_deliver"),

@@ -91,8 +91,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 PURE = {
     *("core", "errors", "exception_groups", "protocol", "wire"),
     *("calling.any_loop", "calling.attempts", "http.limits"),
-    *("config.catalogue", "config.conflicts", "config.generated", "config.keys"),
-    *("config.sections", "config.strict_yaml", "config.values"),
+    *("config.catalogue", "config.conflicts", "config.generated", "config.hosts"),
+    *("config.keys", "config.sections", "config.strict_yaml", "config.values"),
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("gateway.answers", "gateway.browsers", "gateway.errors", "gateway.fields"),
     *("gateway.json_body", "gateway.keys", "gateway.messages", "gateway.models"),

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 from msgspec import Struct
 
+from trio_worker.config.hosts import is_loopback
 from trio_worker.config.keys import shown
-from trio_worker.config.sections import Config, NatsConfig
+from trio_worker.config.sections import Config, GatewayConfig, NatsConfig
 from trio_worker.errors import ConfigError
 from trio_worker.nats.address import parse_nats_url
 
@@ -23,6 +24,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
     """What is wrong with values that are each allowed."""
     yield from _pairs(config)
     yield from _nats_conflicts(config.nats)
+    yield from _gateway_conflicts(config.gateway)
     if config.worker.id in RESERVED_IDS:
         yield (
             ("worker.id",),
@@ -69,6 +71,16 @@ def _nats_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
         yield (
             ("nats.jetstream.enabled",),
             "true is not built yet: this version takes no jobs from JetStream; expected false",
+        )
+
+
+def _gateway_conflicts(gateway: GatewayConfig) -> Iterator[Conflict]:
+    if gateway.keys_file is None and not is_loopback(gateway.host):
+        reach = f"{shown(gateway.host)} can be reached from other machines by everybody"
+        expected = "such as 127.0.0.1, or a file with keys in cluster.gateway.keys_file"
+        yield (
+            ("gateway.host", "gateway.keys_file"),
+            f"{reach}; expected an address of this machine alone, {expected}",
         )
 
 

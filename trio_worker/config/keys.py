@@ -25,6 +25,7 @@ SUBJECT_TOKEN = r"\A[A-Za-z0-9_-]{1,64}\Z"  # noqa: S105 - a token of a subject
 SUBJECT = r"\A[^\s.*>]+(\.([^\s.*>]+|\*))*(\.>)?\Z"
 SUBJECT_PREFIX = r"\A[^\s.*>]+(\.[^\s.*>]+)*\.?\Z"
 STREAM_NAME = r"\A[^\s.*>/\\]{1,255}\Z"
+ORIGIN = r"\A(\*|[a-z][a-z0-9+.-]*://[^\s/?#]+)\Z"
 
 _PATTERNS: dict[str | None, str] = {
     None: "text",
@@ -32,6 +33,7 @@ _PATTERNS: dict[str | None, str] = {
     SUBJECT: "a NATS subject",
     SUBJECT_PREFIX: "the beginning of a subject, without wildcards",
     STREAM_NAME: "a name without blanks, dots, slashes and wildcards",
+    ORIGIN: "an origin such as https://chat.example, or *",
 }
 
 _Number: TypeAlias = shape.IntType | shape.FloatType

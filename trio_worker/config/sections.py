@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import Meta, Struct
 
 from trio_worker.config.keys import (
+    ORIGIN,
     STREAM_NAME,
     SUBJECT,
     SUBJECT_PREFIX,
@@ -27,6 +28,7 @@ _SubjectToken: TypeAlias = Annotated[str, Meta(pattern=SUBJECT_TOKEN)]
 _Subject: TypeAlias = Annotated[str, Meta(pattern=SUBJECT, max_length=255)]
 _Prefix: TypeAlias = Annotated[str, Meta(pattern=SUBJECT_PREFIX, max_length=255)]
 _StreamName: TypeAlias = Annotated[str, Meta(pattern=STREAM_NAME)]
+_Origin: TypeAlias = Annotated[str, Meta(pattern=ORIGIN, max_length=255)]
 _PriorityName: TypeAlias = Literal["high", "medium", "low"]
 
 
@@ -121,6 +123,81 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
         return f"NatsConfig({fields})"
+
+
+class GatewayConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: Annotated[
+        _Text,
+        Meta(
+            description="the address that it listens on; one that other machines reach needs "
+            "`keys_file`"
+        ),
+    ] = "127.0.0.1"
+    port: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=65_535,
+                description="its port; a worker starts a gateway of its own where this is given; "
+                "0: any free one; null: none, and 8000 for one that runs by itself",
+            ),
+        ]
+        | None
+    ) = None
+    keys_file: (
+        Annotated[
+            _Text,
+            Meta(
+                description="a file with a line for each key: who holds it, its SHA-256, and if "
+                "you like the most urgent priority and the number of concurrent requests it is "
+                "good for; null: everybody may ask"
+            ),
+        ]
+        | None
+    ) = None
+    max_body_bytes: Annotated[
+        int, Meta(ge=1, le=67_108_864, description="the largest body of a request that is read")
+    ] = 900_000
+    max_connections: Annotated[
+        int, Meta(ge=1, le=100_000, description="how many connections may be open at a time")
+    ] = 1_000
+    attempts: Annotated[
+        int,
+        Meta(ge=1, le=10, description="how many workers are tried before the first token"),
+    ] = 2
+    timeout_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=86_400_000,
+            description="the time for an answer when a caller does not say, within the workers' "
+            "`timeout_limit_ms`",
+        ),
+    ] = 600_000
+    cors_origins: Annotated[
+        tuple[_Origin, ...],
+        Meta(
+            min_length=0,
+            max_length=64,
+            description="the origins of pages that may ask from a browser; `*` stands for all",
+        ),
+    ] = ()
+    unknown_fields: Annotated[
+        Literal["refuse", "ignore"],
+        Meta(
+            description="what becomes of a request with a field that OpenAI's API does not have "
+            "either"
+        ),
+    ] = "refuse"
+    drain_timeout_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=3_600_000,
+            description="how long answers that are under way may go on at a stop",
+        ),
+    ] = 30_000
 
 
 class BatchingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -414,4 +491,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nats: NatsConfig = NatsConfig()
+    gateway: Annotated[
+        GatewayConfig, Meta(description="OpenAI's API over HTTP, beside a worker or by itself")
+    ] = GatewayConfig()
     worker: WorkerConfig = WorkerConfig()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 
+from trio_worker.config.hosts import is_loopback
 from trio_worker.config.keys import shown
 from trio_worker.config.secrets import files_with_secrets, is_readable_by_all
-from trio_worker.config.sections import Config, JetStreamConfig
+from trio_worker.config.sections import Config, GatewayConfig, JetStreamConfig
 
 
 def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
@@ -34,6 +34,7 @@ def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
             f"is above max_tokens_limit ({config.worker.requests.max_tokens_limit}) "
             "and has no effect"
         )
+    found += _about_origins(config.gateway)
     found += [
         f"cluster.{path}: {shown(name)} can be read by every user of this machine; "
         f"`chmod o-r` keeps the secret in it"
@@ -42,12 +43,20 @@ def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
     ]
     found += _without_effect(config.nats.jetstream)
     monitoring = config.worker.monitoring
-    if monitoring.port is not None and not _is_loopback(monitoring.host):
+    if monitoring.port is not None and not is_loopback(monitoring.host):
         found.append(
             f"cluster.worker.monitoring.host: {shown(monitoring.host)} can be reached from other "
             "machines, and the monitoring pages ask for no password"
         )
     return found
+
+
+def _about_origins(gateway: GatewayConfig) -> Iterator[str]:
+    if "*" in gateway.cors_origins and gateway.keys_file is None:
+        yield (
+            'cluster.gateway.cors_origins: "*" without cluster.gateway.keys_file lets every page '
+            "that a user of this machine looks at ask the model"
+        )
 
 
 def _without_effect(jetstream: JetStreamConfig) -> Iterator[str]:
@@ -62,10 +71,3 @@ def _without_effect(jetstream: JetStreamConfig) -> Iterator[str]:
                 f"cluster.nats.jetstream.{name}: {shown(value)} has no effect while "
                 "cluster.nats.jetstream.enabled is false"
             )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
