@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 import trio
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from support.commands import until
+from support.browser import open_browser
 from support.ports import free_port
 from support.worker_rig import MB, Rig, running_worker
 
@@ -23,101 +17,6 @@ from trio_worker.monitoring.http_server import serve_http
 from trio_worker.monitoring.prometheus import exposition
 
 pytestmark = pytest.mark.browser
-
-T = TypeVar("T")
-
-SEEN_S = 15
-"""Generous: what is shown within two seconds on an idle machine."""
-ARGUMENTS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--disable-dev-shm-usage",
-)
-
-
-def program(*names: str) -> str:
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.fail(
-            f"{names[0]} is not on this machine. These tests need Chromium and its driver: "
-            "`apt-get install chromium chromium-driver` on Debian, "
-            "`brew install --cask chromium chromedriver` on macOS"
-        )
-    return found
-
-
-@dataclass
-class Browser:
-    """One window. Its calls wait for another process, so they run in threads."""
-
-    driver: webdriver.Chrome
-
-    async def run(self, script: str) -> Any:
-        return await _in_thread(partial(self.driver.execute_script, script))
-
-    async def text(self, element: str) -> str:
-        return str(await self.run(f"return document.getElementById('{element}').innerText"))
-
-    async def tone(self, element: str) -> str:
-        """Its colour's meaning: `good`, `warn`, `bad`, or nothing."""
-        return str(await self.run(f"return document.getElementById('{element}').dataset.tone"))
-
-    async def emulate(self, command: str, **arguments: Any) -> None:
-        await _in_thread(
-            partial(self.driver.execute_cdp_cmd, f"Emulation.{command}", dict(arguments))
-        )
-
-    async def resize(self, width: int, height: int) -> None:
-        await self.emulate(
-            "setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-
-    async def press(self, key: str) -> None:
-        codes = {"Tab": 9, "Enter": 13}
-        for kind in ("keyDown", "keyUp"):
-            event = {"type": kind, "key": key, "windowsVirtualKeyCode": codes[key]}
-            if kind == "keyDown" and key == "Enter":
-                event["text"] = "\r"
-            await _in_thread(partial(self.driver.execute_cdp_cmd, "Input.dispatchKeyEvent", event))
-
-    async def until_says(self, element: str, holds: Callable[[str], bool]) -> None:
-        async def as_wanted() -> bool:
-            return holds(await self.text(element))
-
-        await until(as_wanted, within_s=SEEN_S)
-
-    async def complaints(self) -> list[str]:
-        """What the console says, but for connections that we cut ourselves."""
-        lines: list[dict[str, Any]] = await _in_thread(partial(self.driver.get_log, "browser"))
-        return [line["message"] for line in lines if "net::ERR_" not in line["message"]]
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    return await trio.to_thread.run_sync(call)
-
-
-@asynccontextmanager
-async def open_browser(tmp_path: Path, url: str) -> AsyncIterator[Browser]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = program("chromium", "chromium-browser", "google-chrome")
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # With a named driver nothing is looked for, and nothing downloaded.
-    service = Service(program("chromedriver"), env={**os.environ, "SE_OFFLINE": "true"})
-    driver = await _in_thread(partial(webdriver.Chrome, options=options, service=service))
-    try:
-        browser = Browser(driver)
-        await browser.resize(1280, 1000)
-        await _in_thread(partial(driver.get, url))
-        yield browser
-    finally:
-        with trio.CancelScope(shield=True):
-            await _in_thread(driver.quit)
 
 
 @asynccontextmanager
