@@ -54,7 +54,7 @@ test *args:
 @mutate *paths:
     cd tests && "{{ uv }}" run python -m mutate "$@"
 
-# look at the dashboard in a real Chromium: needs Debian's chromium and chromium-driver
+# look at the pages in a real Chromium: needs Debian's chromium and chromium-driver
 @test-page *args:
     exec "{{ uv }}" run pytest -m browser "$@"
 

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client_asyncio": {"calling.on_asyncio"},
     "deploy": {"config", "errors"},
     "gateway": {"core", "errors", "wire"},
+    "gateway.page": set(),
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
     "bench.http_load": set(),

@@ -72,6 +72,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     assert f"{information}licenses/LICENSE" in names
     assert names >= {
         "trio_worker/py.typed",
+        "trio_worker/gateway/page/chat.js",
+        "trio_worker/gateway/page/index.html",
         "trio_worker/monitoring/page/dashboard.js",
         "trio_worker/monitoring/page/index.html",
         "trio_worker/monitoring/page/uplot-LICENSE",
