@@ -52,10 +52,12 @@ async def test_a_whole_answer_has_its_length_and_its_date_and_no_name_of_a_serve
 
 
 async def test_requests_follow_each_other_on_one_connection() -> None:
-    async with calling(echo) as caller:
+    drain = Drain()
+    async with calling(echo, drain=drain) as caller:
         for number in range(3):
             await caller.send(f"POST /{number} HTTP/1.1\nHost: w\nContent-Length: 2\n\nab")
             assert (await caller.hear()).body == f"POST /{number}  ab".encode()
+    assert drain._idle == set(), "what is over would be remembered"
 
 
 async def test_an_endpoint_is_told_what_was_asked() -> None:
@@ -189,6 +191,9 @@ async def test_what_is_no_request_is_told_why(
         assert message in heard
         assert "secret" not in heard
         assert await caller.is_closed()
+        # What it still sends is thrown away for a moment, lest it is told of a reset instead.
+        await trio.sleep(LINGER_S / 2)
+        await caller.send("more")
 
 
 async def test_a_head_that_stops_coming_is_timed_from_its_first_byte(

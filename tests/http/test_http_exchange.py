@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Self
@@ -16,7 +20,7 @@ from trio.testing import MockClock
 
 from trio_worker.http.exchange import Exchange
 from trio_worker.http.messages import Answer
-from trio_worker.http.sending import UNCHECKED_SENDS
+from trio_worker.http.sending import UNCHECKED_SENDS, BoundedSender
 
 GET = "GET / HTTP/1.1\nHost: w\n\n"
 EVENTS = {"Content-Type": "text/event-stream"}
@@ -150,6 +154,23 @@ async def test_a_caller_that_leaves_after_its_body_is_noticed() -> None:
         await ended.at.wait()
 
 
+async def test_a_caller_that_leaves_is_noticed_though_nobody_has_read_its_body() -> None:
+    ended = Ended()
+
+    async def tell(exchange: Exchange) -> None:
+        with ended:
+            exchange.begin(200, EVENTS)
+            await exchange.send(b"one")
+            await trio.sleep_forever()
+
+    async with calling(tell) as caller:
+        await caller.send("POST / HTTP/1.1\nHost: w\nContent-Length: 9\n\nab")
+        await trio.testing.wait_all_tasks_blocked()
+        await caller.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended.how is trio.Cancelled
+
+
 async def test_a_caller_that_breaks_off_is_noticed() -> None:
     ended = Ended()
 
@@ -157,13 +178,16 @@ async def test_a_caller_that_breaks_off_is_noticed() -> None:
         with ended:
             await trio.sleep_forever()
 
-    ours, theirs = await socket_pair()
-    async with calling(wait, pair=(ours, theirs)) as caller:
-        await caller.send(GET)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        await caller.stream.aclose()
-        with trio.fail_after(5):
-            await ended.at.wait()
+    ours, theirs = await tcp_pair()
+    with logged("WARNING") as errors:
+        async with calling(wait, pair=(ours, theirs)) as caller:
+            await caller.send(GET)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await ours.aclose()
+            with trio.fail_after(5):
+                await ended.at.wait()
+    assert texts(errors) == []
 
 
 async def test_a_caller_that_has_closed_its_side_may_be_given_a_moment(
@@ -265,10 +289,14 @@ async def test_an_endpoint_that_gives_up_in_the_middle_of_a_piece_has_cut_its_an
             await trio.sleep_forever()
 
     with logged("WARNING") as errors:
-        async with calling(give_up, pair=await socket_pair()) as caller:
+        async with calling(give_up, pair=await tcp_pair()) as caller:
             await caller.send("GET / HTTP/1.1\nHost: w\nConnection: close\n\n")
             await trio.sleep(2)
-            assert (await caller.read_to_end()).endswith(b"0\r\n\r\n") is is_read
+            if is_read:
+                assert (await caller.read_to_end()).endswith(b"0\r\n\r\n")
+            else:
+                with pytest.raises(trio.BrokenResourceError):
+                    await caller.read_to_end()
     assert texts(errors) == []
 
 
@@ -285,6 +313,37 @@ async def test_pieces_without_end_reach_a_cancellation() -> None:
             assert set((await caller.hear(method)).body) <= {ord("x")}
 
 
+async def test_what_the_system_does_not_take_at_once_arrives_once_and_in_order() -> None:
+    pieces = [b"%07d" % number * 20_000 for number in range(30)]
+
+    async def send(exchange: Exchange) -> None:
+        exchange.begin(200, EVENTS)
+        for piece in pieces:
+            await exchange.send(piece)
+
+    async with calling(send, pair=await socket_pair()) as caller:
+        await caller.send(GET)
+        with trio.fail_after(10):
+            assert (await caller.hear()).body == b"".join(pieces)
+
+
+async def test_a_piece_of_which_the_system_takes_nothing_at_once_arrives() -> None:
+    ours, theirs = await socket_pair()
+    filled = 0
+    with suppress(BlockingIOError):
+        while True:
+            filled += os.write(theirs.socket.fileno(), b"x" * 1000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(BoundedSender(theirs, 5).send, b"piece")
+        await trio.testing.wait_all_tasks_blocked()
+        received = b""
+        while not received.endswith(b"piece"):
+            received += await ours.receive_some()
+    assert len(received) == filled + len(b"piece")
+    await ours.aclose()
+    await theirs.aclose()
+
+
 async def test_a_caller_that_reads_slowly_gets_all(autojump_clock: MockClock) -> None:
     async def send(_: Exchange) -> Answer:
         return Answer(body=b"x" * 500_000)
@@ -292,11 +351,11 @@ async def test_a_caller_that_reads_slowly_gets_all(autojump_clock: MockClock) ->
     ours, theirs = trio.testing.lockstep_stream_pair()
     async with calling(send, pair=(ours, theirs)) as caller:
         await caller.send("GET / HTTP/1.1\nHost: w\nConnection: close\n\n")
-        size = 0
+        answer = b""
         while piece := await ours.receive_some(50_000):
-            size += len(piece)
+            answer += piece
             await trio.sleep(3)
-        assert size > 500_000
+        assert answer.partition(b"\r\n\r\n")[2] == b"x" * 500_000
         assert trio.current_time() > 2 * LIMITS.send_s
 
 

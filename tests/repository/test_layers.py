@@ -80,6 +80,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deploy": {"config", "errors"},
     "gateway": {"core", "errors", "wire"},
     "gateway.page": set(),
+    "gateway.counts": {"monitoring.metrics"},
+    "gateway.directory": {"ports"},
+    "gateway.endpoints": {"errors", "http", "ports"},
+    "gateway.forward": {"calling.attempts", "errors", "ports", "wire"},
+    "gateway.inboxes": {"ports"},
+    "gateway.key_file": {"errors"},
+    "gateway.serve": {
+        *("config", "errors", "exception_groups", "http", "monitoring.prometheus", "ports")
+    },
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
     "bench.http_load": set(),

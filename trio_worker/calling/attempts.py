@@ -43,6 +43,8 @@ NO_ROOM_HERE = frozenset(
     {ErrorCode.QUEUE_FULL, ErrorCode.WORKER_DRAINING, ErrorCode.RESOURCE_LIMIT_EXCEEDED}
 )
 """True of the worker that says it; another one may have room."""
+_NO_ANSWER = (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError)
+"""What reading a message raises that is not a worker's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,26 +144,40 @@ class Exchange:
         Raises the `WorkerError` of an error reply, `NoWorker` if nobody has listened for the
         grace or until the deadline, and `MessageLost` if one is missing.
         """
+        if not self.accept(body, headers, reply, now):
+            return None
+        try:
+            chunk = _chunk(msgspec.json.decode(body, type=dict[str, Any]), headers)
+        except _NO_ANSWER as exc:
+            raise self._no_answer(exc) from exc
+        if chunk.text or chunk.body["choices"][0].get("logprobs"):
+            self.content_is_handed_out()
+        return chunk
+
+    def accept(
+        self, body: bytes, headers: Mapping[str, str], reply: str | None, now: float
+    ) -> bool:
+        """Take note of a message; whether it is part of the answer, which is left unread.
+
+        Whoever hands it on says so by `content_is_handed_out`, if there is content in it. False
+        if the request is to be sent again at `resend_at`. Raises as `take`.
+        """
         if headers.get("Status") == "503":
             self._at_work = False
             self._ask_again_or_end(now)
-            return None
+            return False
         self._nobody_since = None
         self.control_subject = reply or self.control_subject
         terminal = headers.get(native.Header.TERMINAL)
         if terminal is not None:
             self._at_work = False
         try:
-            decoded = msgspec.json.decode(body, type=dict[str, Any])
             if terminal == "error":
-                self._fail(_error(decoded), now)
-                return None
+                self._fail(_error(msgspec.json.decode(body, type=dict[str, Any])), now)
+                return False
             sequence = int(headers.get(native.Header.SEQUENCE, -1))
-            chunk = _chunk(decoded, headers)
-        except (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise self._end(
-                InternalError(f"what came on {self.subject} is no answer: {exc}")
-            ) from exc
+        except _NO_ANSWER as exc:
+            raise self._no_answer(exc) from exc
         if sequence != self._next_sequence:
             raise self._end(
                 MessageLost(
@@ -170,9 +186,11 @@ class Exchange:
             )
         self._next_sequence += 1
         self.ended = terminal is not None
-        if chunk.text or chunk.body["choices"][0].get("logprobs"):
-            self._content_was_handed_out = True
-        return chunk
+        return True
+
+    def content_is_handed_out(self) -> None:
+        """From now on the request is not sent again."""
+        self._content_was_handed_out = True
 
     def give_up(self) -> WorkerError:
         """What to raise when nothing has come until `gives_up_at`."""
@@ -183,6 +201,15 @@ class Exchange:
                 details={"stage": "client"},
             )
         )
+
+    def worker_is_gone(self, why: str, now: float) -> None:
+        """Plan to ask another worker at once, or raise `MessageLost` if that may not be."""
+        self._attempts_left -= 1
+        if self._attempts_left > 0 and not self._content_was_handed_out and now < self._deadline:
+            self.resend_at = now
+            self.control_subject = None
+            return
+        raise self._end(MessageLost(why))
 
     def cancel_message(self) -> tuple[str, bytes] | None:
         """The subject and body that end the request; None if no worker can have it.
@@ -223,6 +250,9 @@ class Exchange:
                 self.control_subject = None
                 return
         raise self._end(error)
+
+    def _no_answer(self, exc: Exception) -> WorkerError:
+        return self._end(InternalError(f"what came on {self.subject} is no answer: {exc}"))
 
     def _end(self, error: WorkerError) -> WorkerError:
         self.ended = True

@@ -237,8 +237,7 @@ class Line:
         return h11.Response(status_code=status, headers=sent, reason=REASONS.get(status, ""))
 
     def _data(self, piece: bytes) -> tuple[h11.Data, ...]:
-        """Nothing where no body may follow, nor where it would be an end."""
-        return (h11.Data(data=piece),) if piece and not self._is_head_wanted else ()
+        return () if self._is_head_wanted else (h11.Data(data=piece),)
 
     async def _send(self, *events: h11.Event) -> None:
         await self._sender.checkpoint_if_due()

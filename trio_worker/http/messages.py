@@ -53,7 +53,11 @@ def refusal(status: HTTPStatus, message: str) -> Answer:
     error = {"message": message, "type": kind, "param": None, "code": code}
     return Answer(
         status=status,
-        headers={"Content-Type": "application/json"},
+        # What cannot be read will not be read the next time: client libraries try 408 again.
+        headers={
+            "Content-Type": "application/json",
+            "X-Should-Retry": "true" if status >= 500 else "false",
+        },
         body=json.dumps({"error": error}).encode(),
     )
 

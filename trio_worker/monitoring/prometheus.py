@@ -6,7 +6,8 @@ No registry and no state: every exposition reads the values of the moment.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -15,17 +16,22 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from trio_worker.monitoring.metrics import CounterMetric, Description, GaugeReading, HistogramMetric
-from trio_worker.monitoring.observed import Observed
 
 
-def exposition(observed: Observed, accept: str = "") -> tuple[bytes, str]:
+class Measured(Protocol):
+    """Whose metrics are exposed: a worker, or a gateway."""
+
+    def metrics(self) -> Iterable[CounterMetric | HistogramMetric | GaugeReading]: ...
+
+
+def exposition(observed: Measured, accept: str = "") -> tuple[bytes, str]:
     """Every metric as text, and its content type: OpenMetrics if `accept` asks for that."""
     encode, content_type = choose_encoder(accept)
     return encode(_Values(observed)), content_type
 
 
 class _Values(Collector):
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Measured) -> None:
         self._observed = observed
 
     def collect(self) -> Iterator[Metric]:

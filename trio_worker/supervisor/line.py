@@ -70,8 +70,7 @@ class Line:
             except trio.WouldBlock:
                 await self._send.send(question)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            await trio.lowlevel.checkpoint()
-            raise NeverAsked from None
+            question.settle(NeverAsked())
         return await question.wait_answer()
 
     async def serve(self, stream: FrameStream, *, answer_within_s: float) -> NoReturn:

@@ -4,7 +4,7 @@ What a caller sends is read by `request` and `control`; what it gets is written 
 `error_reply` and `reply_headers`.
 """
 
-from trio_worker.wire.native.answer import AnswerWriter, Usage, WorkerNote
+from trio_worker.wire.native.answer import AnswerWriter, Usage, WorkerNote, is_silent
 from trio_worker.wire.native.control import (
     CANCEL_BODY,
     cancel_by_id,
@@ -41,6 +41,7 @@ __all__ = [
     "common_headers",
     "error_body",
     "headers",
+    "is_silent",
     "parse_body",
     "request_id_of",
     "to_request",

@@ -151,6 +151,15 @@ _HERE = "\0"
 _HERE_WRITTEN = _encoder.encode(_HERE)
 
 
+_SILENT = (b'"delta":{}', b'"delta":{"role":"assistant"}', b'"text":"","logprobs":null')
+"""What no text can spell inside of a body: its quotation marks would have backslashes."""
+
+
+def is_silent(chunk: bytes) -> bool:
+    """Whether a chunk of a stream, but the last, says nothing: the opening, or a keep-alive."""
+    return any(each in chunk for each in _SILENT)
+
+
 class AnswerWriter:
     """Writes the bodies of one request's answer."""
 

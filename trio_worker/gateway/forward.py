@@ -1,0 +1,160 @@
+"""One request on its way to a worker, and what comes back, unread.
+
+What each message means for the request, and whether it is sent once more, is decided by
+`calling/attempts.py`; here is the waiting that belongs to it. Every wait ends with the caller's
+deadline. Rule: who leaves before the end has told the worker so.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import trio
+
+from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, Exchange, Persistence
+from trio_worker.errors import MessageTooLarge, NoWorker, PayloadTooLarge
+from trio_worker.gateway.inboxes import Inboxes
+from trio_worker.ports import Broker, Message
+from trio_worker.wire import native
+
+SILENT_S = 20.0
+"""A worker says something in a stream every five seconds, or is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A message of an answer."""
+
+    body: bytes
+    worker_id: str
+    is_opening: bool
+    """The first of an attempt, which says nothing yet."""
+    is_last: bool
+
+
+class Forward:
+    """Sends requests over one connection; any number at a time."""
+
+    def __init__(self, broker: Broker, inboxes: Inboxes, *, attempts: int) -> None:
+        """`attempts` is how often a request is sent in all, before its first token."""
+        self._broker = broker
+        self._inboxes = inboxes
+        self._persistence = Persistence(
+            timeout_ms=None, attempts=attempts, nobody_listens_grace_s=NOBODY_LISTENS_GRACE_S
+        )
+        self._rng = random.Random()  # noqa: S311 - spreads retries; no secret
+
+    @contextmanager
+    def ask(self, fields: Mapping[str, Any], *, request_id: str) -> Iterator[Pieces]:
+        """Send a request; yields its answer, which arrives meanwhile.
+
+        Leaving before the end, also by cancellation, cancels the request at the worker. Raises
+        `NoWorker` where there is no connection, and `PayloadTooLarge`.
+        """
+        if not self._broker.statistics().connected:
+            raise NoWorker("the gateway has no connection to NATS at the moment")
+        exchange = Exchange(
+            fields,
+            request_id=request_id,
+            worker_id=None,
+            persistence=self._persistence,
+            rng=self._rng,
+            now=trio.current_time(),
+        )
+        with self._inboxes.another() as (inbox, receive):
+            pieces = Pieces(
+                self._broker, exchange, inbox, receive, is_stream=bool(fields.get("stream"))
+            )
+            pieces.send()
+            try:
+                yield pieces
+            finally:
+                pieces.cancel()
+
+
+class Pieces:
+    """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        exchange: Exchange,
+        inbox: str,
+        receive: trio.MemoryReceiveChannel[Message],
+        *,
+        is_stream: bool,
+    ) -> None:
+        self._broker = broker
+        self._exchange = exchange
+        self._inbox = inbox
+        self._receive = receive
+        self._is_stream = is_stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """The next message; sends the request again where that is allowed.
+
+        Raises the `WorkerError` that the request ends with. Cancelled: nothing is lost.
+        """
+        exchange = self._exchange
+        if exchange.ended:
+            raise StopAsyncIteration
+        while True:
+            if exchange.resend_at is not None:
+                await trio.sleep_until(exchange.resend_at)
+                self.send()
+            message = await self._next_message()
+            if message is None:
+                continue
+            headers = message.headers
+            if not exchange.accept(message.body, headers, message.reply, trio.current_time()):
+                continue
+            is_last = headers.get(native.Header.TERMINAL) is not None
+            is_silent = not is_last and native.is_silent(message.body)
+            if not is_silent:
+                exchange.content_is_handed_out()
+            return Piece(
+                body=message.body,
+                worker_id=headers.get(native.Header.WORKER_ID, ""),
+                is_opening=is_silent and headers.get(native.Header.SEQUENCE) == "0",
+                is_last=is_last,
+            )
+
+    async def _next_message(self) -> Message | None:
+        """None if the worker is gone and another one is to be asked."""
+        exchange = self._exchange
+        gone_at = trio.current_time() + SILENT_S if self._is_stream else math.inf
+        with trio.move_on_at(min(gone_at, exchange.gives_up_at)):
+            return await self._receive.receive()
+        if gone_at >= exchange.gives_up_at:
+            raise exchange.give_up()
+        self.cancel()
+        why = f"nothing has come for {SILENT_S:g} s: the worker is gone"
+        exchange.worker_is_gone(why, trio.current_time())
+        return None
+
+    def send(self) -> None:
+        """Send the request now. Raises `PayloadTooLarge`."""
+        body = self._exchange.body(trio.current_time())
+        try:
+            self._broker.publish(
+                Message(subject=self._exchange.subject, body=body, reply=self._inbox)
+            )
+        except MessageTooLarge as exc:
+            raise PayloadTooLarge(
+                f"the request has {exc.size} bytes; the NATS server takes {exc.limit}",
+                details={"bytes": exc.size, "limit": exc.limit},
+            ) from exc
+
+    def cancel(self) -> None:
+        """Tell a worker that may have the request to end it."""
+        if (cancel := self._exchange.cancel_message()) is not None:
+            subject, body = cancel
+            self._broker.publish(Message(subject=subject, body=body))
