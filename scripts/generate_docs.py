@@ -21,7 +21,8 @@ import quotes
 from trio_worker import config, errors
 from trio_worker.cli.command_line import make_parser
 from trio_worker.core import sequence
-from trio_worker.monitoring.metrics import all_descriptions
+from trio_worker.gateway import counts
+from trio_worker.monitoring.metrics import Description, all_descriptions
 from trio_worker.nats import connection_life as nats_connection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +63,18 @@ def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argpars
 
 
 def metrics() -> str:
-    """Every metric, by name."""
+    """Every metric of a worker, by name."""
+    return _described(all_descriptions())
+
+
+def gateway_metrics() -> str:
+    """Every metric of a gateway, by name."""
+    return _described(sorted(counts.DESCRIPTIONS, key=lambda each: each.name))
+
+
+def _described(descriptions: Iterable[Description]) -> str:
     parts = []
-    for each in all_descriptions():
+    for each in descriptions:
         lines = [f"### `{each.full_name}`", "", f"A {each.kind}{_labels(each.labels)}."]
         if each.buckets:
             bounds = ", ".join(f"{bound:g}" for bound in each.buckets)
@@ -110,6 +120,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "config-keys": config.reference_markdown,
     "connection-life": connection_life,
     "error-codes": error_codes,
+    "gateway-metrics": gateway_metrics,
     "metrics": metrics,
     "request-life": request_life,
 }

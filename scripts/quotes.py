@@ -24,6 +24,7 @@ from trio_worker import config
 from trio_worker.cli.command_line import make_parser
 from trio_worker.config import strict_yaml
 from trio_worker.errors import ErrorCode
+from trio_worker.gateway import counts
 from trio_worker.monitoring.metrics import PREFIX, Description, all_descriptions
 from trio_worker.monitoring.snapshot import Snapshot
 from trio_worker.wire.native import WorkerNote
@@ -130,7 +131,7 @@ def _tests() -> frozenset[str]:
 def _metrics() -> dict[str, Description]:
     """By every name that a query may have for it, with the prefix and without."""
     found = {}
-    for each in all_descriptions():
+    for each in (*all_descriptions(), *counts.DESCRIPTIONS):
         ends = ("", "_bucket", "_sum", "_count") if each.kind == "histogram" else ("",)
         for end in ends:
             found[f"{each.name}{end}"] = found[f"{PREFIX}{each.name}{end}"] = each

@@ -46,6 +46,10 @@ RUNNING = Description(
 )
 
 
+DESCRIPTIONS = (ANSWERS, RETRIED, FIRST_BYTE, LEFT, RUNNING)
+"""Every metric of a gateway."""
+
+
 class GatewayCounts:
     """Written where things happen; never awaited."""
 
