@@ -131,6 +131,10 @@ async def test_an_answer_that_is_stopped_keeps_what_it_has(
         assert (await talk.texts(f"{FIGURES} span"))[0] == "stopped"
         assert not await talk.text(ERROR)
         if how == "before a word":
+            exchange = await talk.ask("Go on")
+            assert exchange.body["messages"] == [{"role": "user", "content": "x\n\nGo on"}]
+            await exchange.answer("on")
+            await talk.until_idle()
             return
         assert await talk.text(f"{LAST} > .prose") == "So far"
         assert await talk.browser.run("return document.activeElement.id") == "prompt"
@@ -331,6 +335,42 @@ async def test_conversations_are_kept_and_one_goes_on_while_another_is_shown(
         await talk.browser.click("#notice-action")
         assert await talk.texts(titles) == ["The first", "The second"]
         assert await talk.text(f"{LAST} > .prose") == "one more"
+
+
+async def test_what_is_deleted_during_its_answer_does_not_come_back(
+    window: webdriver.Chrome,
+) -> None:
+    async with talking(window) as talk:
+        exchange = await talk.ask("x")
+        await exchange.begin()
+        await exchange.say("a")
+        await talk.until_shows("a")
+        await talk.browser.click("#settings-open")
+        await talk.browser.click("#delete")
+        await exchange.wait_gone()
+        await talk.browser.until(
+            "document.getElementById('progress').innerText.startsWith('stopped')"
+        )
+        assert await talk.texts("#conversation-list .title") == []
+        await talk.reload()
+        assert await talk.texts("article") == []
+
+
+async def test_what_another_tab_writes_is_seen(window: webdriver.Chrome) -> None:
+    """As far as one window can tell: the browser's event is made by hand."""
+    async with talking(window) as talk:
+        await talk.ask_and_hear("here", "1")
+        await talk.browser.run(OLD, 1, 1)
+        await talk.browser.run(
+            "const key = Object.keys(localStorage)"
+            ".find((each) => localStorage[each].includes('here'));"
+            "const other = JSON.parse(localStorage[key]); other.changed += 1;"
+            "other.messages.push({ role: 'user', content: 'there' });"
+            "localStorage[key] = JSON.stringify(other);"
+            "window.dispatchEvent(new StorageEvent('storage', { key }))"
+        )
+        assert await talk.texts(".question .text") == ["here", "there"]
+        assert await talk.texts("#conversation-list .title") == ["here", "old 0 x"]
 
 
 async def test_an_answer_whose_page_was_left_is_not_whole(window: webdriver.Chrome) -> None:
@@ -544,6 +584,12 @@ async def test_the_page_follows_only_a_reader_at_the_end(window: webdriver.Chrom
         await exchange.finish()
         await talk.until_idle()
         assert await talk.browser.run(away) < 2
+        # Moved by its own growth, before that is known.
+        await talk.browser.run(
+            "document.getElementById('thread').style.minHeight = '9000px';"
+            "document.getElementById('scroller').scrollTop -= 10"
+        )
+        await talk.browser.until(f"(() => {{ {away} }})() < 2")
         at_end = f"(() => {{ {away} }})() < 2"
         for width in (360, 1280, 700):
             await talk.browser.resize(width, 740)

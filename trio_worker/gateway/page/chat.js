@@ -1,7 +1,8 @@
 // The page: what is shown, what is pressed, and which answers are under way.
 
 import { Failure, askAnswer, askModels } from "./answering.js";
-import { LEFT, State, exported, forget, isOurs, keep, load, loadAll, newConversation, requestOf, titleOf } from "./conversations.js";
+import { LEFT, State, exported, forget, isOurs, keep, load, loadAll } from "./conversations.js";
+import { newConversation, requestOf, titleOf } from "./conversations.js";
 import { draw } from "./markdown.js";
 import { local, session } from "./storage.js";
 
@@ -243,7 +244,8 @@ function editMessage(message) {
   });
   const note = element("span", { className: "soft" }, "What follows is asked anew.");
   article.classList.add("editing");
-  article.replaceChildren(element("div", { className: "grow" }, field), under(button("Ask again", save, { className: "asks" }), button("Cancel", cancel), note));
+  const again = button("Ask again", save, { className: "asks" });
+  article.replaceChildren(element("div", { className: "grow" }, field), under(again, button("Cancel", cancel), note));
   mirror(field);
   field.focus();
 }
@@ -284,7 +286,8 @@ function keepNow(conversation) {
   conversation.changed = Date.now();
   const { kept, forgotten } = keep(conversation);
   if (!kept) notice("This browser cannot keep this conversation: export it before you leave.");
-  else if (forgotten.length) notice(`To make room, the oldest was forgotten: ${forgotten.map((title) => `“${title}”`).join(", ")}.`);
+  const titles = forgotten.map((title) => `“${title}”`).join(", ");
+  if (kept && titles) notice(`To make room, the oldest was forgotten: ${titles}.`);
   session.setItem(SHOWN, shown.id);
 }
 
@@ -293,7 +296,8 @@ function showList() {
   for (const { conversation } of runs.values()) all.set(conversation.id, conversation);
   const rows = [...all.values()].sort((a, b) => b.changed - a.changed).map((conversation) => {
     const row = button("", () => open(conversation.id), { className: "conversation" });
-    row.append(element("span", { className: "title" }, titleOf(conversation)), element("span", { className: "when" }, whenOf(conversation)));
+    row.append(element("span", { className: "title" }, titleOf(conversation)));
+    row.append(element("span", { className: "when" }, whenOf(conversation)));
     if (conversation.id === shown.id) row.ariaCurrent = "true";
     return element("li", {}, row);
   });
@@ -418,7 +422,8 @@ function showModels() {
   const names = models.map(({ id }) => id);
   if (shown.model && !names.includes(shown.model)) names.push(shown.model);
   if (!shown.model && models.length) shown.model = models[0].id;
-  const options = names.map((id) => new Option(models.some((model) => model.id === id) || !models.length ? id : `${id} (not served)`, id));
+  const isServed = (id) => !models.length || models.some((model) => model.id === id);
+  const options = names.map((id) => new Option(isServed(id) ? id : `${id} (not served)`, id));
   if (!options.length) options.push(new Option("no model is served", ""));
   at("model").replaceChildren(...options);
   at("model").value = shown.model;

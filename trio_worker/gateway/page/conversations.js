@@ -114,7 +114,8 @@ function parsed(text) {
   try {
     const { id, changed, model, system, sampling, messages } = JSON.parse(text);
     if (typeof id !== "string" || !messages.every(isMessage)) return null;
-    return { id, changed: Number(changed) || 0, model: String(model ?? ""), system: String(system ?? ""), sampling: { ...sampling }, messages };
+    const settings = { model: String(model ?? ""), system: String(system ?? ""), sampling: { ...sampling } };
+    return { id, changed: Number(changed) || 0, ...settings, messages };
   } catch {
     return null;
   }

@@ -224,7 +224,8 @@ function listNode({ ordered, first, loose, items }) {
 
 function tableNode({ head, sides, rows }) {
   const row = (tag, cells) => element("tr", "", ...sides.map((side, at) => element(tag, side, ...inline(cells[at] ?? ""))));
-  const node = element("div", "table", element("table", "", element("thead", "", row("th", head)), element("tbody", "", ...rows.map((cells) => row("td", cells)))));
+  const body = element("tbody", "", ...rows.map((cells) => row("td", cells)));
+  const node = element("div", "table", element("table", "", element("thead", "", row("th", head)), body));
   node.tabIndex = 0;
   return node;
 }
@@ -242,7 +243,6 @@ const TAGS = { "*": "em", "**": "strong", _: "em", __: "strong", "~~": "del" };
 /** The nodes of a text without blocks; a link's own has no links in it. */
 function inline(text, { links = true } = {}) {
   const emphasis = new Emphasis();
-  const unclosed = new Set(); // Numbers of backticks that no later run closes.
   const matchAt = (form, at) => {
     form.lastIndex = at;
     return form.exec(text);
@@ -252,7 +252,7 @@ function inline(text, { links = true } = {}) {
     if ((found = matchAt(PLAIN, at)) || (found = matchAt(ESCAPED, at))) {
       emphasis.add(found[1] ?? found[0]);
     } else if ((found = matchAt(TICKS, at))) {
-      const code = codeAt(text, at, found[0], unclosed);
+      const code = codeAt(text, at, found[0]);
       emphasis.add(code ? element("code", "", code.text) : found[0]);
       if (code) at = code.end - found[0].length;
     } else if (links && (found = matchAt(LINK, at))) {
@@ -274,8 +274,8 @@ function inline(text, { links = true } = {}) {
 const isWord = (sign) => sign !== undefined && /[\p{L}\p{N}]/u.test(sign);
 const isSpace = (sign) => sign === undefined || /\s/.test(sign);
 
-function codeAt(text, start, ticks, unclosed) {
-  if (unclosed.has(ticks.length)) return null;
+/** Searched to the end in vain at most once for each number of ticks: a second run of it would close the first. */
+function codeAt(text, start, ticks) {
   for (let at = start + ticks.length; (at = text.indexOf("`", at)) !== -1; ) {
     TICKS.lastIndex = at;
     const run = TICKS.exec(text)[0];
@@ -286,7 +286,6 @@ function codeAt(text, start, ticks, unclosed) {
     }
     at += run.length;
   }
-  unclosed.add(ticks.length);
   return null;
 }
 
