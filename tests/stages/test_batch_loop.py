@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import trio
 from support.log_records import logged
-from support.metric_values import counter_of
+from support.metric_values import counter_of, histogram_of
 from support.worker_rig import Reply, Rig, running_worker
 from trio.testing import MockClock
 
@@ -21,7 +21,7 @@ from trio_worker.errors import WorkerFault
 from trio_worker.flow import serving
 from trio_worker.flow.answer import Answer
 from trio_worker.flow.request_channel import PrioritySendChannel, open_priority_channel
-from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS
+from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS, TURN_SECONDS
 from trio_worker.ports import Turn
 from trio_worker.protocol.turn import Work
 from trio_worker.simulated.engine import SimulatedEngine
@@ -299,3 +299,15 @@ async def test_the_next_turn_is_under_way_before_tokens_are_handed_out(
             assert (await rig.ask(prompt="one fish", max_tokens=3)).code == "ok"
     # The prompt, and then a token in each turn; nothing is begun after the last one.
     assert steps == ["begin", "begin", "begin", "take", "begin", "take", "take"]
+
+
+async def test_a_turn_that_began_behind_others_took_the_time_since_they_were_reported(
+    autojump_clock: MockClock,
+) -> None:
+    short = ("worker.simulated.turn_ms=2", "worker.engine.lead_ms=100")
+    async with running_worker(*short) as rig:
+        began_at = trio.current_time()
+        assert (await rig.ask(prompt="one fish", max_tokens=100)).code == "ok"
+        took = histogram_of(rig.observed, TURN_SECONDS)
+        assert took.sums[()] == pytest.approx(trio.current_time() - began_at, abs=0.005)
+        assert sum(took.counts[()]) >= 100

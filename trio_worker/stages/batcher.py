@@ -78,6 +78,8 @@ class _Batcher:
         self._metrics = counters.metrics
         self._restarts_known = 0
         """Of the engine."""
+        self._reported_at = float("-inf")
+        """When the last turn was."""
 
     async def take_turns(self) -> None:
         """Turn after turn; returns when the queue has ended and nobody runs any more."""
@@ -224,7 +226,10 @@ class _Batcher:
         self._measure_removed(now)
         self._note_memory(report)
         try:
-            self._count(report, took_s=now - turn.began_at, now=now)
+            # One that began behind others has been done since they were reported.
+            began_at = max(turn.began_at, self._reported_at)
+            self._reported_at = now
+            self._count(report, took_s=now - began_at, now=now)
             self._recycle_if_due()
             while self._scheduler.has_work and self._batching.may_begin_ahead(report):
                 following = self.begin(Trigger.RUNNING)
