@@ -27,7 +27,12 @@ async def in_asyncio(work: Callable[[], Awaitable[None]], *, within_s: float = 2
         async with asyncio.timeout(within_s):
             await work()
 
-    await trio.to_thread.run_sync(lambda: asyncio.run(bounded()))
+    def run() -> None:
+        # `asyncio.run` would get a loop of trio-asyncio's, whose policy it asks.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(bounded())
+
+    await trio.to_thread.run_sync(run)
 
 
 class ScriptedPeer:
