@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
 from openai import BaseModel
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
+from support.openai_types import check
 
 from trio_worker.errors import BY_CODE, ErrorCode
 from trio_worker.gateway.answers import AnswerWriter
@@ -19,7 +18,6 @@ from trio_worker.gateway.models import Offer, list_body, model_body
 from trio_worker.protocol.turn import FinishReason, RequestId
 from trio_worker.wire import native
 
-OURS = {"worker", "max_model_len"}
 USAGE = native.Usage.of(prompt=2, completion=3, cached=1)
 NOTE = native.WorkerNote(
     id="w1",
@@ -32,22 +30,6 @@ NOTE = native.WorkerNote(
     resumed=0,
     degraded=(),
 )
-
-
-def strays(value: object) -> Iterator[str]:
-    """The names of fields that the types do not have."""
-    if isinstance(value, BaseModel):
-        yield from value.model_extra or ()
-        for name in type(value).model_fields:
-            yield from strays(getattr(value, name))
-    elif isinstance(value, list):
-        for each in value:
-            yield from strays(each)
-
-
-def check(kind: type[BaseModel], body: bytes) -> None:
-    read = kind.model_validate_json(body, strict=True)
-    assert {*strays(read)} <= OURS
 
 
 def asked(endpoint: Endpoint, *, stream: bool) -> Asked:
