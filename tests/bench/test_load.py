@@ -15,7 +15,7 @@ import trio
 from support.worker_rig import make_config
 
 from trio_worker.bench import http_load
-from trio_worker.bench.ahead import _clocked
+from trio_worker.bench.ahead import clocked
 from trio_worker.bench.clocked_engine import TEXT
 from trio_worker.bench.cost import cost_of
 from trio_worker.bench.load import Callers, Load
@@ -54,15 +54,15 @@ async def test_every_prompt_is_answered_once_and_its_tokens_are_counted(*, strea
         request = {"stream": stream, "max_tokens": 5}
         cost = await cost_of(load(worker.nats_url, worker.subject, request=request))
     assert (cost.got.answers, cost.got.tokens) == (6, 30)
-    assert len(cost.got.first_token_s) == 2
+    assert len(cost.got.first_token_s) == 6
     assert 0 < max(cost.got.first_token_s) < cost.got.seconds
-    assert cost.worker_cpu_s > 0
+    assert cost.cpu_s > 0
 
 
 @pytest.mark.nats
 async def test_streams_are_measured_while_all_run_and_are_cancelled_afterwards() -> None:
     """At most a token a step of the clock, and one step that was under way."""
-    async with running(_clocked(setup(), device_ms=5.0, host_ms=0.5)) as worker:
+    async with running(clocked(setup(), device_ms=5.0, host_ms=0.5)) as worker:
         request = {"stream": True, "max_tokens": 100_000}
         asked = load(
             *(worker.nats_url, worker.subject),
@@ -135,7 +135,8 @@ def test_a_message_is_counted_once_wherever_it_is_cut(at_once: int) -> None:
         server = Server(said, at_once)
         asked = load(prompts=("one",), concurrent=1, token_text=token_text)
         got = Callers(asked, server).measure(lambda: None)  # type: ignore[arg-type]
-        assert (got.tokens, got.answers, len(got.first_token_s)) == (3, 1, 1)
+        assert (got.tokens, got.messages, got.answers) == (3, 4, 1)
+        assert len(got.first_token_s) == 1
         connect, subscribe, publish, *_ = server.heard.split(b"\r\n")
         assert connect.startswith(b"CONNECT {")
         assert subscribe == b"SUB _INBOX.load.* 1"
@@ -147,26 +148,74 @@ def test_a_message_is_counted_once_wherever_it_is_cut(at_once: int) -> None:
 
 
 class Chats(BaseHTTPRequestHandler):
-    """Answers as mlx-lm's server does."""
+    """Answers as mlx-lm's server does, which closes each connection."""
+
+    connections = 0
+    """Of all servers, for tests to look at how many more there are."""
+
+    def setup(self) -> None:
+        Chats.connections += 1
+        super().setup()
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        usage = {"usage": {"completion_tokens": asked["max_tokens"]}}
+        if not asked["stream"]:
+            self.answer_whole(json.dumps(usage).encode())
+            return
         assert asked["stream_options"] == {"include_usage": True}
+        self.begin()
+        for text in ("", *("a" * asked["max_tokens"])):
+            self.write(f'data: {{"delta": {{"content": "{text}"}}}}\n\n'.encode())
+        self.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        self.finish_answer()
+
+    def begin(self) -> None:
         self.send_response(200)
         self.end_headers()
-        for _ in range(asked["max_tokens"]):
-            self.wfile.write(b'data: {"delta": {"content": "a"}}\n\n')
-            self.wfile.flush()
-        usage = {"usage": {"completion_tokens": asked["max_tokens"]}}
-        self.wfile.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+
+    def write(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def finish_answer(self) -> None:
+        """That is what closing does."""
+
+    def answer_whole(self, body: bytes) -> None:
+        self.begin()
+        self.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Nobody reads it."""
 
 
+class KeptChats(Chats):
+    """Keeps its connections, and sends a byte at a time."""
+
+    protocol_version = "HTTP/1.1"
+
+    def begin(self) -> None:
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+
+    def write(self, data: bytes) -> None:
+        for byte in b"%x\r\n%b\r\n" % (len(data), data):
+            super().write(bytes([byte]))
+
+    def finish_answer(self) -> None:
+        self.wfile.write(b"0\r\n\r\n")
+
+    def answer_whole(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @contextmanager
-def http_server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Chats) as server:
+def http_server(chats: type[Chats] = Chats) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), chats) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -176,12 +225,37 @@ def http_server() -> Iterator[str]:
             thread.join()
 
 
-def test_the_callers_of_an_http_server_count_its_usage() -> None:
-    with http_server() as url:
-        got = http_load.measure(load(url))
+@pytest.mark.parametrize(("chats", "connections"), [(Chats, 6), (KeptChats, 2)])
+def test_the_callers_of_an_http_server_count_its_usage(
+    chats: type[Chats], connections: int
+) -> None:
+    """Over as few connections as it lets them."""
+    before = Chats.connections
+    with http_server(chats) as url:
+        got = http_load.measure(load(url), lambda: None)
     assert (got.answers, got.tokens) == (6, 30)
-    assert len(got.first_token_s) == 2
+    assert got.messages == 6 * 7, "an empty one, the tokens, the usage"
+    assert len(got.first_token_s) == 6
     assert min(got.first_token_s) > 0
+    assert Chats.connections - before == connections
+
+
+@pytest.mark.parametrize("chats", [Chats, KeptChats])
+def test_whole_answers_end_where_they_say(chats: type[Chats]) -> None:
+    with http_server(chats) as url:
+        request = {"stream": False, "max_tokens": 5}
+        got = http_load.measure(load(url, request=request), lambda: None)
+    assert (got.answers, got.tokens, got.messages) == (6, 30, 0)
+
+
+def test_the_callers_of_an_http_server_leave_when_the_time_is_over() -> None:
+    began: list[bool] = []
+    with http_server(KeptChats) as url:
+        asked = load(url, request={"stream": True, "max_tokens": 5}, token_text='"a"', seconds=0.1)
+        got = http_load.measure(asked, lambda: began.append(True))
+    assert began == [True]
+    assert 0.1 <= got.seconds < 5
+    assert got.tokens <= 5 * (got.answers + 2)
 
 
 def test_what_has_no_usage_is_no_answer() -> None:
@@ -198,5 +272,5 @@ def test_what_has_no_usage_is_no_answer() -> None:
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         with pytest.raises(SystemExit, match="not an answer"):
-            http_load.measure(load(url, prompts=("one",), concurrent=1))
+            http_load.measure(load(url, prompts=("one",), concurrent=1), lambda: None)
         thread.join()

@@ -91,6 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
+    "bench.gateway_process": {"config", "gateway", "http", "logs", "nats"},
     "bench.http_load": set(),
     "bench.load": set(),
     "bench.responder": set(),

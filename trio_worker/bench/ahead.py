@@ -60,7 +60,7 @@ REQUIRED: Mapping[float, Mapping[int, Required]] = {
 async def device(setup: Setup) -> None:
     """How much of what the device can do reaches the callers, and the worker's CPU a token."""
     for host_ms, by_streams in REQUIRED.items():
-        async with _clocked(setup, device_ms=DEVICE_MS, host_ms=host_ms).worker() as worker:
+        async with clocked(setup, device_ms=DEVICE_MS, host_ms=host_ms).worker() as worker:
             for streams, required in by_streams.items():
                 load = _streams(worker, streams)
                 costs = [await cost_of(load) for _ in range(setup.rounds)]
@@ -73,7 +73,7 @@ async def device(setup: Setup) -> None:
 async def requests(setup: Setup) -> None:
     """Requests that cost the engine nothing, against a responder that does nothing with them."""
     async with (
-        _clocked(setup, device_ms=0.0, host_ms=0.0).worker() as worker,
+        clocked(setup, device_ms=0.0, host_ms=0.0).worker() as worker,
         open_program("trio_worker.bench.responder", worker.nats_url, RESPONDER) as responder,
     ):
         await responder.read()
@@ -87,13 +87,13 @@ async def requests(setup: Setup) -> None:
                 rounds=setup.rounds,
                 required="0.35",
             )
-            cpu_us = median(costs, lambda cost: 1e6 * cost.worker_cpu_s / cost.got.answers)
+            cpu_us = median(costs, lambda cost: 1e6 * cost.cpu_s / cost.got.answers)
             say(f"  CPU a request {cpu_us:.0f} µs ({REQUEST_CPU_US} required)")
 
 
 def _say_streams(title: str, costs: Sequence[Cost], possible: float, required: Required) -> None:
     rate = median(costs, lambda cost: cost.token_rate)
-    cpu_us = median(costs, lambda cost: 1e6 * cost.worker_cpu_s / cost.got.tokens)
+    cpu_us = median(costs, lambda cost: 1e6 * cost.cpu_s / cost.got.tokens)
     callers_us = median(costs, lambda cost: 1e6 * cost.got.cpu_seconds / cost.got.tokens)
     first_ms = median(costs, lambda cost: 1000 * max(cost.got.first_token_s))
     say(
@@ -138,7 +138,7 @@ async def _answer_rate(load: Load, costs: list[Cost], _number: int) -> float:
     return costs[-1].answer_rate
 
 
-def _clocked(setup: Setup, *, device_ms: float, host_ms: float) -> Setup:
+def clocked(setup: Setup, *, device_ms: float, host_ms: float) -> Setup:
     """The same with an engine whose steps take so long, and place for all."""
     program = (
         *(sys.executable, "-P", "-m", clocked_engine.__name__),

@@ -1,14 +1,14 @@
-"""What callers get of a worker, and what that costs the process in which it runs: this one.
+"""What callers get, and what that costs the process that is measured.
 
-The callers are another process (`load.py`), and so are the engine and the NATS server; so what is
-measured here of processor time is the worker's, and the little that the bench does meanwhile.
+The callers are another process (`load.py`), and so are the engine and the NATS server. A worker
+runs in this one: its processor time is the worker's, and the little that the bench does meanwhile.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -22,12 +22,18 @@ class Cost:
     """Of one measurement."""
 
     got: Measured
-    worker_cpu_s: float
+    cpu_s: float
+    """Of the process that is measured."""
 
     @property
     def token_rate(self) -> float:
         """Tokens a second."""
         return self.got.tokens / self.got.seconds
+
+    @property
+    def message_rate(self) -> float:
+        """Messages a second, or events."""
+        return self.got.messages / self.got.seconds
 
     @property
     def answer_rate(self) -> float:
@@ -40,14 +46,25 @@ def median(costs: Sequence[Cost], figure: Callable[[Cost], float]) -> float:
     return statistics.median(map(figure, costs))
 
 
-async def cost_of(load: Load, *, callers: str = "trio_worker.bench.load") -> Cost:
+async def own_cpu_s() -> float:
+    """The processor time of this process, threads included."""
+    return time.process_time()
+
+
+async def cost_of(
+    load: Load,
+    *,
+    callers: str = "trio_worker.bench.load",
+    cpu_s: Callable[[], Awaitable[float]] = own_cpu_s,
+) -> Cost:
     """Let callers, which are a program of this name, do as the load says.
 
-    Raises `WorkerFault` if they end for another reason; they have said why.
+    `cpu_s` asks for the processor time of what is measured. Raises `WorkerFault` if the callers end
+    for another reason; they have said why.
     """
     async with open_program(callers) as program:
         await program.write(msgspec.to_builtins(load))
         await program.read()
-        began_at = time.process_time()
+        before_s = await cpu_s()
         got = msgspec.convert(await program.read(), Measured)
-        return Cost(got=got, worker_cpu_s=time.process_time() - began_at)
+        return Cost(got=got, cpu_s=await cpu_s() - before_s)

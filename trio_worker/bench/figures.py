@@ -37,6 +37,11 @@ def p95(values: Sequence[float]) -> float:
     return sorted(values)[int(0.95 * (len(values) - 1))]
 
 
+def p99(values: Sequence[float]) -> float:
+    """The 99th percentile: one of the values."""
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
 def ms(seconds: float) -> int:
     """Whole milliseconds."""
     return round(1000 * seconds)

@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -58,18 +58,32 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     cpu_seconds: float
     """Of this process."""
     tokens: int
+    messages: int
+    """Of which one may hold several tokens."""
     answers: int
     first_token_s: tuple[float, ...]
-    """From the request to its first token: of the first requests, one for each at a time."""
+    """From a request to its first token, or its answer: of all that have had one."""
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """What has come by then."""
 
     at: float
     cpu_seconds: float
     tokens: int
+    messages: int
     answers: int
+
+    def until(self, then: Reading, first_token_s: Sequence[float]) -> Measured:
+        """What has come between the two."""
+        return Measured(
+            seconds=then.at - self.at,
+            cpu_seconds=then.cpu_seconds - self.cpu_seconds,
+            tokens=then.tokens - self.tokens,
+            messages=then.messages - self.messages,
+            answers=then.answers - self.answers,
+            first_token_s=tuple(first_token_s),
+        )
 
 
 class Callers:
@@ -91,8 +105,7 @@ class Callers:
         self._asked_at: dict[bytes, float] = {}
         """Of those without a token, by reply subject."""
         self._first_token_s: list[float] = []
-        self._tokens = 0
-        self._answers = 0
+        self._tokens = self._messages = self._answers = 0
 
     def measure(self, began: Callable[[], None]) -> Measured:
         """Ask, wait until all are under way, and measure; `began` is called when that begins."""
@@ -112,14 +125,7 @@ class Callers:
             began()
             before = self._reading()
             self._receive_for(seconds)
-        after = self._reading()
-        return Measured(
-            seconds=after.at - before.at,
-            cpu_seconds=after.cpu_seconds - before.cpu_seconds,
-            tokens=after.tokens - before.tokens,
-            answers=after.answers - before.answers,
-            first_token_s=tuple(self._first_token_s),
-        )
+        return before.until(self._reading(), self._first_token_s)
 
     def leave(self) -> None:
         """Cancel what is under way, and wait for its end."""
@@ -130,11 +136,12 @@ class Callers:
         while self._controls:
             self._receive()
 
-    def _reading(self) -> _Reading:
-        return _Reading(
+    def _reading(self) -> Reading:
+        return Reading(
             at=time.perf_counter(),
             cpu_seconds=time.process_time(),
             tokens=self._tokens,
+            messages=self._messages,
             answers=self._answers,
         )
 
@@ -188,6 +195,7 @@ class Callers:
     def _take(self, words: list[bytes], message: bytes) -> None:
         """One message; `words` are those of its line, of which the reply subject may be missing."""
         reply, has_headers = words[1], words[0] == b"HMSG"
+        self._messages += 1
         body_at = int(words[-2]) if has_headers else 0
         ends = (
             not self._streams
@@ -199,9 +207,7 @@ class Callers:
         if self._token:
             self._tokens += message.count(self._token, body_at)
         if reply in self._asked_at and (ends or CONTENT in message):
-            first_token_s = time.perf_counter() - self._asked_at.pop(reply)
-            if len(self._first_token_s) < self._load.concurrent:
-                self._first_token_s.append(first_token_s)
+            self._first_token_s.append(time.perf_counter() - self._asked_at.pop(reply))
         if ends:
             self._end(reply, message)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from trio_worker.bench.ahead import device, requests
 from trio_worker.bench.baseline import bare
+from trio_worker.bench.gateway import behind, calls, events, fronts
 from trio_worker.bench.latency import newcomer, prefix
 from trio_worker.bench.overhead import overhead
 from trio_worker.bench.priorities import preemption, priority
@@ -19,5 +20,6 @@ PARTS: Mapping[str, Part] = {
         *(batching, bare, prefix, seeds, newcomer, mixing),
         *(overhead, priority, preemption),
         *(device, tiny, requests),
+        *(events, calls, fronts, behind),
     )
 }

@@ -16,6 +16,7 @@ PARTS_OF = {
     "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
     "scheduling": ("overhead", "priority", "preemption"),
     "ahead": ("device", "tiny", "requests"),
+    "gateway": ("events", "calls", "fronts", "behind"),
 }
 """What is measured together under one name."""
 
@@ -36,7 +37,10 @@ def add_parser(commands: Commands) -> None:
         "scheduling: these three; "
         "device: against what a device could do whose steps take a given time; "
         "tiny: a tiny model, against mlx-lm's loop and server; requests: of one token that costs "
-        "nothing; ahead: these three, with engines of their own",
+        "nothing; ahead: these three, with engines of their own; "
+        "events: streams through a gateway against its worker alone; calls: the same of requests "
+        "of one token, and first bytes; fronts: a tiny model behind a gateway, against mlx-lm's "
+        "server; behind: the model behind a gateway; gateway: these four",
     )
     add_engine(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64)
