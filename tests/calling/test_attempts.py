@@ -23,6 +23,7 @@ from trio_worker.errors import (
     RequestTimeout,
     WorkerDraining,
 )
+from trio_worker.wire import native, subjects
 
 
 class Lowest(random.Random):
@@ -431,6 +432,45 @@ def test_a_gap_is_an_error_and_the_worker_is_still_at_work() -> None:
         take(exchange, chunk(2, "c"))
     assert exchange.ended
     assert exchange.cancel_message() == (CONTROL, b"cancel")
+
+
+def lose_one(exchange: Exchange, now: float = 101.0) -> None:
+    """A gap, after which it is asked once more."""
+    with pytest.raises(MessageLost) as caught:
+        take(exchange, chunk(7, "text"), now)
+    exchange.begin_again(caught.value, now)
+
+
+def test_after_a_gap_another_attempt_begins_anew_a_moment_later() -> None:
+    exchange = make_exchange(rng=Lowest())
+    exchange.body(100.0)
+    lose_one(exchange)
+    assert not exchange.ended
+    assert exchange.cancel_message() is None, "whoever began again has cancelled"
+    assert exchange.resend_at == pytest.approx(101.125)
+    exchange.body(101.125)
+    assert exchange.cancel_message() == (subjects.CANCEL, native.cancel_by_id("r"))
+    assert take(exchange, chunk(0, "text")) is not None
+
+
+def test_after_a_gap_there_is_no_other_attempt_once_something_was_handed_out() -> None:
+    exchange = make_exchange()
+    exchange.body(100.0)
+    exchange.content_is_handed_out()
+    with pytest.raises(MessageLost):
+        lose_one(exchange)
+    assert exchange.ended
+
+
+@pytest.mark.parametrize(("attempts", "now"), [(1, 101.0), (3, 109.9)])
+def test_after_a_gap_there_is_no_other_attempt_where_none_or_no_time_is_left(
+    attempts: int, now: float
+) -> None:
+    exchange = make_exchange(rng=Lowest(), attempts=attempts)
+    exchange.body(100.0)
+    with pytest.raises(MessageLost):
+        lose_one(exchange, now)
+    assert exchange.cancel_message() is None
 
 
 @pytest.mark.parametrize(

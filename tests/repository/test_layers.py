@@ -107,7 +107,7 @@ PURE = {
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("gateway.answers", "gateway.browsers", "gateway.errors", "gateway.fields"),
     *("gateway.json_body", "gateway.keys", "gateway.messages", "gateway.models"),
-    "gateway.terms",
+    *("gateway.joined", "gateway.terms"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
     *("nats.address", "nats.connection_life", "nats.outbox", "nats.parcel", "simulated.batch"),
     *("supervisor.load_patience", "supervisor.restart_budget"),

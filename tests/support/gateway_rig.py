@@ -42,12 +42,14 @@ class Gateway:
 
 
 @asynccontextmanager
-async def open_gateway(server: MemoryServer | Rig, **config: Any) -> AsyncIterator[Gateway]:
+async def open_gateway(
+    server: MemoryServer | Rig, *, name: str = "gateway", **config: Any
+) -> AsyncIterator[Gateway]:
     """A gateway that knows of the workers that are there."""
     if isinstance(server, Rig):
         server = server.server
     async with (
-        open_memory_broker(server, name="gateway") as broker,
+        open_memory_broker(server, name=name) as broker,
         open_api(broker, replace(GatewayConfig(), **config)) as api,
     ):
         await trio.sleep(0.01)

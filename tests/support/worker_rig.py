@@ -54,12 +54,19 @@ class Rig:
     broker: MemoryBroker
     observed: ObservedWorker
     finished: trio.Event
+    worker_id: str
     _stops: trio.MemorySendChannel[None]
+    _scope: trio.CancelScope
     terminal: dict[str, list[Message]] = field(default_factory=dict)
 
     def stop(self) -> None:
         """As SIGTERM does."""
         self._stops.send_nowait(None)
+
+    def kill(self) -> None:
+        """As SIGKILL does: it says nothing any more, to anybody."""
+        self.broker.disconnect()
+        self._scope.cancel()
 
     def snapshot(self) -> Snapshot:
         return self.observed.snapshot()
@@ -68,7 +75,7 @@ class Rig:
         """Ask this worker and collect the whole answer, or the error."""
         reply = Reply()
         try:
-            async with self.client.ask(fields, worker_id=WORKER_ID) as answer:
+            async with self.client.ask(fields, worker_id=self.worker_id) as answer:
                 async for chunk in answer:
                     reply.chunks.append(chunk)
                     reply.times.append(trio.current_time())
@@ -144,10 +151,15 @@ async def running_worker(
     on_progress: ProgressSink | None = None,
     service_manager: ServiceManager | None = None,
     rng: random.Random | None = None,
+    server: MemoryServer | None = None,
+    worker_id: str = WORKER_ID,
 ) -> AsyncIterator[Rig]:
-    """A worker that serves; at the end it is stopped, and must have left nothing behind."""
-    config = make_config(*overrides)
-    server = MemoryServer(random=random.Random(0), max_payload=max_payload)
+    """A worker that serves; at the end it is stopped, and must have left nothing behind.
+
+    Several on one `server` have an id each.
+    """
+    config = make_config(f"worker.id={worker_id}", *overrides)
+    server = server or MemoryServer(random=random.Random(0), max_payload=max_payload)
     probe = FakeProbe()
     stops_send, stops = trio.open_memory_channel[None](8)
     opened: dict[str, Any] = {}
@@ -155,7 +167,7 @@ async def running_worker(
 
     @asynccontextmanager
     async def open_broker() -> AsyncIterator[Broker]:
-        async with open_memory_broker(server, name="worker") as broker:
+        async with open_memory_broker(server, name=f"worker-{worker_id}") as broker:
             opened["broker"] = broker
             yield broker
 
@@ -178,6 +190,8 @@ async def running_worker(
         opened["observed"] = observed
         ready.set()
 
+    scope = trio.CancelScope()
+
     async def run() -> None:
         try:
             world = World(
@@ -191,11 +205,12 @@ async def running_worker(
                 on_progress=on_progress,
                 service_manager=service_manager,
             )
-            await run_worker(config, world)
+            with scope:
+                await run_worker(config, world)
         finally:
             finished.set()
 
-    async with open_memory_broker(server, name="caller") as caller:
+    async with open_memory_broker(server, name=f"caller-{worker_id}") as caller:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
             if wait_ready:
@@ -212,16 +227,18 @@ async def running_worker(
                 broker=opened["broker"],
                 observed=opened.get("observed"),  # type: ignore[arg-type]
                 finished=finished,
+                worker_id=worker_id,
                 _stops=stops_send,
+                _scope=scope,
             )
             yield rig
             if not finished.is_set():
                 rig.stop()
                 with trio.fail_after(120):
                     await finished.wait()
-        assert not [each for each in server._subscriptions if each.broker is not caller], (
-            "subscriptions are left"
-        )
+        assert not [
+            each for each in server._subscriptions if each.broker is opened.get("broker")
+        ], "subscriptions are left"
     if "observed" in opened:
         snapshot = opened["observed"].snapshot()
         assert snapshot.requests.in_flight == 0

@@ -33,8 +33,8 @@ from trio_worker.errors import (
 )
 from trio_worker.wire import native, subjects
 
-NOBODY_LISTENS_RETRY_S = 0.25
-"""On average: the wait before asking again where no worker listens."""
+RETRY_S = 0.25
+"""On average: the wait before asking again where no worker listens, or an answer has a gap."""
 NOBODY_LISTENS_GRACE_S = 5.0
 """How long it is asked again where no worker listens: a restart that loads a small model."""
 LAST_WORD_S = 1.0
@@ -202,14 +202,21 @@ class Exchange:
             )
         )
 
-    def worker_is_gone(self, why: str, now: float) -> None:
-        """Plan to ask another worker at once, or raise `MessageLost` if that may not be."""
+    def begin_again(self, lost: MessageLost, now: float) -> None:
+        """Plan to ask once more, since a message is missing; raise `lost` if that may not be.
+
+        Whoever calls has sent `cancel_message`, and has to keep what is still said to this attempt
+        apart from what is said to the next one. A worker that lives has a moment to take note.
+        """
+        self._at_work = False
         self._attempts_left -= 1
-        if self._attempts_left > 0 and not self._content_was_handed_out and now < self._deadline:
-            self.resend_at = now
-            self.control_subject = None
-            return
-        raise self._end(MessageLost(why))
+        resend_at = now + RETRY_S * self._rng.uniform(0.5, 1.5)
+        may_be = self._attempts_left > 0 and not self._content_was_handed_out
+        if not may_be or resend_at >= self._deadline:
+            raise self._end(lost)
+        self.ended = False
+        self.resend_at = resend_at
+        self.control_subject = None
 
     def cancel_message(self) -> tuple[str, bytes] | None:
         """The subject and body that end the request; None if no worker can have it.
@@ -226,7 +233,7 @@ class Exchange:
         """Plan to send what nobody has taken, or raise `NoWorker`."""
         if self._nobody_since is None:
             self._nobody_since = now
-        delay_s = NOBODY_LISTENS_RETRY_S * self._rng.uniform(0.5, 1.5)
+        delay_s = RETRY_S * self._rng.uniform(0.5, 1.5)
         if now + delay_s >= min(self._nobody_since + self._grace_s, self._deadline):
             raise self._end(
                 NoWorker(

@@ -164,7 +164,7 @@ class GatewayConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = 1_000
     attempts: Annotated[
         int,
-        Meta(ge=1, le=10, description="how many workers are tried before the first token"),
+        Meta(ge=1, le=10, description="how many workers are tried before anything is sent on"),
     ] = 2
     timeout_ms: Annotated[
         int,

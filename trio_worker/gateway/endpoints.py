@@ -16,14 +16,15 @@ import msgspec
 import trio
 from loguru import logger
 
-from trio_worker.errors import WorkerError
+from trio_worker.errors import RequestTimeout, WorkerError
 from trio_worker.gateway import browsers
 from trio_worker.gateway.answers import STREAM_HEADERS, WHOLE_HEADERS, AnswerWriter
 from trio_worker.gateway.counts import GatewayCounts
 from trio_worker.gateway.directory import Directory
 from trio_worker.gateway.errors import Refused, method_not_allowed, reply_to, unknown_path
 from trio_worker.gateway.fields import Asked, Endpoint, Rules, read_request
-from trio_worker.gateway.forward import Forward, Piece
+from trio_worker.gateway.forward import Forward, Piece, Pieces
+from trio_worker.gateway.joined import JoinedAnswer
 from trio_worker.gateway.key_file import KeyFile
 from trio_worker.gateway.keys import RunningRequests
 from trio_worker.gateway.models import list_body, model_body
@@ -155,26 +156,55 @@ class Api:
                 limits_of=self.directory.limits_of,
             )
             logger.debug("Request for {}, {}", asked.model or "any model", asked.endpoint)
-            with self.forward.ask(asked.fields, request_id=request_id) as pieces:
-                writer = AnswerWriter(asked)
+            with self.forward.ask(
+                asked.fields, request_id=request_id, is_handed_on=asked.stream
+            ) as pieces:
                 if not asked.stream:
-                    piece = await anext(pieces)
-                    self.counts.first_byte.observe(trio.current_time() - began_at)
-                    reply_headers = _headers(asked, request_id, piece, WHOLE_HEADERS)
-                    return Answer(headers=reply_headers, body=writer.whole(piece.body))
-                has_begun = False
-                async for piece in pieces:
-                    if has_begun and piece.is_opening:
-                        continue  # Another worker has taken the request over.
-                    if not has_begun:
-                        cors = browsers.cors_headers(headers, origins=self.cors_origins)
-                        kind = {**STREAM_HEADERS, **cors}
-                        exchange.begin(200, _headers(asked, request_id, piece, kind))
-                        self.counts.first_byte.observe(trio.current_time() - began_at)
-                        has_begun = True
-                    write = writer.closing if piece.is_last else writer.event
-                    await exchange.send(write(piece.body))
+                    return await self._whole(asked, pieces, request_id, began_at)
+                await self._stream(exchange, asked, pieces, request_id, began_at)
         return None
+
+    async def _whole(
+        self, asked: Asked, pieces: Pieces, request_id: str, began_at: float
+    ) -> Answer:
+        def begin() -> JoinedAnswer:
+            return JoinedAnswer(
+                is_chat=asked.endpoint is Endpoint.CHAT,
+                has_logprobs=asked.fields.get("logprobs", False) is not False,
+            )
+
+        joined = begin()
+        try:
+            async for piece in pieces:
+                if piece.is_last:
+                    break
+                if piece.is_opening:
+                    joined = begin()
+                joined.add(piece.body)
+        except RequestTimeout as error:
+            if joined.text:
+                error.details["text"] = joined.text
+            raise
+        self.counts.first_byte.observe(trio.current_time() - began_at)
+        headers = _headers(asked, request_id, piece, WHOLE_HEADERS)
+        return Answer(headers=headers, body=AnswerWriter(asked).whole(joined.closing(piece.body)))
+
+    async def _stream(
+        self, exchange: Exchange, asked: Asked, pieces: Pieces, request_id: str, began_at: float
+    ) -> None:
+        writer = AnswerWriter(asked)
+        has_begun = False
+        async for piece in pieces:
+            if has_begun and piece.is_opening:
+                continue  # Another worker has taken the request over.
+            if not has_begun:
+                cors = browsers.cors_headers(exchange.request.headers, origins=self.cors_origins)
+                kind = {**STREAM_HEADERS, **cors}
+                exchange.begin(200, _headers(asked, request_id, piece, kind))
+                self.counts.first_byte.observe(trio.current_time() - began_at)
+                has_begun = True
+            write = writer.closing if piece.is_last else writer.event
+            await exchange.send(write(piece.body))
 
     async def _fail(
         self, exchange: Exchange, error: WorkerError | Refused, request_id: str

@@ -2,12 +2,16 @@
 
 What each message means for the request, and whether it is sent once more, is decided by
 `calling/attempts.py`; here is the waiting that belongs to it. Every wait ends with the caller's
-deadline. Rule: who leaves before the end has told the worker so.
+deadline.
+
+Rule 1: who leaves before the end has told the worker so.
+Rule 2: a worker is always asked for a stream, in which silence tells that it is gone.
+Rule 3: each attempt has an inbox of its own, so that what an earlier one still says is not taken
+for a part of this answer.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +21,13 @@ from typing import Any, Self
 import trio
 
 from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, Exchange, Persistence
-from trio_worker.errors import MessageTooLarge, NoWorker, PayloadTooLarge
-from trio_worker.gateway.inboxes import Inboxes
+from trio_worker.errors import MessageLost, MessageTooLarge, NoWorker, PayloadTooLarge
+from trio_worker.gateway.inboxes import Inbox, Inboxes
 from trio_worker.ports import Broker, Message
 from trio_worker.wire import native
 
 SILENT_S = 20.0
-"""A worker says something in a stream every five seconds, or is gone."""
+"""A worker says something every five seconds, or is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class Piece:
     body: bytes
     worker_id: str
     is_opening: bool
-    """The first of an attempt, which says nothing yet."""
+    """The first of an attempt, which says nothing yet: what came before does not count any more."""
     is_last: bool
 
 
@@ -41,7 +45,7 @@ class Forward:
     """Sends requests over one connection; any number at a time."""
 
     def __init__(self, broker: Broker, inboxes: Inboxes, *, attempts: int) -> None:
-        """`attempts` is how often a request is sent in all, before its first token."""
+        """`attempts` is how often a request is sent in all, before anything of it is handed on."""
         self._broker = broker
         self._inboxes = inboxes
         self._persistence = Persistence(
@@ -50,26 +54,28 @@ class Forward:
         self._rng = random.Random()  # noqa: S311 - spreads retries; no secret
 
     @contextmanager
-    def ask(self, fields: Mapping[str, Any], *, request_id: str) -> Iterator[Pieces]:
+    def ask(
+        self, fields: Mapping[str, Any], *, request_id: str, is_handed_on: bool
+    ) -> Iterator[Pieces]:
         """Send a request; yields its answer, which arrives meanwhile.
 
-        Leaving before the end, also by cancellation, cancels the request at the worker. Raises
-        `NoWorker` where there is no connection, and `PayloadTooLarge`.
+        `is_handed_on` says that its caller gets each piece at once; otherwise the request may be
+        sent again until the last of them. Leaving before the end, also by cancellation, cancels
+        the request at the worker. Raises `NoWorker` where there is no connection, and
+        `PayloadTooLarge`.
         """
         if not self._broker.statistics().connected:
             raise NoWorker("the gateway has no connection to NATS at the moment")
         exchange = Exchange(
-            fields,
+            {**fields, "stream": True},
             request_id=request_id,
             worker_id=None,
             persistence=self._persistence,
             rng=self._rng,
             now=trio.current_time(),
         )
-        with self._inboxes.another() as (inbox, receive):
-            pieces = Pieces(
-                self._broker, exchange, inbox, receive, is_stream=bool(fields.get("stream"))
-            )
+        with self._inboxes.another() as inbox:
+            pieces = Pieces(self._broker, exchange, inbox, is_handed_on=is_handed_on)
             pieces.send()
             try:
                 yield pieces
@@ -81,19 +87,12 @@ class Pieces:
     """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
 
     def __init__(
-        self,
-        broker: Broker,
-        exchange: Exchange,
-        inbox: str,
-        receive: trio.MemoryReceiveChannel[Message],
-        *,
-        is_stream: bool,
+        self, broker: Broker, exchange: Exchange, inbox: Inbox, *, is_handed_on: bool
     ) -> None:
         self._broker = broker
         self._exchange = exchange
         self._inbox = inbox
-        self._receive = receive
-        self._is_stream = is_stream
+        self._is_handed_on = is_handed_on
 
     def __aiter__(self) -> Self:
         return self
@@ -110,15 +109,17 @@ class Pieces:
             if exchange.resend_at is not None:
                 await trio.sleep_until(exchange.resend_at)
                 self.send()
-            message = await self._next_message()
-            if message is None:
-                continue
-            headers = message.headers
-            if not exchange.accept(message.body, headers, message.reply, trio.current_time()):
+            try:
+                message = await self._next_message()
+                headers = message.headers
+                if not exchange.accept(message.body, headers, message.reply, trio.current_time()):
+                    continue
+            except MessageLost as lost:
+                self._begin_again(lost)
                 continue
             is_last = headers.get(native.Header.TERMINAL) is not None
             is_silent = not is_last and native.is_silent(message.body)
-            if not is_silent:
+            if self._is_handed_on and not is_silent:
                 exchange.content_is_handed_out()
             return Piece(
                 body=message.body,
@@ -127,25 +128,28 @@ class Pieces:
                 is_last=is_last,
             )
 
-    async def _next_message(self) -> Message | None:
-        """None if the worker is gone and another one is to be asked."""
+    async def _next_message(self) -> Message:
+        """Raises `MessageLost` if the worker is gone."""
         exchange = self._exchange
-        gone_at = trio.current_time() + SILENT_S if self._is_stream else math.inf
+        gone_at = trio.current_time() + SILENT_S
         with trio.move_on_at(min(gone_at, exchange.gives_up_at)):
-            return await self._receive.receive()
+            return await self._inbox.receive()
         if gone_at >= exchange.gives_up_at:
             raise exchange.give_up()
+        raise MessageLost(f"nothing has come for {SILENT_S:g} s: the worker is gone")
+
+    def _begin_again(self, lost: MessageLost) -> None:
+        """Have the request sent to another worker, or raise `lost` where that may not be."""
         self.cancel()
-        why = f"nothing has come for {SILENT_S:g} s: the worker is gone"
-        exchange.worker_is_gone(why, trio.current_time())
-        return None
+        self._exchange.begin_again(lost, trio.current_time())
+        self._inbox.move()
 
     def send(self) -> None:
         """Send the request now. Raises `PayloadTooLarge`."""
         body = self._exchange.body(trio.current_time())
         try:
             self._broker.publish(
-                Message(subject=self._exchange.subject, body=body, reply=self._inbox)
+                Message(subject=self._exchange.subject, body=body, reply=self._inbox.subject)
             )
         except MessageTooLarge as exc:
             raise PayloadTooLarge(

@@ -19,6 +19,31 @@ MESSAGES_MAX = 8192
 """More than an answer brings while its caller may keep us waiting to send."""
 
 
+class Inbox:
+    """Where the answer to one request comes; made by `Inboxes.another`."""
+
+    def __init__(self, inboxes: Inboxes) -> None:
+        self._inboxes = inboxes
+        self._token, self._messages = inboxes.open()
+
+    @property
+    def subject(self) -> str:
+        return self._inboxes.subject_of(self._token)
+
+    async def receive(self) -> Message:
+        """The next message. Cancelled: nothing is lost."""
+        return await self._messages.receive()
+
+    def move(self) -> None:
+        """Have another subject: what is still said on the old one is heard by nobody."""
+        self.close()
+        self._token, self._messages = self._inboxes.open()
+
+    def close(self) -> None:
+        self._messages.close()
+        self._inboxes.close(self._token)
+
+
 class Inboxes:
     """Its state: the inboxes that are open, by their last token; one a request that runs."""
 
@@ -28,16 +53,24 @@ class Inboxes:
         self._open: dict[str, trio.MemorySendChannel[Message]] = {}
 
     @contextmanager
-    def another(self) -> Iterator[tuple[str, trio.MemoryReceiveChannel[Message]]]:
-        """The subject of a new inbox, and what comes on it while the block runs."""
-        token = next(self._tokens)
-        send, receive = trio.open_memory_channel[Message](MESSAGES_MAX)
-        self._open[token] = send
+    def another(self) -> Iterator[Inbox]:
+        """A new inbox, for as long as the block runs."""
+        inbox = Inbox(self)
         try:
-            with send, receive:
-                yield f"{self._subject}.{token}", receive
+            yield inbox
         finally:
-            del self._open[token]
+            inbox.close()
+
+    def open(self) -> tuple[str, trio.MemoryReceiveChannel[Message]]:
+        token = next(self._tokens)
+        self._open[token], receive = trio.open_memory_channel[Message](MESSAGES_MAX)
+        return token, receive
+
+    def close(self, token: str) -> None:
+        self._open.pop(token).close()
+
+    def subject_of(self, token: str) -> str:
+        return f"{self._subject}.{token}"
 
     def deliver(self, message: Message) -> None:
         """The sink of the one subscription. What comes for a request that has ended is dropped."""
