@@ -18,7 +18,8 @@ PLUMBING = {"core", "errors", "ports", "protocol"}
 EVERYTHING = {
     *PLUMBING,
     *("bench", "calling", "cli", "client", "client_asyncio", "config", "deploy"),
-    *("exception_groups", "flow", "gateway", "http", "launch", "logs", "machine"),
+    *("exception_groups", "flow", "gateway", "http", "launch", "launch_gateway", "launch_nats"),
+    *("logs", "machine"),
     *("monitoring", "nats"),
     *("simulated", "stages", "supervisor", "wire", "worker"),
 }
@@ -58,6 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nats.outbox": {"errors"},
     "nats.parcel": {"errors"},
     "supervisor": {*PLUMBING, "exception_groups", "machine.child_process"},
+    "supervisor.gateway_log": set(),
+    "supervisor.gateway_process": {
+        *("exception_groups", "http.listening", "machine.child_process"),
+    },
     "supervisor.load_patience": set(),
     "supervisor.restart_budget": set(),
     "simulated": {
@@ -89,6 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gateway.serve": {
         *("config", "errors", "exception_groups", "http", "monitoring.prometheus", "ports")
     },
+    "gateway.__main__": {"cli.exit_statuses", "errors", "launch_gateway", "logs"},
     "bench": EVERYTHING,
     "bench.clocked_engine": {"engine.sockets", "protocol"},
     "bench.gateway_process": {"config", "gateway", "http", "logs", "nats"},
@@ -97,6 +103,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench.responder": set(),
     "cli": EVERYTHING,
     "launch": EVERYTHING,
+    "launch_gateway": {
+        *(*PLUMBING, "config", "gateway", "http", "launch_nats", "machine.service_manager"),
+        "supervisor.gateway_process",
+    },
+    "launch_nats": {"config", "nats"},
     "__main__": {"cli"},
 }
 PURE = {
