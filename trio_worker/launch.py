@@ -16,15 +16,14 @@ from typing import Literal, TypeAlias
 
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
+from trio_worker.launch_nats import connect
 from trio_worker.machine.memory_probe import PsutilProbe
 from trio_worker.machine.service_manager import open_service_manager
 from trio_worker.monitoring.http_server import serve_http
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.prometheus import exposition
 from trio_worker.monitoring.stack_sampler import open_stack_sampler
-from trio_worker.nats.broker import open_nats_broker
 from trio_worker.nats.embedded_server import is_loopback, open_nats_server, somebody_listens
-from trio_worker.nats.login import Login
 from trio_worker.ports import Broker, Engine, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
@@ -100,10 +99,10 @@ async def _open_broker(config: Config) -> AsyncIterator[Broker]:
     """A connection to NATS, and around it the embedded server where one is needed."""
     nats, name = config.nats, f"trio-worker {config.worker.id}"
     if await _needs_embedded_server(nats):
-        async with open_nats_server(nats.url), _connect(nats, name=name) as broker:
+        async with open_nats_server(nats.url), connect(nats, name=name) as broker:
             yield broker
     else:
-        async with _connect(nats, name=name) as broker:
+        async with connect(nats, name=name) as broker:
             yield broker
 
 
@@ -111,30 +110,6 @@ async def _needs_embedded_server(nats: NatsConfig) -> bool:
     if nats.embedded == "auto":
         return is_loopback(nats.url) and not await somebody_listens(nats.url)
     return nats.embedded == "always"
-
-
-def _connect(nats: NatsConfig, *, name: str) -> AbstractAsyncContextManager[Broker, bool | None]:
-    return open_nats_broker(
-        nats.url,
-        name=name,
-        login=login_of(nats),
-        connect_timeout_s=nats.connect_timeout_ms / 1000,
-    )
-
-
-def login_of(nats: NatsConfig) -> Login:
-    """What identifies this worker, or a caller, to the server."""
-    tls = nats.tls
-    return Login(
-        user=nats.user,
-        password=nats.password,
-        token=nats.token,
-        credentials_file=nats.credentials_file,
-        nkey_seed_file=nats.nkey_seed_file,
-        ca_file=tls.ca_file if tls else None,
-        cert_file=tls.cert_file if tls else None,
-        key_file=tls.key_file if tls else None,
-    )
 
 
 def _open_engine(

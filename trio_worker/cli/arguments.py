@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trio_worker.config import Config, Loaded, load_with_sources
+from trio_worker.logs import FORMATS, LEVELS
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
 """What each command adds its parser to."""
@@ -45,3 +46,14 @@ def loaded_with_sources(args: argparse.Namespace) -> Loaded:
 def add_engine(parser: argparse.ArgumentParser, *, explanation: str | None = None) -> None:
     """`--engine`, as `trio_worker.launch` takes it."""
     parser.add_argument("--engine", choices=("mlx", "simulated"), default="mlx", help=explanation)
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    """`--log-format` and `--log-level`, as `set_up_logging` takes them."""
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default="auto",
+        help="auto: JSON under systemd and launchd, for people otherwise",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info")

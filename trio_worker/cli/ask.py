@@ -21,7 +21,7 @@ from trio_worker.client import open_client
 from trio_worker.config import Config
 from trio_worker.errors import ExitStatus, NoWorker, WorkerError
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.launch import login_of
+from trio_worker.launch_nats import login_of
 from trio_worker.logs import set_up_logging
 
 

@@ -12,13 +12,13 @@ import psutil
 import trio
 from loguru import logger
 
-from trio_worker.cli.arguments import Commands, add_config, add_engine, loaded_config
+from trio_worker.cli.arguments import Commands, add_config, add_engine, add_logging, loaded_config
 from trio_worker.cli.show_answer import show_answer
 from trio_worker.client import Client
 from trio_worker.config import Config, warnings_about
 from trio_worker.errors import ExitStatus, WorkerError
 from trio_worker.launch import launch
-from trio_worker.logs import FORMATS, LEVELS, Terminal, set_up_logging
+from trio_worker.logs import Terminal, set_up_logging
 from trio_worker.ports import Broker
 
 HELLO = "What is the capital of France?"
@@ -34,13 +34,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--hello", action="store_true", help="ask one question over NATS once the worker is ready"
     )
-    parser.add_argument(
-        "--log-format",
-        choices=FORMATS,
-        default="auto",
-        help="auto: JSON under systemd and launchd, for people otherwise",
-    )
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    add_logging(parser)
     parser.set_defaults(command=_run)
 
 
