@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trio_worker.config.hosts import is_loopback
 from trio_worker.gateway.browsers import (
     cors_headers,
-    is_loopback,
     preflight_headers,
     require_json,
     require_own_name,

@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deploy": {"config", "errors"},
     "gateway": {"core", "errors", "wire"},
     "gateway.page": set(),
+    "gateway.browsers": {"config.hosts"},
     "gateway.counts": {"monitoring.metrics"},
     "gateway.directory": {"ports"},
     "gateway.endpoints": {"errors", "http", "ports"},

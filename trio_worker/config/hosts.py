@@ -7,7 +7,9 @@ import ipaddress
 
 def is_loopback(host: str) -> bool:
     """Whether nobody but this machine reaches `host`, a name or an address."""
+    if host.lower() == "localhost":
+        return True
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

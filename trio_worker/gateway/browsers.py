@@ -8,9 +8,9 @@ that question is no unless the origin is listed; and a name that somebody points
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping, Sequence
 
+from trio_worker.config.hosts import is_loopback
 from trio_worker.gateway.errors import Refusal, Refused
 
 ANY_ORIGIN = "*"
@@ -23,16 +23,6 @@ _ASKED_AGAIN_AFTER_S = 600
 """How long a browser may remember what it may do."""
 _NAME_IN_CONTAINERS = "host.docker.internal"
 """What containers call this machine; like localhost, nobody can point it elsewhere."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches `host`, a name or an address."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def require_own_name(headers: Mapping[str, str]) -> None:

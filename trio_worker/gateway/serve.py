@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 import trio
 
 from trio_worker.config import GatewayConfig
+from trio_worker.config.hosts import is_loopback
 from trio_worker.errors import WorkerFault
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.gateway.browsers import is_loopback
 from trio_worker.gateway.counts import GatewayCounts
 from trio_worker.gateway.directory import Directory
 from trio_worker.gateway.endpoints import Api
