@@ -82,6 +82,26 @@ async def test_the_other_ends_end_is_told_to_who_receives_and_to_who_sends(
         stream.send_now(LARGE)
 
 
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+async def test_the_end_of_a_line_is_told_once_also_while_much_is_unsent(
+    pair: tuple[FrameStream, socket.socket], whose: str
+) -> None:
+    stream, theirs = pair
+    stream.send_now(LARGE)
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(trio.ClosedResourceError if whose == "ours" else HungUp):
+                await stream.receive()
+
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        if whose == "ours":
+            stream.close()
+        else:
+            theirs.close()
+
+
 async def test_closing_ends_a_wait_for_a_frame_and_every_later_one(
     pair: tuple[FrameStream, socket.socket],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -95,10 +96,15 @@ class FrameStream:
         """Both at once: the other side may read no more before what it has written is read."""
         with sole_exceptions():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.flush)
+                nursery.start_soon(self._flush_until_closed)
                 frame = await self._receive()
                 nursery.cancel_scope.cancel(reason="a frame has come")
         return frame
+
+    async def _flush_until_closed(self) -> None:
+        """The end of the line is told by who receives, once."""
+        with suppress(trio.ClosedResourceError, HungUp):
+            await self.flush()
 
     def _read(self) -> bool:
         """Take in what has come; False if nothing has."""
