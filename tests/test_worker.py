@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import msgspec
 import pytest
 import trio
 from support.worker_rig import WORKER_ID, Reply, Rig, decode, running_worker, subject_of
 from trio.testing import MockClock
+from trio_util import AsyncValue
 
 from trio_worker.errors import WorkerFault
 from trio_worker.ports import Message
 from trio_worker.simulated.batch import answer_tokens, word
 from trio_worker.simulated.engine import Faults
+from trio_worker.simulated.service_manager import MemoryServiceManager
 
 
 async def ask_all(rig: Rig, requests: list[dict[str, object]]) -> list[Reply]:
@@ -869,6 +874,40 @@ async def test_a_stop_while_the_model_loads_ends_the_worker_at_once(
         rig.stop()
         await rig.finished.wait()
         assert trio.current_time() - began < 1.0
+
+
+async def test_the_gateway_drains_with_the_worker_which_waits_for_it_and_lives_meanwhile(
+    autojump_clock: MockClock,
+) -> None:
+    """It may have answers of other workers under way, and uses this one's nats-server."""
+    told = MemoryServiceManager()
+    course: list[str] = []
+
+    @asynccontextmanager
+    async def open_gateway(stops: AsyncValue[int]) -> AsyncIterator[None]:
+        async def drain() -> None:
+            await stops.wait_value(1)
+            course.append(f"drains at {trio.current_time() - began:.0f}")
+            await trio.sleep(20)
+            course.append("has drained")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            yield
+
+    overrides = ("worker.drain_timeout_ms=1000", "gateway.drain_timeout_ms=25000")
+    async with running_worker(*overrides, open_gateway=open_gateway, service_manager=told) as rig:
+        began = trio.current_time()
+        rig.stop()
+        await trio.sleep(19)
+        assert course == ["drains at 0"]
+        assert rig.observed.liveness().ok
+        assert rig.broker.statistics().connected
+        await rig.finished.wait()
+        assert course == ["drains at 0", "has drained"]
+        assert trio.current_time() - began == pytest.approx(20, abs=1)
+    extended = [each.at - began for each in told.notices if each.stopping and each.extend_timeout_s]
+    assert max(extended) > 15, "systemd knows that it takes longer than the worker's own drain"
 
 
 async def test_a_request_that_arrives_in_the_drain_is_told_so(autojump_clock: MockClock) -> None:

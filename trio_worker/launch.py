@@ -29,6 +29,7 @@ from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
 from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
 from trio_worker.supervisor.engine_process import open_engine
+from trio_worker.supervisor.gateway_process import GatewayProcess
 from trio_worker.worker import World, run_worker
 
 COLLECT_EVERY = 5_000
@@ -45,12 +46,14 @@ async def launch(
     engine_program: Sequence[str] = ENGINE_PROGRAM,
     stops: AsyncIterable[object],
     on_progress: ProgressSink | None = None,
+    gateway: GatewayProcess | None = None,
     greet: Callable[[Broker], Awaitable[None]] | None = None,
     on_ready: Callable[[Observed], None] | None = None,
 ) -> None:
     """Run a worker on real edges; returns, and raises, as `run_worker` does.
 
-    `engine_program` is what serves as the engine's process, unless it is simulated.
+    `engine_program` is what serves as the engine's process, unless it is simulated. `gateway` is
+    what takes requests over HTTP beside the worker.
 
     Takes the variables of the service manager out of the environment before a child process
     could inherit them.
@@ -77,6 +80,7 @@ async def launch(
             rng=random.SystemRandom(),
             wall_clock=time.time,
             serve_http=partial(serve_http, exposition=exposition),
+            open_gateway=None if gateway is None else gateway.running,
             greet=greet,
             on_ready=ready,
             on_progress=on_progress,

@@ -7,6 +7,7 @@
         └ services           cancelled when `requests` is empty; a crash here cancels all below
           ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, run_service,
           │ run_pulse, serve_http
+          ├ gateway          HTTP in a process of its own: drains from the stop on, is waited for
           └ requests         at drain: deadline = now + drain_timeout
             ├ respond(r)     one per admitted request; scope = the request's deadline
             └ intake         left when everything that had arrived is answered or admitted
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterable, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -86,6 +87,10 @@ class World:
     wall_clock: Callable[[], float]
     """Seconds since the epoch, for people to read."""
     serve_http: ServeHttp | None = None
+    open_gateway: Callable[[AsyncValue[int]], AbstractAsyncContextManager[None]] | None = None
+    """What takes requests over HTTP beside the worker, for as long as the block. It is given how
+    often the worker has been asked to stop, and acts on that as the worker does; leaving waits for
+    its end."""
     service_manager: ServiceManager | None = None
     standing: Standing | None = None
     """Given by who has more to tell the service manager, such as the progress of the load."""
@@ -119,6 +124,13 @@ class _Worker:
     @property
     def drain_timeout_s(self) -> float:
         return self.config.worker.drain_timeout_ms / 1000
+
+    @property
+    def longest_drain_s(self) -> float:
+        """Of the worker and of the gateway beside it, which drain at the same time."""
+        if self.world.open_gateway is None:
+            return self.drain_timeout_s
+        return max(self.drain_timeout_s, self.config.gateway.drain_timeout_ms / 1000)
 
 
 async def run_worker(config: Config, world: World) -> None:
@@ -158,7 +170,7 @@ async def run_worker(config: Config, world: World) -> None:
 
 async def _serve(worker: _Worker) -> None:
     """The tasks of a worker, from the first to the last."""
-    world, door = worker.world, worker.serving.door
+    world = worker.world
     async with trio.open_nursery() as services:
         services.start_soon(_run_batcher, worker)
         services.start_soon(_run_monitor, worker)
@@ -169,28 +181,35 @@ async def _serve(worker: _Worker) -> None:
         if world.serve_http is not None and worker.config.worker.monitoring.port is not None:
             await services.start(_serve_http, worker, world.serve_http)
         services.start_soon(_run_reporter, worker)
-        info = await _wait_loaded(worker)
-        send, receive = open_intake_buffer()
-        control = Control(worker.broker, door, worker.config.nats.reply_prefixes)
-        await services.start(_run_control, worker, control, send.clone())
-        await services.start(_run_service, worker, info)
-        async with trio.open_nursery() as requests:
-            async with trio.open_nursery() as intake:
-                await intake.start(_run_intake, worker, requests, (send, receive), control)
-                services.start_soon(worker.standing.follow, door.state)
-                _say_ready(worker, info)
-                if world.greet is not None:
-                    services.start_soon(world.greet, worker.broker)
-                await worker.stops.wait_value(_once)
-                # To cancel a nursery that has been left changes nothing.
-                services.start_soon(_cut_short, worker.stops, requests.cancel_scope)  # noqa: ASYNC111
-                _begin_drain(worker)
-            # Intake has ended: nothing comes in any more. What has no token yet goes.
-            _end_without_a_token(door)
-            # What runs may finish; at the deadline the rest ends with WORKER_DRAINING.
-            requests.cancel_scope.deadline = trio.current_time() + worker.drain_timeout_s
-        logger.info("Drained")
+        async with _gateway(worker):
+            await _serve_requests(worker, services)
         services.cancel_scope.cancel(reason="drained")
+
+
+async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
+    """From the loaded model to the last answer of the drain."""
+    world, door = worker.world, worker.serving.door
+    info = await _wait_loaded(worker)
+    send, receive = open_intake_buffer()
+    control = Control(worker.broker, door, worker.config.nats.reply_prefixes)
+    await services.start(_run_control, worker, control, send.clone())
+    await services.start(_run_service, worker, info)
+    async with trio.open_nursery() as requests:
+        async with trio.open_nursery() as intake:
+            await intake.start(_run_intake, worker, requests, (send, receive), control)
+            services.start_soon(worker.standing.follow, door.state)
+            _say_ready(worker, info)
+            if world.greet is not None:
+                services.start_soon(world.greet, worker.broker)
+            await worker.stops.wait_value(_once)
+            # To cancel a nursery that has been left changes nothing.
+            services.start_soon(_cut_short, worker.stops, requests.cancel_scope)  # noqa: ASYNC111
+            _begin_drain(worker)
+        # Intake has ended: nothing comes in any more. What has no token yet goes.
+        _end_without_a_token(door)
+        # What runs may finish; at the deadline the rest ends with WORKER_DRAINING.
+        requests.cancel_scope.deadline = trio.current_time() + worker.drain_timeout_s
+    logger.info("Drained")
 
 
 async def _wait_loaded(worker: _Worker) -> EngineInfo:
@@ -211,6 +230,11 @@ def _say_ready(worker: _Worker, info: EngineInfo) -> None:
     worker.standing.serving(worker.observed)
     if worker.world.on_ready is not None:
         worker.world.on_ready(worker.observed)
+
+
+def _gateway(worker: _Worker) -> AbstractAsyncContextManager[None]:
+    open_gateway = worker.world.open_gateway
+    return nullcontext() if open_gateway is None else open_gateway(worker.stops)
 
 
 # --- how it stops ---------------------------------------------------------------------------
@@ -242,7 +266,7 @@ async def _stop_while_loading(
 
 
 def _begin_drain(worker: _Worker) -> None:
-    worker.standing.stopping(worker.drain_timeout_s)
+    worker.standing.stopping(worker.longest_drain_s)
     logger.info("Draining: {} requests in flight", len(worker.serving.admission.in_flight))
     worker.serving.door.close()
 

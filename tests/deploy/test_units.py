@@ -173,6 +173,19 @@ def test_times_and_memory_follow_the_configuration(user: str | None) -> None:
     assert found.get("User", found.get("DynamicUser")) == [user or "yes"]
 
 
+def test_a_stop_may_take_as_long_as_the_drain_of_the_gateway_beside_the_worker() -> None:
+    longer = "gateway.drain_timeout_ms=90500"
+    assert unit_of(longer).stop_s == 30 + STOP_MARGIN_S
+    assert unit_of(longer, "gateway.port=8000").stop_s == 91 + STOP_MARGIN_S
+
+
+def test_the_file_of_keys_is_among_what_the_service_has_to_read() -> None:
+    keys = Path("/etc/trio-worker/keys")
+    given = f"gateway.keys_file={keys}"
+    assert keys in unit_of(given, "gateway.port=8000").paths
+    assert keys not in unit_of(given).paths
+
+
 def test_a_small_limit_leaves_room_for_the_worker_itself() -> None:
     unit = unit_of(
         "worker.resource_limits.max_memory_mb=100", "worker.resource_limits.critical_memory_mb=200"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import trio
+from trio_util import AsyncValue
 
 from trio_worker.client import Chunk, Client
 from trio_worker.config import Config, load_config
@@ -150,6 +151,7 @@ async def running_worker(
     engine_options: Mapping[str, Any] | None = None,
     on_progress: ProgressSink | None = None,
     service_manager: ServiceManager | None = None,
+    open_gateway: Callable[[AsyncValue[int]], AbstractAsyncContextManager[None]] | None = None,
     rng: random.Random | None = None,
     server: MemoryServer | None = None,
     worker_id: str = WORKER_ID,
@@ -204,6 +206,7 @@ async def running_worker(
                 on_ready=on_ready,
                 on_progress=on_progress,
                 service_manager=service_manager,
+                open_gateway=open_gateway,
             )
             with scope:
                 await run_worker(config, world)

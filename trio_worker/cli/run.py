@@ -13,13 +13,16 @@ import trio
 from loguru import logger
 
 from trio_worker.cli.arguments import Commands, add_config, add_engine, add_logging, loaded_config
+from trio_worker.cli.ask_over_http import how_to_ask_over_http
 from trio_worker.cli.show_answer import show_answer
 from trio_worker.client import Client
 from trio_worker.config import Config, warnings_about
 from trio_worker.errors import ExitStatus, WorkerError
 from trio_worker.launch import launch
+from trio_worker.launch_gateway import gateway_beside
 from trio_worker.logs import Terminal, set_up_logging
 from trio_worker.ports import Broker
+from trio_worker.supervisor.gateway_process import GatewayProcess
 
 HELLO = "What is the capital of France?"
 
@@ -45,11 +48,14 @@ def _run(args: argparse.Namespace) -> int:
     config = loaded_config(args)
     for warning in warnings_about(config, total_memory_bytes=psutil.virtual_memory().total):
         logger.warning("{}", warning)
-    trio.run(_serve, config, args, terminal)
+    gateway = gateway_beside(config, log_level=args.log_level)
+    trio.run(_serve, config, args, terminal, gateway)
     return ExitStatus.OK
 
 
-async def _serve(config: Config, args: argparse.Namespace, terminal: Terminal) -> None:
+async def _serve(
+    config: Config, args: argparse.Namespace, terminal: Terminal, gateway: GatewayProcess | None
+) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         try:
             await launch(
@@ -58,13 +64,14 @@ async def _serve(config: Config, args: argparse.Namespace, terminal: Terminal) -
                 stops=signals,
                 on_progress=terminal.progress,
                 on_ready=lambda _: terminal.end_progress(),
-                greet=partial(_hello, config) if args.hello else None,
+                gateway=gateway,
+                greet=partial(_hello, config, gateway) if args.hello else None,
             )
         finally:
             terminal.end_progress()
 
 
-async def _hello(config: Config, broker: Broker) -> None:
+async def _hello(config: Config, gateway: GatewayProcess | None, broker: Broker) -> None:
     """Ask one question as any caller would, show the answer, and say how to ask more."""
     request = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 64}
     sys.stdout.write(f"\n> {HELLO}\n")
@@ -76,6 +83,8 @@ async def _hello(config: Config, broker: Broker) -> None:
         "\nAsk from another terminal:\n"
         '  uv run just ask "Why is the sky blue?"    or    '
         f'trio-worker ask --url {config.nats.url} "…"\n'
-        "Ctrl-C stops the worker.\n\n"
     )
+    if gateway is not None:
+        sys.stdout.write(how_to_ask_over_http(config, gateway.address))
+    sys.stdout.write("Ctrl-C stops the worker.\n\n")
     sys.stdout.flush()

@@ -48,7 +48,10 @@ class Unit:
 
     @property
     def stop_s(self) -> int:
-        return STOP_MARGIN_S + -(-self.config.worker.drain_timeout_ms // 1000)
+        gateway, longest_ms = self.config.gateway, self.config.worker.drain_timeout_ms
+        if gateway.port is not None:
+            longest_ms = max(longest_ms, gateway.drain_timeout_ms)
+        return STOP_MARGIN_S + -(-longest_ms // 1000)
 
     @property
     def memory_max_mb(self) -> int:
@@ -146,6 +149,8 @@ def _files(config: Config) -> list[str]:
     if config.nats.tls is not None:
         tls = config.nats.tls
         found += [each for each in (tls.ca_file, tls.cert_file) if each is not None]
+    if config.gateway.port is not None and config.gateway.keys_file is not None:
+        found.append(config.gateway.keys_file)
     if Path(config.worker.model).exists():
         found.append(config.worker.model)
     return found
