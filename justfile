@@ -10,10 +10,10 @@ export PYTHONDONTWRITEBYTECODE := ""
 @default:
     "{{ just_executable() }}" --justfile "{{ justfile() }}" --list
 
-# run a worker on this machine, NATS included, and ask it one question: just run --set worker.id=one
+# run a worker on this machine, NATS and HTTP included, and ask it one question: just run --set worker.id=one
 [no-exit-message]
 @run *args:
-    exec "{{ uv }}" run trio-worker run --config cluster.yaml --hello "$@"
+    exec "{{ uv }}" run trio-worker run --config cluster.yaml --hello --set gateway.port=8000 "$@"
 
 # ask a running worker: just ask "Why is the sky blue?" --stream
 [no-exit-message]

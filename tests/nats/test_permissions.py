@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 from support.commands import RunningCommand, command, running_command, until
+from support.gateway_commands import address_in, ask, running_gateway
 from support.nats_fixtures import NatsServer, running_server
 from support.paths import DOCS
 
@@ -140,6 +141,24 @@ async def test_everybody_does_their_work_and_the_server_refuses_nothing(
         async with running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as second:
             assert await second.wait_exit(20) == 78
         assert "worker.id" in second.log.read_text()
+    assert violations(server) == []
+
+
+async def test_a_gateway_asks_and_cancels_for_whoever_calls_it(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    login = ("--set", "nats.user=gateway", "--set", "nats.password=secret-gateway")
+    inboxes = ("--set", "nats.reply_prefixes=[_INBOX.gateway.]")
+    async with (
+        running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as worker,
+        running_gateway(tmp_path, server.url, *login, *inboxes) as (_, log),
+    ):
+        await worker.wait_ready()
+        address = await address_in(log)
+        assert (await ask(address))[0] == 200
+        with trio.move_on_after(1):
+            await ask(address, max_tokens=1000, timeout_ms=500)
+        await worker.until_stats(lambda stats: not stats["requests"]["in_flight"], within_s=5)
     assert violations(server) == []
 
 
