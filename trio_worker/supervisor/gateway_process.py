@@ -88,7 +88,7 @@ class GatewayProcess:
                 await nursery.start(self._supervise, stops)
                 yield
 
-    async def _supervise(
+    async def _supervise(  # noqa: ASYNC128 - what it calls reports the start
         self, stops: AsyncValue[int], *, task_status: trio.TaskStatus[None]
     ) -> None:
         try:
