@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -24,7 +25,7 @@ from trio_worker.http.exchange import Endpoint, Exchange
 from trio_worker.http.limits import Limits
 from trio_worker.http.listening import open_listeners
 from trio_worker.http.messages import Answer
-from trio_worker.http.server import serve
+from trio_worker.http.server import PLACE_S, serve
 
 GET = "GET / HTTP/1.1\nHost: w\n\n"
 
@@ -47,14 +48,21 @@ async def call(port: int) -> Caller:
 
 
 async def test_a_thousand_callers_at_a_time_are_answered_and_one_more_is_told_so() -> None:
-    async with serving(say_hello) as port:
-        callers: list[Caller] = []
+    callers: list[Caller] = []
+    released = trio.Event()
+
+    async def answer_slowly(exchange: Exchange) -> None:
+        exchange.begin(200, {})
+        await exchange.send(b"one")
+        await released.wait()
+
+    async with serving(answer_slowly) as port:
 
         async def ask() -> None:
             caller = await call(port)
             callers.append(caller)
             await caller.send(GET)
-            assert (await caller.hear()).status == 200
+            assert (await caller.stream.receive_some(12)) == b"HTTP/1.1 200"
 
         with trio.fail_after(30):
             for _ in range(10):
@@ -71,8 +79,58 @@ async def test_a_thousand_callers_at_a_time_are_answered_and_one_more_is_told_so
             await callers.pop().stream.aclose()
             await trio.testing.wait_all_tasks_blocked(0.01)
             await ask()
+        released.set()
         for caller in callers:
             await caller.stream.aclose()
+
+
+async def test_a_thousand_idle_connections_keep_nobody_out() -> None:
+    """The one that has been idle for longest makes room."""
+    async with serving(say_hello) as port:
+        with trio.fail_after(30):
+            idle = [await call(port) for _ in range(1000)]
+            await idle[0].send(GET)
+            assert (await idle[0].hear()).status == 200
+            more = [await call(port) for _ in range(3)]
+            for caller in more:
+                await caller.send(GET)
+                assert (await caller.hear()).status == 200
+            for caller in idle[1:4]:
+                assert await caller.is_closed()
+            for caller in (idle[0], idle[4], idle[-1]):
+                await caller.send(GET)
+                assert (await caller.hear()).status == 200
+        for caller in (*idle, *more):
+            await caller.stream.aclose()
+
+
+async def test_who_waits_for_the_place_of_one_that_is_asked_after_all_is_turned_away(
+    autojump_clock: MockClock,
+) -> None:
+    """And is closed when a drain begins meanwhile."""
+    pairs = [trio.socket.socketpair() for _ in range(3)]
+    ours = [trio.SocketStream(pair[0]) for pair in pairs]
+    listener: Any = Accepting(*(trio.SocketStream(pair[1]) for pair in pairs))
+    drain = Drain()
+
+    async def answer_slowly(exchange: Exchange) -> None:
+        await trio.sleep_forever()
+
+    limits = replace(LIMITS, connections=1)
+    with mock.patch.object(drain, "end_longest_idle", return_value=True):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                partial(serve, answer_slowly, [listener], limits=limits, drain=drain)
+            )
+            await Caller(ours[0]).send(GET)
+            heard = await Caller(ours[1]).hear()
+            assert heard.status == 503
+            assert trio.current_time() == pytest.approx(PLACE_S, abs=0.1)
+            await trio.sleep(PLACE_S / 2)
+            await ours[0].aclose()
+            drain.begin()
+    for stream in ours:
+        await stream.aclose()
 
 
 async def test_a_drain_ends_listening_at_once_and_answers_in_their_time() -> None:

@@ -115,14 +115,31 @@ async def test_idle_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(http_server, "LIMITS", replace(LIMITS, connections=2, half_closed_s=0.01))
     async with (
         loopback.serving(FakeWorker()) as port,
-        await trio.open_tcp_stream("127.0.0.1", port),
         await trio.open_tcp_stream("127.0.0.1", port) as idle,
-        await trio.open_tcp_stream("127.0.0.1", port) as refused,
+        await trio.open_tcp_stream("127.0.0.1", port) as busy,
+    ):
+        await busy.send_all(loopback.request("GET", "/events", "*/*"))
+        assert await busy.receive_some(1)
+        assert (await loopback.get(port, "/livez"))[0] == 200
+        with trio.fail_after(5):
+            assert await idle.receive_some(1) == b"", "it has made room"
+
+
+async def test_busy_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "LIMITS", replace(LIMITS, connections=2, half_closed_s=0.01))
+    async with (
+        loopback.serving(FakeWorker()) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as busy,
+        await trio.open_tcp_stream("127.0.0.1", port) as leaving,
     ):
         with trio.fail_after(5):
-            assert (await refused.receive_some(1000)).startswith(b"HTTP/1.1 503")
-            assert await refused.receive_some(1) == b""
-        await idle.aclose()
+            for stream in (busy, leaving):
+                await stream.send_all(loopback.request("GET", "/events", "*/*"))
+                assert await stream.receive_some(1)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as refused:
+                assert (await refused.receive_some(1000)).startswith(b"HTTP/1.1 503")
+                assert await refused.receive_some(1) == b""
+        await leaving.aclose()
         assert await loopback.get_when_free(port, "/livez") == 200
 
 
@@ -170,11 +187,15 @@ async def test_a_connection_that_polls_is_cut_after_its_minute(autojump_clock: M
 async def test_a_thirty_third_connection_is_closed_at_once(autojump_clock: MockClock) -> None:
     async with virtual.serving(FakeWorker()) as connect:
         held = [await connect() for _ in range(32)]
+        asked = virtual.request("/livez")
+        for stream in held:
+            # None is idle, so none makes room.
+            await stream.send_all(asked[:9])
         async with await connect() as one_more:
             began = trio.current_time()
             assert await virtual.until_cut(one_more) == began
         for stream in held:
-            await stream.send_all(virtual.request("/livez"))
+            await stream.send_all(asked[9:])
             assert (await stream.receive_some(100)).startswith(b"HTTP/1.1 200")
         await virtual.until_said(held[0])
         await held[0].aclose()

@@ -13,9 +13,9 @@ class Drain:
 
     def __init__(self) -> None:
         self._begun = trio.Event()
-        # One a connection, so bounded as they are. An event to race against would cost a nursery
-        # and a task for every request.
-        self._idle: set[trio.CancelScope] = set()
+        # One a connection, so bounded as they are; the one that has waited longest is the first.
+        # An event to race against would cost a nursery and a task for every request.
+        self._idle: dict[trio.CancelScope, None] = {}
 
     @property
     def is_begun(self) -> bool:
@@ -27,6 +27,14 @@ class Drain:
         for scope in self._idle:
             scope.cancel(reason="the server ends")
 
+    def end_longest_idle(self) -> bool:
+        """Close the connection that has been idle for longest; whether there was one."""
+        for scope in self._idle:
+            del self._idle[scope]
+            scope.cancel(reason="another one needs the place")
+            return True
+        return False
+
     async def wait_begun(self) -> None:
         await self._begun.wait()
 
@@ -36,8 +44,8 @@ class Drain:
         with trio.move_on_after(idle_s) as scope:
             if self.is_begun:
                 scope.cancel(reason="the server ends")
-            self._idle.add(scope)
+            self._idle[scope] = None
             try:
                 yield scope
             finally:
-                self._idle.discard(scope)
+                self._idle.pop(scope, None)

@@ -11,7 +11,7 @@ class Limits:
     """How much, and how long. The defaults are for an address that many callers use at a time."""
 
     connections: int = 1000
-    """At a time; another one is answered 503 and closed."""
+    """At a time; another one gets the place of an idle one, or is answered 503 and closed."""
     head_bytes: int = 32 * 1024
     """Request line and headers; what is one read longer may still be taken."""
     body_bytes: int = 1_000_000

@@ -22,6 +22,8 @@ ACCEPT_RETRY_S = 0.1
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 """Seconds of silence before the system asks whether a caller is still there (Linux's name and
 macOS's), seconds between asking again, and how often."""
+PLACE_S = 1.0
+"""How long a new caller waits for the place of an idle one, which leaves at its next step."""
 READ_BYTES = 64 * 1024
 
 
@@ -66,7 +68,9 @@ async def serve(
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(_accept, listener, places, connections, serve_stream)
+                    accepting.start_soon(
+                        _accept, listener, places, drain, connections, serve_stream
+                    )
                 task_status.started()
                 await drain.wait_begun()
                 accepting.cancel_scope.cancel(reason="the server ends")
@@ -79,6 +83,7 @@ async def serve(
 async def _accept(
     listener: trio.SocketListener,
     places: trio.CapacityLimiter,
+    drain: Drain,
     connections: trio.Nursery,
     serve_stream: Callable[[trio.SocketStream], Awaitable[None]],
 ) -> None:
@@ -95,12 +100,31 @@ async def _accept(
             continue
         is_short = False
         try:
-            places.acquire_on_behalf_of_nowait(stream)
-        except trio.WouldBlock:
+            has_place = await _find_place(stream, places, drain)
+        except trio.Cancelled:
+            stream.socket.close()
+            raise
+        if has_place:
+            _keep_alive(stream)
+            connections.start_soon(serve_stream, stream)
+        else:
             _turn_away(stream)
-            continue
-        _keep_alive(stream)
-        connections.start_soon(serve_stream, stream)
+
+
+async def _find_place(
+    stream: trio.SocketStream, places: trio.CapacityLimiter, drain: Drain
+) -> bool:
+    """Take a place for a connection, if need be that of one that has nothing to do; false: none."""
+    with suppress(trio.WouldBlock):
+        places.acquire_on_behalf_of_nowait(stream)
+        return True
+    if not drain.end_longest_idle():
+        return False
+    # It may have been asked something at this very moment, and then does not leave.
+    with trio.move_on_after(PLACE_S):
+        await places.acquire_on_behalf_of(stream)
+        return True
+    return False
 
 
 def _turn_away(stream: trio.SocketStream) -> None:
