@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 import trio_asyncio
+from hypothesis import example, given
+from hypothesis import strategies as st
+from nats.aio.client import Client
 from support.broker_conformance import PATIENCE_S, Inbox
 from support.nats_fixtures import (
     NatsServer,
@@ -74,6 +77,23 @@ async def test_what_another_client_sends_costs_that_message_at_most(
         assert inbox.bodies[-1] == b"and on"
         assert broker.statistics().reconnects == 0
         assert server.lines == [line]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=12),
+            st.text(alphabet=": \t\x0b\x1c\xa0\u2003AZaz-é\r\n\0", max_size=12).map(str.encode),
+        ),
+        max_size=6,
+    )
+)
+@example([b"Worker-Id: w-1", b"Sequence:12", b" Note \t:\x0b a: b\x0c", b"", b"no colon"])
+@example([b"two words: 1", b"\xc3\xa9: 1", b"a\x1fb: 1", b"cut: \xe2\x82", b"kept: \xc2\xa0x\x1c"])
+async def test_headers_are_read_as_nats_py_reads_them(lines: list[bytes]) -> None:
+    raw = b"\r\n".join(lines)
+    expected = {name: value for name, value in Client._parse_header_lines(raw).items() if name}
+    assert MendedClient._parse_header_lines(raw) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from nats.protocol.parser import Parser
 _LINE_BYTES = 64 * 1024
 """The longest control line taken from the server; an INFO of a large cluster fits."""
 
+_WHITE_SPACE = " \t\r\n\x0b\x0c"
+"""Of ASCII, around the name and the value of a header."""
+
 
 class PlainServer(nats_errors.Error):  # type: ignore[misc]
     """The server does not offer the TLS that is configured."""
@@ -208,6 +211,19 @@ class MendedClient(Client):  # type: ignore[misc]
             await super()._process_msg(*args)
         except (ValueError, IndexError) as exc:
             await self._error_cb(nats_errors.Error(f"a malformed message was ignored: {exc!r}"))
+
+    @staticmethod
+    def _parse_header_lines(raw: bytes) -> dict[str, str]:
+        # Not a mend: nats-py's looks at each character of each name, which is a fifth of what
+        # receiving a message of an answer costs. The outcome is the same:
+        # test_headers_are_read_as_nats_py_reads_them.
+        headers: dict[str, str] = {}
+        for line in raw.decode(errors="replace").split("\r\n"):
+            name, colon, value = line.partition(":")
+            name = name.strip(_WHITE_SPACE)
+            if colon and name.isascii() and name.split() == [name]:
+                headers[name] = value.strip(_WHITE_SPACE)
+        return headers
 
     # --- the end of a connection --------------------------------------------------------------
 
