@@ -20,12 +20,12 @@ from support.gateway_rig import (
     send,
     text_of,
 )
-from support.http_calls import calling
+from support.http_calls import Heard, calling
 from support.worker_rig import running_worker
 from trio.testing import MockClock
 
-from trio_worker.errors import SHUTTING_DOWN, QueueFull, WorkerDraining, WorkerError
-from trio_worker.gateway.forward import SILENT_S
+from trio_worker.errors import SHUTTING_DOWN, EngineFailed, QueueFull, WorkerDraining, WorkerError
+from trio_worker.gateway.forward import AT_ONCE, SILENT_S
 from trio_worker.ports import Message
 from trio_worker.simulated.broker import MemoryServer
 from trio_worker.simulated.engine import Faults
@@ -99,6 +99,87 @@ async def test_a_caller_who_waits_in_the_queue_is_kept_alive(autojump_clock: Moc
             heard = await gateway.ask(say("hi", max_tokens=1, stream=True))
     deltas = [each["choices"][0]["delta"] for each in events(heard.body)[:-1]]
     assert deltas[:3] == [{"role": "assistant"}, {}, {}]
+
+
+def chunk(**choice: Any) -> bytes:
+    return json.dumps(
+        {"id": "c", "choices": [{"index": 0, **choice}]}, separators=(",", ":")
+    ).encode()
+
+
+OPENING = chunk(delta={"role": "assistant"}, finish_reason=None)
+
+
+async def answered_in_a_burst(words: list[str], *, last: bytes, error: WorkerError | None) -> Heard:
+    """A streamed answer all of whose messages have come before the first is taken."""
+    server = MemoryServer(random=random.Random(0))
+    async with open_gateway(server) as gateway:
+
+        def answer(message: Message) -> None:
+            assert message.reply is not None
+            outlet = gateway.broker.open_outlet(message.reply, headers={})
+            said = [OPENING, *(chunk(delta={"content": word}) for word in words)]
+            for number, body in enumerate(said):
+                outlet.publish(body, native.headers(sequence=number, terminal=False))
+            headers = native.headers(sequence=len(said), terminal=True, error=error)
+            outlet.publish(last, headers)
+
+        await gateway.broker.subscribe("inference", answer, group=subjects.GROUP)
+        return await gateway.ask(say("hi", stream=True))
+
+
+async def test_what_comes_together_goes_on_in_order_and_ends_with_done(
+    autojump_clock: MockClock,
+) -> None:
+    """More than is taken at once."""
+    words = [str(number) for number in range(3 * AT_ONCE)]
+    last = chunk(delta={}, finish_reason="stop")
+    heard = await answered_in_a_burst(words, last=last, error=None)
+    *chunks, done = events(heard.body)
+    assert done == "[DONE]"
+    deltas = [each["choices"][0]["delta"] for each in chunks]
+    assert deltas == [{"role": "assistant"}, *({"content": word} for word in words), {}]
+
+
+async def test_what_came_before_an_error_is_the_callers(autojump_clock: MockClock) -> None:
+    error = EngineFailed("it broke")
+    heard = await answered_in_a_burst(["a", "b"], last=native.error_body(error, None), error=error)
+    *chunks, failed = events(heard.body)
+    assert text_of(chunks) == "ab"
+    assert failed["error"]["code"] == "engine_failed"
+
+
+async def test_another_worker_takes_over_behind_an_opening_that_came_with_a_refusal(
+    autojump_clock: MockClock,
+) -> None:
+    """The caller hears one opening."""
+    server = MemoryServer(random=random.Random(0))
+    attempts: list[Message] = []
+    async with open_gateway(server) as gateway:
+
+        def answer(message: Message) -> None:
+            assert message.reply is not None
+            attempts.append(message)
+            outlet = gateway.broker.open_outlet(message.reply, headers={})
+            outlet.publish(OPENING, native.headers(sequence=0, terminal=False))
+            if len(attempts) == 1:
+                error = WorkerDraining(SHUTTING_DOWN)
+                headers = native.headers(sequence=1, terminal=True, error=error)
+                outlet.publish(native.error_body(error, 1), headers)
+                return
+            outlet.publish(
+                chunk(delta={"content": "a"}), native.headers(sequence=1, terminal=False)
+            )
+            last = chunk(delta={}, finish_reason="stop")
+            outlet.publish(last, native.headers(sequence=2, terminal=True))
+
+        await gateway.broker.subscribe("inference", answer, group=subjects.GROUP)
+        heard = await gateway.ask(say("hi", stream=True))
+    *chunks, done = events(heard.body)
+    assert len(attempts) == 2
+    assert done == "[DONE]"
+    deltas = [each["choices"][0]["delta"] for each in chunks]
+    assert deltas == [{"role": "assistant"}, {"content": "a"}, {}]
 
 
 # --- the end of a call ----------------------------------------------------------------------

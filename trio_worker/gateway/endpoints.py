@@ -175,12 +175,12 @@ class Api:
 
         joined = begin()
         try:
-            async for piece in pieces:
-                if piece.is_last:
-                    break
-                if piece.is_opening:
-                    joined = begin()
-                joined.add(piece.body)
+            async for together in pieces:
+                for piece in together:
+                    if piece.is_opening:
+                        joined = begin()
+                    if not piece.is_last:
+                        joined.add(piece.body)
         except RequestTimeout as error:
             if joined.text:
                 error.details["text"] = joined.text
@@ -193,18 +193,14 @@ class Api:
         self, exchange: Exchange, asked: Asked, pieces: Pieces, request_id: str, began_at: float
     ) -> None:
         writer = AnswerWriter(asked)
-        has_begun = False
-        async for piece in pieces:
-            if has_begun and piece.is_opening:
-                continue  # Another worker has taken the request over.
-            if not has_begun:
+        async for together in pieces:
+            is_first = not exchange.has_begun
+            if is_first:
                 cors = browsers.cors_headers(exchange.request.headers, origins=self.cors_origins)
                 kind = {**STREAM_HEADERS, **cors}
-                exchange.begin(200, _headers(asked, request_id, piece, kind))
+                exchange.begin(200, _headers(asked, request_id, together[0], kind))
                 self.counts.first_byte.observe(trio.current_time() - began_at)
-                has_begun = True
-            write = writer.closing if piece.is_last else writer.event
-            await exchange.send(write(piece.body))
+            await exchange.send(_events(writer, together, is_first=is_first))
 
     async def _fail(
         self, exchange: Exchange, error: WorkerError | Refused, request_id: str
@@ -224,6 +220,15 @@ _PROBES = ("/health", "/readyz", "/metrics")
 def _probe(what: str, *, is_well: bool) -> Answer:
     body = msgspec.json.encode({"status": "ok" if is_well else f"{what} cannot be reached"})
     return Answer(status=200 if is_well else 503, headers={**_FRESH, **WHOLE_HEADERS}, body=body)
+
+
+def _events(writer: AnswerWriter, together: Sequence[Piece], *, is_first: bool) -> bytes:
+    """What has come as events; another opening is that of a worker that has taken over."""
+    return b"".join(
+        writer.closing(piece.body) if piece.is_last else writer.event(piece.body)
+        for number, piece in enumerate(together)
+        if not piece.is_opening or (is_first and number == 0)
+    )
 
 
 def _headers(

@@ -13,7 +13,7 @@ for a part of this answer.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,13 +21,21 @@ from typing import Any, Self
 import trio
 
 from trio_worker.calling.attempts import NOBODY_LISTENS_GRACE_S, Exchange, Persistence
-from trio_worker.errors import MessageLost, MessageTooLarge, NoWorker, PayloadTooLarge
+from trio_worker.errors import (
+    MessageLost,
+    MessageTooLarge,
+    NoWorker,
+    PayloadTooLarge,
+    WorkerError,
+)
 from trio_worker.gateway.inboxes import Inbox, Inboxes
 from trio_worker.ports import Broker, Message
 from trio_worker.wire import native
 
 SILENT_S = 20.0
 """A worker says something every five seconds, or is gone."""
+AT_ONCE = 64
+"""So many messages are handed on together, then others get their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +92,11 @@ class Forward:
 
 
 class Pieces:
-    """The answer to one request, while it arrives: an asynchronous iterator of its messages."""
+    """The answer to one request, while it arrives: an asynchronous iterator of its messages.
+
+    Those that have come meanwhile are taken together, so that a gateway that is behind catches up:
+    a wait, a scope and a send are then theirs and not one's.
+    """
 
     def __init__(
         self, broker: Broker, exchange: Exchange, inbox: Inbox, *, is_handed_on: bool
@@ -93,40 +105,71 @@ class Pieces:
         self._exchange = exchange
         self._inbox = inbox
         self._is_handed_on = is_handed_on
+        self._error: WorkerError | None = None
+        """What has come behind messages that are on their way to the caller."""
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Piece:
-        """The next message; sends the request again where that is allowed.
+    async def __anext__(self) -> Sequence[Piece]:
+        """What has come together: one message at least, and `AT_ONCE` at most.
 
-        Raises the `WorkerError` that the request ends with. Cancelled: nothing is lost.
+        Sends the request again where that is allowed. Raises the `WorkerError` that it ends with,
+        when what came before has been returned. Cancelled: nothing is lost.
         """
-        exchange = self._exchange
-        if exchange.ended:
+        if self._error is not None:
+            raise self._error
+        if self._exchange.ended:
             raise StopAsyncIteration
+        pieces = [await self._next_piece()]
+        while len(pieces) < AT_ONCE and (piece := self._next_piece_nowait()) is not None:
+            pieces.append(piece)
+        return pieces
+
+    async def _next_piece(self) -> Piece:
+        exchange = self._exchange
         while True:
             if exchange.resend_at is not None:
                 await trio.sleep_until(exchange.resend_at)
                 self.send()
             try:
-                message = await self._next_message()
-                headers = message.headers
-                if not exchange.accept(message.body, headers, message.reply, trio.current_time()):
-                    continue
+                piece = self._accept(await self._next_message())
             except MessageLost as lost:
                 self._begin_again(lost)
                 continue
-            is_last = headers.get(native.Header.TERMINAL) is not None
-            is_silent = not is_last and native.is_silent(message.body)
-            if self._is_handed_on and not is_silent:
-                exchange.content_is_handed_out()
-            return Piece(
-                body=message.body,
-                worker_id=headers.get(native.Header.WORKER_ID, ""),
-                is_opening=is_silent and headers.get(native.Header.SEQUENCE) == "0",
-                is_last=is_last,
-            )
+            if piece is not None:
+                return piece
+
+    def _next_piece_nowait(self) -> Piece | None:
+        """None if there is none now, or the request has failed or is to be sent again."""
+        if self._exchange.ended:
+            return None
+        try:
+            try:
+                return self._accept(self._inbox.receive_nowait())
+            except MessageLost as lost:
+                self._begin_again(lost)
+        except trio.WouldBlock:
+            pass
+        except WorkerError as error:
+            self._error = error
+        return None
+
+    def _accept(self, message: Message) -> Piece | None:
+        """None if the request is to be sent again. Raises what it ends with."""
+        exchange, headers = self._exchange, message.headers
+        if not exchange.accept(message.body, headers, message.reply, trio.current_time()):
+            return None
+        is_last = headers.get(native.Header.TERMINAL) is not None
+        is_silent = not is_last and native.is_silent(message.body)
+        if self._is_handed_on and not is_silent:
+            exchange.content_is_handed_out()
+        return Piece(
+            body=message.body,
+            worker_id=headers.get(native.Header.WORKER_ID, ""),
+            is_opening=is_silent and headers.get(native.Header.SEQUENCE) == "0",
+            is_last=is_last,
+        )
 
     async def _next_message(self) -> Message:
         """Raises `MessageLost` if the worker is gone."""

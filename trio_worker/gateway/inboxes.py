@@ -34,6 +34,10 @@ class Inbox:
         """The next message. Cancelled: nothing is lost."""
         return await self._messages.receive()
 
+    def receive_nowait(self) -> Message:
+        """The next message if it has come. Raises `trio.WouldBlock`."""
+        return self._messages.receive_nowait()
+
     def move(self) -> None:
         """Have another subject: what is still said on the old one is heard by nobody."""
         self.close()
