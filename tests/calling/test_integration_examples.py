@@ -28,7 +28,9 @@ class Program:
 def programs() -> list[Program]:
     return [
         Program(PAGE.count("\n", 0, block.start()) + 1, block[1], block[2])
-        for block in re.finditer(r"(?ms)^```python\n(.*?)^```\n\n```text output\n(.*?)^```$", PAGE)
+        for block in re.finditer(
+            r'(?ms)^```python\n(.*?)^```\n\n```text title="output"\n(.*?)^```$', PAGE
+        )
     ]
 
 
