@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge, WorkerError
 from trio_worker.gateway.errors import reply_to
 from trio_worker.gateway.fields import (
+    HARMLESS,
     Asked,
+    Effect,
     Endpoint,
     Rules,
     UnknownFields,
+    effects,
     known_fields,
     read_request,
 )
@@ -298,6 +301,21 @@ def test_a_habit_of_clients_is_taken_and_named(endpoint: Endpoint, name: str) ->
     asked = read(body, endpoint=endpoint, rules=RELAXED)
     assert name in asked.ignored
     assert name not in asked.fields
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_what_is_documented_of_a_field_becomes_of_it(endpoint: Endpoint) -> None:
+    ask = chat if endpoint is Endpoint.CHAT else complete
+    by_name = effects(endpoint)
+    for name in by_name:
+        if by_name[name] is Effect.IGNORED:
+            assert ask(**{name: "anything"}).ignored == (name,)
+        if by_name[name] is Effect.REFUSED:
+            for harmless in HARMLESS[name]:
+                assert name not in ask(**{name: harmless}).fields
+            with pytest.raises(InvalidRequest) as caught:
+                ask(**{name: {"any": "thing"}})
+            assert caught.value.details["field"] == name
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ class UnknownFields(StrEnum):
     IGNORE = "ignore"
 
 
+class Effect(StrEnum):
+    """What becomes of a known field."""
+
+    HONOURED = "honoured"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+    """Unless it holds one of `HARMLESS`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """What holds for all requests; taken from the configuration once."""
@@ -147,7 +156,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 """Taken whatever they hold; the last three because without tools there is nothing to choose."""
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -166,7 +175,16 @@ _CHOICE_OF = {"tools": "tool_choice", "functions": "function_call"}
 
 def known_fields(endpoint: Endpoint) -> frozenset[str]:
     """The names that are no unknown fields there, refused ones too."""
-    return frozenset({*_SHAPES[endpoint].__struct_fields__, *_WITHOUT_EFFECT, *_HARMLESS})
+    return frozenset(effects(endpoint))
+
+
+def effects(endpoint: Endpoint) -> dict[str, Effect]:
+    """What becomes of each field that is known there."""
+    return {
+        **dict.fromkeys(_SHAPES[endpoint].__struct_fields__, Effect.HONOURED),
+        **dict.fromkeys(_WITHOUT_EFFECT, Effect.IGNORED),
+        **dict.fromkeys(HARMLESS, Effect.REFUSED),
+    }
 
 
 def read_request(
@@ -252,7 +270,7 @@ def _unknown_field(endpoint: Endpoint, name: str) -> InvalidRequest:
 def _check_unsupported(given: Object) -> set[str]:
     """What is there but has no effect; what would have one that no worker can give is refused."""
     ignored = {name for name in given if name in _WITHOUT_EFFECT}
-    for name, harmless in _HARMLESS.items():
+    for name, harmless in HARMLESS.items():
         if name not in given or given[name] in harmless:
             continue
         if name in _CHOICE_OF and given.get(_CHOICE_OF[name]) == "none":
