@@ -36,7 +36,7 @@ test *args:
 # the tests that start no process, side by side: for every commit
 [no-exit-message]
 @test-fast *args:
-    exec "{{ uv }}" run pytest -n logical --dist worksteal -m "not mlx and not nats and not process and not browser and not systemd and not thorough" "$@"
+    exec "{{ uv }}" run pytest -n logical --dist worksteal -m "not mlx and not nats and not process and not browser and not systemd and not thorough and not clients" "$@"
 
 # many runs of the worker in virtual time, or one with its log: just sim seeds=200, just sim seed=123
 @sim *options="seeds=200":
@@ -57,6 +57,10 @@ test *args:
 # look at the pages in a real Chromium: needs Debian's chromium and chromium-driver
 @test-page *args:
     exec "{{ uv }}" run pytest -m browser "$@"
+
+# let clients of OpenAI's API ask the gateway, each as it is installed: needs Node 20 with npm, and curl
+@test-clients *args:
+    exec "{{ uv }}" run pytest -m clients tests/clients "$@"
 
 # what has to pass before a commit
 check: lint types test

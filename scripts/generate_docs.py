@@ -9,6 +9,7 @@ if a page, an alert or a panel names what does not exist: see quotes.py.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -16,12 +17,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 
+import openai
 import quotes
 
 from trio_worker import config, errors
 from trio_worker.cli.command_line import make_parser
 from trio_worker.core import sequence
-from trio_worker.gateway import counts
+from trio_worker.errors import WorkerError
+from trio_worker.gateway import counts, fields
+from trio_worker.gateway.errors import MAY_BE_MET, Refusal, Refused, reply_to
+from trio_worker.gateway.fields import Effect, Endpoint
 from trio_worker.monitoring.metrics import Description, all_descriptions
 from trio_worker.nats import connection_life as nats_connection
 
@@ -115,11 +120,48 @@ def _life(states: Iterable[StrEnum], moves: Sequence[tuple[StrEnum, StrEnum, Str
     return "\n".join(["| in | what happens → what follows |", "|---|---|", *rows, ""])
 
 
+def gateway_fields() -> str:
+    """Every field that the gateway knows, and what becomes of it."""
+    of_chat, of_text = fields.effects(Endpoint.CHAT), fields.effects(Endpoint.COMPLETIONS)
+    rows = []
+    for name in sorted(of_chat | of_text):
+        effect = of_chat.get(name) or of_text[name]
+        what = str(effect)
+        if effect is Effect.REFUSED:
+            values = [f"`{json.dumps(value)}`" for value in fields.HARMLESS[name]]
+            what = f"refused, unless it is {' or '.join(values)}" if values else "refused"
+        where = "both" if name in of_chat and name in of_text else "chat"
+        rows.append(f"| `{name}` | {where if name in of_chat else 'completions'} | {what} |")
+    return "\n".join(["| field | endpoint | what becomes of it |", "|---|---|---|", *rows, ""])
+
+
+def gateway_errors() -> str:
+    """Every error that the gateway tells, as its clients see it."""
+    told: list[WorkerError | Refused] = [each("") for each in errors.BY_CODE.values()]
+    told += [errors.NoWorker(""), errors.RequestTimeout("", details={"stage": MAY_BE_MET})]
+    told += [Refused(code, "") for code in Refusal]
+    subclasses = openai.APIStatusError.__subclasses__()
+    classes = {getattr(each, "status_code", None): each.__name__ for each in subclasses}
+    rows = []
+    for reply in sorted(map(reply_to, told), key=lambda each: each.status):
+        other = "InternalServerError" if reply.status >= 500 else "APIStatusError"
+        again = "yes" if reply.headers["x-should-retry"] == "true" else "no"
+        stage = f", at {reply.error['stage']}" if "stage" in reply.error else ""
+        rows.append(
+            f"| {reply.status} | `{reply.error['code']}`{stage} | `{reply.error['type']}` "
+            f"| `{classes.get(reply.status, other)}` | {again} |"
+        )
+    head = "| status | `code` | `type` | in openai for Python | to be tried again |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows, ""])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "config-keys": config.reference_markdown,
     "connection-life": connection_life,
     "error-codes": error_codes,
+    "gateway-errors": gateway_errors,
+    "gateway-fields": gateway_fields,
     "gateway-metrics": gateway_metrics,
     "metrics": metrics,
     "request-life": request_life,

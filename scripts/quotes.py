@@ -245,6 +245,8 @@ def _faults_of_name(name: str) -> Iterator[str]:
 
 def _faults_of_word(word: str) -> Iterator[str]:
     known = word in _words() or word in _metrics() or word in FOREIGN
+    # The gateway writes the codes in lower case.
+    known = known or word.upper() in ErrorCode.__members__
     if "_" in word.strip("_") and not known:
         yield "this name is nowhere in the source"
 

@@ -132,7 +132,8 @@ def test_what_exists_or_is_none_of_ours_is_no_fault(quotes: ModuleType) -> None:
 `test_a_broken_link_is_found`, `tests/engine/test_engine_*.py`, `core/`, `stages/batcher.py`
 `launch.py`, `nats.url`, `request_queue.max_depth`
 `reject_when_full: false`, `worker.queue_ms`, `cluster.yaml`
-`engine_restarts_total{reason="load"}`, `trio_worker_turn_seconds_count`, `DUPLICATE_REQUEST`
+`worker_draining`, `engine_restarts_total{reason="load"}`
+`trio_worker_turn_seconds_count`, `DUPLICATE_REQUEST`
 `just lint types`, `just bench scheduling --rounds 1`, `just chaos seconds=120 seed=7`, `tokens/s`
 `just test -m "not mlx and not nats"`, `trio-worker ask "Why?" --no-stream`, `--set PATH=VALUE`
 `uv run --no-group backend --extra cuda trio-worker run`, `systemctl status trio-worker`, `crash`

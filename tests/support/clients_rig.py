@@ -22,6 +22,7 @@ from support.nats_fixtures import NatsServer, running_server
 from support.nats_rig import wait_until
 from support.worker_rig import FakeProbe, make_config
 from trio_worker.config import GatewayConfig
+from trio_worker.exception_groups import sole_exceptions
 from trio_worker.gateway.serve import serve_gateway
 from trio_worker.http.drain import Drain
 from trio_worker.http.listening import open_listeners
@@ -84,7 +85,7 @@ class Front:
 @asynccontextmanager
 async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
     """Enters when the gateway knows of the worker. `gateway` is fields of its configuration."""
-    with running_server() as server:
+    with running_server() as server, sole_exceptions():
         async with (
             _running_worker(server, *overrides) as engine,
             open_nats_broker(server.url, name="gateway", reconnect_wait_s=0.05) as broker,
