@@ -234,6 +234,19 @@ async def test_what_is_wrong_with_a_request_names_its_field(run: Loop) -> None:
     assert not retried
 
 
+@both_loops
+async def test_what_is_too_large_is_refused_before_it_is_sent(run: Loop) -> None:
+    async def work(client: AsyncOpenAI) -> None:
+        for _ in range(3):
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.chat.completions.create(model=MODEL, messages=say("x" * 5_000_000))
+            assert (caught.value.status_code, caught.value.code) == (413, "payload_too_large")
+
+    async with open_front() as front:
+        await run(front, work, max_retries=2)
+        assert not [name for name in await front.counts() if "retried" in name]
+
+
 async def test_without_a_key_nothing_is_answered(tmp_path: Path) -> None:
     async def wrong(client: AsyncOpenAI) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:

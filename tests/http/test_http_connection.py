@@ -240,10 +240,9 @@ async def test_a_body_is_read_to_its_limit(body: str) -> None:
             assert (await caller.hear()).body == b"POST /  12345"
     async with calling(echo, replace(LIMITS, body_bytes=4)) as caller:
         await caller.send("POST / HTTP/1.1\nHost: w\n", body)
-        assert error_of(await caller.hear()) == (
-            413,
-            "the body is larger than the 4 bytes that are taken here",
-        )
+        heard = await caller.hear()
+        assert error_of(heard) == (413, "the body is larger than the 4 bytes that are taken here")
+        assert json.loads(heard.body)["error"]["code"] == "payload_too_large"
 
 
 async def test_a_body_that_will_be_too_long_is_refused_before_it_is_sent(

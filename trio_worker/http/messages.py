@@ -46,10 +46,14 @@ class Refused(Exception):
         self.answer = refusal(status, message)
 
 
+_CODES = {HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "payload_too_large"}
+"""Where the phrase is another in another version of Python."""
+
+
 def refusal(status: HTTPStatus, message: str) -> Answer:
     """An answer that says what is wrong, in the form in which OpenAI's clients look for it."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    code = status.phrase.lower().replace(" ", "_").replace("-", "_")
+    code = _CODES.get(status) or status.phrase.lower().replace(" ", "_").replace("-", "_")
     error = {"message": message, "type": kind, "param": None, "code": code}
     return Answer(
         status=status,
