@@ -46,6 +46,10 @@ test *args:
 @soak *options="hours=24":
     cd tests && "{{ uv }}" run python -m sim.soak "$@"
 
+# callers that come, go and fail at a gateway for minutes, and whether anything grows: just soak-gateway seconds=60
+@soak-gateway *options="seconds=600":
+    cd tests && "{{ uv }}" run python -m chaos.gateway "$@"
+
 # real processes killed and hung, lines broken, and whether anything is lost: just chaos seconds=120 seed=7
 @chaos *options="seconds=120":
     cd tests && "{{ uv }}" run python -m chaos "$@"
