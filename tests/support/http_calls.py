@@ -47,6 +47,15 @@ class Caller:
             data = text.encode() if isinstance(text, str) else text
             await self.stream.send_all(data.replace(b"\n", b"\r\n"))
 
+    async def wait_for(self, part: bytes) -> bool:
+        """Whether `part` comes before the other side closes; `hear` still has all of it."""
+        while part not in self._received:
+            data = await self.stream.receive_some(65536)
+            if not data:
+                return False
+            self._received += data
+        return True
+
     async def hear(self, method: str = "GET") -> Heard:
         """The next answer, to a request of this method; it has to be whole."""
         connection = h11.Connection(h11.CLIENT)
