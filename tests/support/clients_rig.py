@@ -26,6 +26,7 @@ from trio_worker.exception_groups import sole_exceptions
 from trio_worker.gateway.serve import serve_gateway
 from trio_worker.http.drain import Drain
 from trio_worker.http.listening import open_listeners
+from trio_worker.monitoring.observed import Observed
 from trio_worker.nats.broker import NatsBroker, open_nats_broker
 from trio_worker.simulated.engine import Faults, SimulatedEngine, open_simulated_engine
 from trio_worker.worker import World, run_worker
@@ -49,16 +50,28 @@ class Front:
     nats: NatsServer
     broker: NatsBroker
     """The gateway's connection."""
+    worker: Observed
     engine: SimulatedEngine
+    drain: Drain
+    """Ends the gateway when it begins."""
 
     @property
     def base_url(self) -> str:
         """What OpenAI's clients want to be told."""
         return f"{self.root}/v1"
 
-    async def until_computing(self, count: int) -> None:
-        """Return when that many requests are in the engine."""
-        await wait_until(lambda: len(self.engine.residents) == count)
+    async def until_computing(self) -> None:
+        """Return when a request is in the engine."""
+        await wait_until(lambda: bool(self.engine.residents))
+
+    async def until_cancelled(self, count: int) -> None:
+        """Return when so many requests have been cancelled at the worker, and none runs."""
+
+        def are_cancelled() -> bool:
+            outcomes = self.worker.snapshot().requests.by_outcome
+            return outcomes.get("CANCELLED") == count and not self.engine.residents
+
+        await wait_until(are_cancelled)
 
     async def counts(self) -> Mapping[str, float]:
         """The metrics of the gateway that are not 0, such as `gateway_left_total`."""
@@ -87,7 +100,7 @@ async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
     """Enters when the gateway knows of the worker. `gateway` is fields of its configuration."""
     with running_server() as server, sole_exceptions():
         async with (
-            _running_worker(server, *overrides) as engine,
+            _running_worker(server, *overrides) as (worker, engine),
             open_nats_broker(server.url, name="gateway", reconnect_wait_s=0.05) as broker,
             trio.open_nursery() as nursery,
         ):
@@ -97,7 +110,7 @@ async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
             await nursery.start(
                 partial(serve_gateway, broker, [listener], config=config, drain=drain)
             )
-            front = Front(f"http://127.0.0.1:{port}", server, broker, engine)
+            front = Front(f"http://127.0.0.1:{port}", server, broker, worker, engine, drain)
             with trio.fail_after(PATIENCE_S):
                 while (await front.get("/readyz"))[0] != 200:  # noqa: ASYNC110
                     await trio.sleep(0.01)
@@ -106,11 +119,13 @@ async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
 
 
 @asynccontextmanager
-async def _running_worker(server: NatsServer, *overrides: str) -> AsyncIterator[SimulatedEngine]:
+async def _running_worker(
+    server: NatsServer, *overrides: str
+) -> AsyncIterator[tuple[Observed, SimulatedEngine]]:
     """Enters when it takes requests; at the end it is stopped as by SIGTERM."""
     config = make_config(TURN, *overrides)
     stop, stops = trio.open_memory_channel[None](1)
-    ready, engines = trio.Event(), list[SimulatedEngine]()
+    ready, engines, workers = trio.Event(), list[SimulatedEngine](), list[Observed]()
 
     @asynccontextmanager
     async def open_engine() -> AsyncIterator[SimulatedEngine]:
@@ -122,6 +137,10 @@ async def _running_worker(server: NatsServer, *overrides: str) -> AsyncIterator[
             engines.append(engine)
             yield engine
 
+    def on_ready(worker: Observed) -> None:
+        workers.append(worker)
+        ready.set()
+
     world = World(
         stops=stops,
         open_broker=partial(open_nats_broker, server.url, name="worker", reconnect_wait_s=0.05),
@@ -129,11 +148,11 @@ async def _running_worker(server: NatsServer, *overrides: str) -> AsyncIterator[
         probe=FakeProbe(),
         rng=random.Random(1),
         wall_clock=time.time,
-        on_ready=lambda _observed: ready.set(),
+        on_ready=on_ready,
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_worker, config, world)
         with trio.fail_after(PATIENCE_S):
             await ready.wait()
-        yield engines[0]
+        yield workers[0], engines[0]
         stop.send_nowait(None)
