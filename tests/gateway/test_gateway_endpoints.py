@@ -25,7 +25,7 @@ from support.worker_rig import running_worker
 from trio.testing import MockClock
 
 from trio_worker.errors import SHUTTING_DOWN, EngineFailed, QueueFull, WorkerDraining, WorkerError
-from trio_worker.gateway.forward import AT_ONCE, SILENT_S
+from trio_worker.gateway.forward import AT_ONCE, SILENT_S, SLACK_S
 from trio_worker.ports import Message
 from trio_worker.simulated.broker import MemoryServer
 from trio_worker.simulated.engine import Faults
@@ -303,6 +303,45 @@ async def test_a_worker_that_falls_silent_before_its_first_token_is_given_up(
             await dead.drain()
         assert len(taken) == 1
         assert trio.current_time() - began_at == pytest.approx(SILENT_S + 5, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "after_s"),
+    [({}, "internal", SILENT_S), ({"timeout_ms": 5000}, "request_timeout", 6.0)],
+)
+async def test_a_stream_that_falls_silent_in_the_middle_ends_with_an_error(
+    autojump_clock: MockClock, asked: dict[str, Any], code: str, after_s: float
+) -> None:
+    """Not while something comes now and then; and the worker, if it lives, is told."""
+    server = MemoryServer(random=random.Random(0))
+    cancelled: list[Message] = []
+    async with open_gateway(server) as gateway, trio.open_nursery() as nursery:
+
+        async def tell(reply: str) -> None:
+            outlet = gateway.broker.open_outlet(reply, reply="ctl.1", headers={})
+            outlet.publish(OPENING, native.headers(sequence=0, terminal=False))
+            for number in range(1, 6):
+                if not asked:
+                    await trio.sleep(0.9 * SILENT_S)
+                body = chunk(delta={"content": "a"})
+                outlet.publish(body, native.headers(sequence=number, terminal=False))
+
+        def answer(message: Message) -> None:
+            assert message.reply is not None
+            nursery.start_soon(tell, message.reply)
+
+        await gateway.broker.subscribe("inference", answer, group=subjects.GROUP)
+        await gateway.broker.subscribe("ctl.1", cancelled.append)
+        began_at = trio.current_time()
+        with trio.fail_after(1000):
+            heard = await gateway.ask(say("hi", stream=True, **asked))
+    *chunks, failed = events(heard.body)
+    assert text_of(chunks) == "aaaaa"
+    assert failed["error"]["code"] == code
+    talked_s = 0.0 if asked else 5 * 0.9 * SILENT_S
+    lasted_s = trio.current_time() - began_at - talked_s
+    assert after_s <= lasted_s <= after_s + SLACK_S + 0.1
+    assert len(cancelled) == 1
 
 
 # --- who may ask, and what --------------------------------------------------------------------

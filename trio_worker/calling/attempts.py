@@ -126,6 +126,11 @@ class Exchange:
         """When waiting for the next message is over; infinite without a timeout."""
         return self._deadline + LAST_WORD_S
 
+    @property
+    def may_be_sent_again(self) -> bool:
+        """Whether another attempt may follow this one."""
+        return self._attempts_left > 1 and not self._content_was_handed_out
+
     def body(self, now: float) -> bytes:
         """The request as it is to be sent now."""
         if math.isfinite(self._deadline):

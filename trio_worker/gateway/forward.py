@@ -12,6 +12,7 @@ for a part of this answer.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from trio_worker.wire import native
 
 SILENT_S = 20.0
 """A worker says something every five seconds, or is gone."""
+SLACK_S = 2.0
+"""So much later it may be noticed, since a deadline is not moved on for every message."""
 AT_ONCE = 64
 """So many messages are handed on together, then others get their turn."""
 
@@ -85,10 +88,13 @@ class Forward:
         with self._inboxes.another() as inbox:
             pieces = Pieces(self._broker, exchange, inbox, is_handed_on=is_handed_on)
             pieces.send()
-            try:
-                yield pieces
-            finally:
-                pieces.cancel()
+            with pieces.patience:
+                try:
+                    yield pieces
+                finally:
+                    pieces.cancel()
+            if pieces.patience.cancelled_caught:
+                raise pieces.nothing_has_come()
 
 
 class Pieces:
@@ -105,6 +111,9 @@ class Pieces:
         self._exchange = exchange
         self._inbox = inbox
         self._is_handed_on = is_handed_on
+        self.patience = trio.CancelScope()
+        """Ends the wait for a request that cannot be sent again. It stands around all of its
+        answer: a scope for each message of a long one would be an eighth of what that costs."""
         self._error: WorkerError | None = None
         """What has come behind messages that are on their way to the caller."""
 
@@ -172,14 +181,28 @@ class Pieces:
         )
 
     async def _next_message(self) -> Message:
-        """Raises `MessageLost` if the worker is gone."""
-        exchange = self._exchange
-        gone_at = trio.current_time() + SILENT_S
-        with trio.move_on_at(min(gone_at, exchange.gives_up_at)):
+        """Raises `MessageLost` if the worker is gone, and another one may be asked."""
+        if not self._exchange.may_be_sent_again:
+            self._be_patient()
             return await self._inbox.receive()
-        if gone_at >= exchange.gives_up_at:
-            raise exchange.give_up()
-        raise MessageLost(f"nothing has come for {SILENT_S:g} s: the worker is gone")
+        with trio.move_on_at(self._waits_until()):
+            return await self._inbox.receive()
+        raise self.nothing_has_come()
+
+    def nothing_has_come(self) -> WorkerError:
+        """Why the wait is over."""
+        if trio.current_time() >= self._exchange.gives_up_at:
+            return self._exchange.give_up()
+        return MessageLost(f"nothing has come for {SILENT_S:g} s: the worker is gone")
+
+    def _be_patient(self) -> None:
+        """Wait at least until `_waits_until`, and at most `SLACK_S` longer."""
+        until = self._waits_until()
+        if not until <= self.patience.deadline < math.inf:
+            self.patience.deadline = min(until + SLACK_S, self._exchange.gives_up_at)
+
+    def _waits_until(self) -> float:
+        return min(trio.current_time() + SILENT_S, self._exchange.gives_up_at)
 
     def _begin_again(self, lost: MessageLost) -> None:
         """Have the request sent to another worker, or raise `lost` where that may not be."""
