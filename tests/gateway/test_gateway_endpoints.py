@@ -243,6 +243,25 @@ async def test_where_nobody_listens_it_is_said_after_five_seconds(
         assert (await gateway.get("/health")).status == 200
 
 
+async def test_workers_that_are_there_and_full_are_said_to_be_full(
+    autojump_clock: MockClock,
+) -> None:
+    full = (ONE_SLOT, "worker.request_queue.max_depth=1")
+    async with running_worker(*full) as rig, open_gateway(rig) as gateway:
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(
+                    lambda: rig.ask(prompt="long", max_tokens=900, timeout_ms=99_000)
+                )
+                await trio.sleep(0.1)
+            began_at = trio.current_time()
+            heard = await gateway.ask(say("hi"))
+            assert 4 < trio.current_time() - began_at < 6, "one may have room before"
+            nursery.cancel_scope.cancel()
+    assert (heard.status, json.loads(heard.body)["error"]["code"]) == (429, "queue_full")
+    assert heard.headers["x-should-retry"] == "true"
+
+
 async def test_without_nats_nobody_waits(autojump_clock: MockClock) -> None:
     async with running_worker() as rig, open_gateway(rig) as gateway:
         gateway.broker.disconnect()

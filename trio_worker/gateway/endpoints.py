@@ -16,7 +16,7 @@ import msgspec
 import trio
 from loguru import logger
 
-from trio_worker.errors import RequestTimeout, WorkerError
+from trio_worker.errors import NoWorker, QueueFull, RequestTimeout, WorkerError
 from trio_worker.gateway import browsers
 from trio_worker.gateway.answers import STREAM_HEADERS, WHOLE_HEADERS, AnswerWriter
 from trio_worker.gateway.counts import GatewayCounts
@@ -156,13 +156,23 @@ class Api:
                 limits_of=self.directory.limits_of,
             )
             logger.debug("Request for {}, {}", asked.model or "any model", asked.endpoint)
-            with self.forward.ask(
-                asked.fields, request_id=request_id, is_handed_on=asked.stream
-            ) as pieces:
-                if not asked.stream:
-                    return await self._whole(asked, pieces, request_id, began_at)
-                await self._stream(exchange, asked, pieces, request_id, began_at)
+            try:
+                with self.forward.ask(
+                    asked.fields, request_id=request_id, is_handed_on=asked.stream
+                ) as pieces:
+                    if not asked.stream:
+                        return await self._whole(asked, pieces, request_id, began_at)
+                    await self._stream(exchange, asked, pieces, request_id, began_at)
+            except NoWorker as error:
+                raise self._why_nobody_takes_it(error, asked.model) from error
         return None
+
+    def _why_nobody_takes_it(self, error: NoWorker, model: str | None) -> WorkerError:
+        """Workers that are there and do not listen have no room: a full one leaves its group."""
+        serving = [each for each in self.directory.offers if model in (None, each.model)]
+        if not serving or not self.broker.statistics().connected:
+            return error
+        return QueueFull("every worker that could answer this is full, or about to stop")
 
     async def _whole(
         self, asked: Asked, pieces: Pieces, request_id: str, began_at: float
