@@ -199,6 +199,10 @@ class KeptChats(Chats):
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
 
+    def setup(self) -> None:
+        super().setup()
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def write(self, data: bytes) -> None:
         for byte in b"%x\r\n%b\r\n" % (len(data), data):
             super().write(bytes([byte]))

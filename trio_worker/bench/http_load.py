@@ -24,6 +24,8 @@ STARTED_S = 60.0
 RETRY_S = 0.05
 """How often it is looked whether it has: nobody tells."""
 CONTENT = re.compile(rb'"content": ?"')
+CONTENT_BYTES = 12
+"""At most, of which a part may have come before."""
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked\r\n", re.IGNORECASE)
@@ -165,7 +167,7 @@ class Callers:
             answer.left_bytes -= len(data)
         self._tokens += _count(self._token, answer.tail, data) if self._token else 0
         self._messages += _count(EVENT, answer.tail, data)
-        if answer.first_token_s is None and CONTENT.search(data):
+        if answer.first_token_s is None and CONTENT.search(answer.tail[-CONTENT_BYTES:] + data):
             answer.first_token_s = time.perf_counter() - answer.asked_at
             self._first_token_s.append(answer.first_token_s)
         answer.tail = (answer.tail + data)[-TAIL_BYTES:]
