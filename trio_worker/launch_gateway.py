@@ -29,6 +29,9 @@ from trio_worker.supervisor.gateway_process import GatewayProcess, GatewaySettin
 
 DEFAULT_PORT = 8000
 """Of a gateway that runs by itself."""
+INBOX_MESSAGES = 200_000
+"""What workers may say while the gateway is behind, all on one subscription; beyond it, or beyond
+64 MiB, newer messages are thrown away, and the answers that miss them end in an error."""
 CLOSING_S = 5.0
 """What a stop takes beside the drain."""
 
@@ -84,6 +87,7 @@ async def launch_gateway(
                     name="trio-worker gateway",
                     # Workers answer nowhere else.
                     inbox_prefix=config.nats.reply_prefixes[0].rstrip("."),
+                    subscription_limit=INBOX_MESSAGES,
                 ) as broker:
                     await _serve(broker, config.gateway, listeners, course, service_manager)
             root.cancel_scope.cancel(reason="the gateway has ended")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 
 from trio_worker.config import NatsConfig
-from trio_worker.nats.broker import NatsBroker, open_nats_broker
+from trio_worker.nats.broker import SUBSCRIPTION_MESSAGES, NatsBroker, open_nats_broker
 from trio_worker.nats.login import Login
 
 
 def connect(
-    nats: NatsConfig, *, name: str, inbox_prefix: str = "_INBOX"
+    nats: NatsConfig,
+    *,
+    name: str,
+    inbox_prefix: str = "_INBOX",
+    subscription_limit: int = SUBSCRIPTION_MESSAGES,
 ) -> AbstractAsyncContextManager[NatsBroker, bool | None]:
     """A connection that is known to the server as `name`. Raises as `open_nats_broker` does."""
     return open_nats_broker(
@@ -19,6 +23,7 @@ def connect(
         login=login_of(nats),
         connect_timeout_s=nats.connect_timeout_ms / 1000,
         inbox_prefix=inbox_prefix,
+        subscription_limit=subscription_limit,
     )
 
 

@@ -36,7 +36,7 @@ from trio_worker.ports import BrokerStatistics, Message, Outlet
 _PASS_BYTES = 64 * 1024
 _PASS_MESSAGES = 256
 """What the pump writes between two chances for other tasks: whichever is reached first."""
-_SUBSCRIPTION_MESSAGES = 16_384
+SUBSCRIPTION_MESSAGES = 16_384
 """What one subscription may hold before newer messages are thrown away: more than the
 smallest messages that one read (64 KiB) can bring, so only a stalled loop reaches it."""
 
@@ -52,7 +52,7 @@ async def open_nats_broker(
     reconnect_wait_s: float = 0.5,
     ping_interval_s: float = 15.0,
     outbox_limit_bytes: int = 64 * 1024 * 1024,
-    subscription_limit: int = _SUBSCRIPTION_MESSAGES,
+    subscription_limit: int = SUBSCRIPTION_MESSAGES,
     inbox_prefix: str = "_INBOX",
 ) -> AsyncIterator[NatsBroker]:
     """A connection to the server at `url`, known there as `name`, for as long as the block.
