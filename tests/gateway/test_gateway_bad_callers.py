@@ -212,6 +212,7 @@ async def leave_at_once(door: Door, _number: int) -> None:
     leave_with_a_reset(await door.connect())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "leave",
     [

@@ -20,7 +20,7 @@ from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F4
 from trio_worker.gateway.forward import SILENT_S
 from trio_worker.nats.broker import open_nats_broker
 
-pytestmark = [pytest.mark.nats, pytest.mark.process]
+pytestmark = [pytest.mark.nats, pytest.mark.process, pytest.mark.thorough]
 
 STREAMS, WHOLE = 64, 16
 TOKENS = 100
