@@ -54,6 +54,7 @@ async def test_requests_are_measured_against_a_responder(
     assert "8 in flight" in eight
 
 
+@pytest.mark.thorough
 @pytest.mark.mlx
 @pytest.mark.nats
 async def test_a_tiny_model_is_measured_against_mlx_lms_loop_and_server(

@@ -102,6 +102,7 @@ async def test_whatever_model_there_is_is_measured_behind_the_gateway(
     assert figure.endswith("; 0.97 required")
 
 
+@pytest.mark.thorough
 @pytest.mark.mlx
 @pytest.mark.nats
 async def test_a_tiny_model_behind_the_gateway_is_measured_against_mlx_lms_server(
