@@ -16,6 +16,7 @@ from trio_worker.ports import Message
 from trio_worker.simulated.broker import MemorySubscription
 
 BUFFER = 256
+TOGETHER_MAX = 16
 DRAIN_S = 0.5
 DIRECT = f"inference.{WORKER_ID}"
 SHARED = {"inference", "inference.model.smollm2-135m-instruct"}
@@ -59,8 +60,8 @@ async def test_more_than_intake_can_read_is_refused_at_once_and_the_rest_is_serv
     async with running_worker("worker.request_queue.max_depth=1000") as rig:
         got = await answers(rig, [request() for _ in range(BUFFER + extra)])
         refused = [decode(each)["error"] for each in got if each.headers["Terminal"] == "error"]
-        # One or two are handed over while the first are being read.
-        assert extra - 2 <= len(refused) <= extra
+        # So many may be taken while the first are being read.
+        assert extra - TOGETHER_MAX - 1 <= len(refused) <= extra
         assert {each["code"] for each in refused} == {"QUEUE_FULL"}
         assert {each["message"] for each in refused} == {
             "more requests arrive than this worker can read"

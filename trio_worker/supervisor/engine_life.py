@@ -124,11 +124,12 @@ class EngineLife:
                     await self._run(process, control, tokenise)
                 finally:
                     self._serving.value = False
+                    # Before it can notice that a line ends: it would leave its children behind.
+                    if process.returncode is None:
+                        kill_group(process)
                     # Whoever waits for an answer is told now, and not when the process has gone.
                     control.close()
                     self.tokenise.close()
-                    if process.returncode is None:
-                        kill_group(process)
                     with trio.move_on_after(KILL_GRACE_S, shield=True):
                         await process.wait()
                     self.pid = None
