@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from trio_worker.bench.load import RECEIVE_BYTES, SILENT_S, Load, Measured, Reading
+from trio_worker.bench.load import RECEIVE_BYTES, SILENT_S, Load, Measured, MeasuredCallers
 
 STARTED_S = 60.0
 """For the server to load its model."""
@@ -55,58 +55,26 @@ class _Answer:
         return self.left_bytes == 0 or (self.is_chunked and self.tail.endswith(LAST_CHUNK))
 
 
-class Callers:
+class Callers(MeasuredCallers):
     """Keeps so many requests going. Its state: those under way, and what has come so far."""
 
     def __init__(self, load: Load, selector: selectors.BaseSelector) -> None:
         url = urlsplit(load.url)
         assert url.hostname is not None
         assert url.port is not None
-        self._load = load
+        super().__init__(load)
         self._address = url.hostname, url.port
         self._path = url.path
-        self._token = load.token_text.encode()
         self._selector = selector
         self._asked = 0
-        self._first_token_s: list[float] = []
-        self._tokens = self._messages = self._answers = 0
 
-    def measure(self, began: Callable[[], None]) -> Measured:
-        """As `load.Callers.measure`."""
-        seconds = self._load.seconds
-        if seconds is None:
-            began()
-        before = self._reading()
-        for _ in range(self._load.concurrent):
-            self._ask(None)
-        if seconds is None:
-            while self._selector.get_map():
-                self._receive()
-        else:
-            while len(self._first_token_s) < self._load.concurrent:
-                self._receive()
-            self._receive_for(self._load.warmup_s)
-            began()
-            before = self._reading()
-            self._receive_for(seconds)
-        return before.until(self._reading(), self._first_token_s)
+    def _begin(self) -> None:
+        self._ask(None)
 
-    def _reading(self) -> Reading:
-        return Reading(
-            at=time.perf_counter(),
-            cpu_seconds=time.process_time(),
-            tokens=self._tokens,
-            messages=self._messages,
-            answers=self._answers,
-        )
-
-    def _receive_for(self, seconds: float) -> None:
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            self._receive()
+    def _is_waiting(self) -> bool:
+        return bool(self._selector.get_map())
 
     def _receive(self) -> None:
-        """Take what has come, waiting for something."""
         ready = self._selector.select(SILENT_S)
         if not ready:
             sys.exit("the server has fallen silent")

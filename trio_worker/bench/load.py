@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -86,24 +87,12 @@ class Reading(NamedTuple):
         )
 
 
-class Callers:
-    """Keeps so many requests going. Its state: those under way, and what has come so far."""
+class MeasuredCallers(ABC):
+    """Callers whatever they call through. Its state: what has come so far."""
 
-    def __init__(self, load: Load, connection: socket.socket) -> None:
+    def __init__(self, load: Load) -> None:
         self._load = load
-        self._streams = bool(load.request.get("stream"))
         self._token = load.token_text.encode()
-        self._connection = connection
-        self._to_send: list[bytes] = [CONNECT, b"SUB %b.* 1\r\n" % INBOX]
-        """At most what the requests under way ask for."""
-        self._received = b""
-        """The beginning of a message."""
-        self._numbers = itertools.count()
-        self._is_asking = True
-        self._controls: dict[bytes, bytes] = {}
-        """Of the requests under way, by reply subject: the control subject, once it is known."""
-        self._asked_at: dict[bytes, float] = {}
-        """Of those without a token, by reply subject."""
         self._first_token_s: list[float] = []
         self._tokens = self._messages = self._answers = 0
 
@@ -114,9 +103,9 @@ class Callers:
             began()
         before = self._reading()
         for _ in range(self._load.concurrent):
-            self._ask()
+            self._begin()
         if seconds is None:
-            while self._controls:
+            while self._is_waiting():
                 self._receive()
         else:
             while len(self._first_token_s) < self._load.concurrent:
@@ -126,15 +115,6 @@ class Callers:
             before = self._reading()
             self._receive_for(seconds)
         return before.until(self._reading(), self._first_token_s)
-
-    def leave(self) -> None:
-        """Cancel what is under way, and wait for its end."""
-        self._is_asking = False
-        for control in self._controls.values():
-            if control:
-                self._publish(control, b"", b"cancel")
-        while self._controls:
-            self._receive()
 
     def _reading(self) -> Reading:
         return Reading(
@@ -150,7 +130,50 @@ class Callers:
         while time.perf_counter() < until:
             self._receive()
 
-    def _ask(self) -> None:
+    @abstractmethod
+    def _begin(self) -> None:
+        """One more caller asks for the next prompt, if there is one left."""
+
+    @abstractmethod
+    def _is_waiting(self) -> bool:
+        """Whether a request is under way."""
+
+    @abstractmethod
+    def _receive(self) -> None:
+        """Take what has come, waiting for something."""
+
+
+class Callers(MeasuredCallers):
+    """Keeps so many requests going. Its state: those under way, and what has come so far."""
+
+    def __init__(self, load: Load, connection: socket.socket) -> None:
+        super().__init__(load)
+        self._streams = bool(load.request.get("stream"))
+        self._connection = connection
+        self._to_send: list[bytes] = [CONNECT, b"SUB %b.* 1\r\n" % INBOX]
+        """At most what the requests under way ask for."""
+        self._received = b""
+        """The beginning of a message."""
+        self._numbers = itertools.count()
+        self._is_asking = True
+        self._controls: dict[bytes, bytes] = {}
+        """Of the requests under way, by reply subject: the control subject, once it is known."""
+        self._asked_at: dict[bytes, float] = {}
+        """Of those without a token, by reply subject."""
+
+    def leave(self) -> None:
+        """Cancel what is under way, and wait for its end."""
+        self._is_asking = False
+        for control in self._controls.values():
+            if control:
+                self._publish(control, b"", b"cancel")
+        while self._controls:
+            self._receive()
+
+    def _is_waiting(self) -> bool:
+        return bool(self._controls)
+
+    def _begin(self) -> None:
         number, prompts = next(self._numbers), self._load.prompts
         if self._load.seconds is None and number >= len(prompts):
             return
@@ -220,7 +243,7 @@ class Callers:
         if not self._token and (usage := COMPLETION_TOKENS.search(message)) is not None:
             self._tokens += int(usage[1])
         self._answers += 1
-        self._ask()
+        self._begin()
 
 
 def main() -> None:
