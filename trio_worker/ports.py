@@ -15,6 +15,7 @@ from trio_util import AsyncBool
 
 from trio_worker.core.memory import MemoryReading
 from trio_worker.core.request import Request
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import (
     EngineInfo,
     Report,
@@ -191,11 +192,12 @@ class Engine(Protocol):
     async def wait_ready(self) -> EngineInfo:
         """Return once the engine can take a turn. Leaves nothing behind when cancelled."""
 
-    async def tokenise(self, request: Request) -> tuple[int, ...]:
-        """The prompt's tokens, through the chat template if there are messages.
+    async def tokenise(self, request: Request) -> Prompt:
+        """The prompt's tokens, through the chat template if there are messages, and its form.
 
         Waits while the engine is down. Raises `InvalidRequest`, with `details.field`, if the
-        template refuses the messages or what they hold is no text, and `EngineFailed` if the
+        template refuses the messages, what they hold is no text, or no answer of this model can
+        have the form that is wanted, and `EngineFailed` if the
         template does not come to an end with them, or if tokenising this request brings the engine
         down.
         Cancelled: the result is thrown away.

@@ -11,6 +11,7 @@ from trio_worker.engine.models.load import load
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
 from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
 
 pytestmark = pytest.mark.mlx
@@ -34,7 +35,11 @@ def admits(model: Any) -> Any:
     frames = []
     with Renderer() as renderer:
         answers = [
-            tokenise(model.tokenizer, Tokenise(prompt=None, messages=(("user", each),)), renderer)
+            tokenise(
+                model.tokenizer,
+                Tokenise(prompt=None, messages=(Message(role="user", content=each),)),
+                renderer,
+            )
             for each in QUESTIONS
         ]
     for index, tokenised in enumerate(answers):
@@ -42,7 +47,7 @@ def admits(model: Any) -> Any:
         frames.append(
             Admit(
                 request_id=RequestId(str(index)),
-                prompt=tokenised.tokens,
+                prompt=tokenised.prompt.tokens,
                 produced=(),
                 max_tokens=MAX_TOKENS,
                 sampling=GREEDY,

@@ -20,6 +20,7 @@ from trio_worker.protocol.frames import (
     decode_from_engine,
     encode,
 )
+from trio_worker.protocol.prompt import Prompt
 
 
 class Asked(Exception):
@@ -46,7 +47,7 @@ def serve(line: Line, *, takes_s: float = 0.0) -> threading.Thread:
         if asked.prompt == "stop":
             raise Asked
         time.sleep(takes_s)
-        return Tokenised(tokens=(int(asked.prompt or 0),))
+        return Tokenised(prompt=Prompt(tokens=(int(asked.prompt or 0),)))
 
     def run() -> None:
         with pytest.raises(Asked):
@@ -65,7 +66,7 @@ def test_what_has_come_together_is_answered_in_order_and_at_once(
     ask(theirs, "1", "2", "3")
     thread = serve(line)
     received = theirs.recv(2**16)
-    expected = b"".join(encode(Tokenised(tokens=(number,))) for number in (1, 2, 3))
+    expected = b"".join(encode(Tokenised(prompt=Prompt(tokens=(number,)))) for number in (1, 2, 3))
     assert received == expected, "in one piece"
     ask(theirs, "stop")
     thread.join(10)
@@ -81,6 +82,6 @@ def test_an_answer_does_not_wait_for_those_behind_it_that_take_their_time(
     thread.join(10)
     frames = FrameSocket(theirs)
     assert [decode_from_engine(frames.receive()) for _ in range(2)] == [
-        Tokenised(tokens=(1,)),
-        Tokenised(tokens=(2,)),
+        Tokenised(prompt=Prompt(tokens=(1,))),
+        Tokenised(prompt=Prompt(tokens=(2,))),
     ]

@@ -31,6 +31,7 @@ from trio_worker.engine.template_renderer import (
 )
 from trio_worker.errors import EngineFailed, InvalidRequest
 from trio_worker.protocol.frames import Tokenise, TokeniseFailed
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Work
 
 pytestmark = pytest.mark.mlx
@@ -194,7 +195,7 @@ def test_whose_fault_it_is_is_said(tmp_path: Path, renderer: Renderer) -> None:
     tokenizer = tokenizer_with(tmp_path, ON_DEMAND + "{{ raise_exception('no') }}")
 
     def ask(content: str) -> Any:
-        asked = Tokenise(prompt=None, messages=(("user", content),))
+        asked = Tokenise(prompt=None, messages=(Message(role="user", content=content),))
         return tokenise(tokenizer, asked, renderer)
 
     assert ask("bad") == TokeniseFailed(message="it takes longer than 1 s", is_models_fault=True)

@@ -70,7 +70,7 @@ def test_joined_chunks_are_what_a_worker_writes_as_a_whole(
     for text, logprob in said:
         joined.add(worker.keep_alive())
         if text or logprob is not None:
-            joined.add(worker.chunk(text, logprob))
+            joined.add(worker.chunk(text, () if logprob is None else (logprob,)))
     assert joined.text == "".join(texts)
     assert joined.closing(worker.closing(finish, usage(), note())) == expected
 

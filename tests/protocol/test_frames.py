@@ -24,6 +24,22 @@ from trio_worker.protocol.frames import (
     encode,
 )
 from trio_worker.protocol.framing import MAX_FRAME_BYTES, FrameError
+from trio_worker.protocol.prompt import (
+    CallArguments,
+    CallBegun,
+    Choice,
+    Form,
+    JsonSchema,
+    Lark,
+    Message,
+    Prompt,
+    Reasoning,
+    Regex,
+    Tool,
+    ToolCall,
+    ToolUse,
+    Wanted,
+)
 from trio_worker.protocol.turn import (
     Admit,
     EngineInfo,
@@ -79,6 +95,46 @@ samplings = st.builds(
     logprobs=st.booleans(),
     top_logprobs=numbers,
 )
+tools = st.builds(
+    Tool,
+    name=names,
+    description=st.none() | names,
+    parameters=st.none() | names,
+    strict=st.booleans(),
+)
+forms = st.builds(
+    Form,
+    grammar=names,
+    finds_reasoning=st.booleans(),
+    starts_in_reasoning=st.booleans(),
+    max_reasoning_tokens=st.none() | numbers,
+    tools=tuples_of(tools),
+    is_general=st.booleans(),
+    one_call=st.booleans(),
+)
+messages = st.builds(
+    Message,
+    role=names,
+    content=names,
+    name=st.none() | names,
+    reasoning=st.none() | names,
+    tool_calls=tuples_of(st.builds(ToolCall, id=names, name=names, arguments=names)),
+    tool_call_id=st.none() | names,
+)
+wishes = st.builds(
+    Wanted,
+    constraint=st.none()
+    | st.builds(JsonSchema, schema=names)
+    | st.builds(Regex, pattern=names)
+    | st.builds(Choice, options=tuples_of(names))
+    | st.builds(Lark, grammar=names),
+    tools=tuples_of(tools),
+    tool_use=st.sampled_from(ToolUse),
+    allowed_tools=tuples_of(names),
+    parallel_calls=st.booleans(),
+    max_reasoning_tokens=st.none() | numbers,
+    template_variables=names,
+)
 admits = st.builds(
     Admit,
     request_id=request_ids,
@@ -87,6 +143,7 @@ admits = st.builds(
     max_tokens=numbers,
     sampling=samplings,
     stop=tuples_of(names),
+    form=forms,
 )
 works = st.builds(
     Work,
@@ -98,13 +155,20 @@ works = st.builds(
 logprobs = st.builds(
     TokenLogprob, token=names, logprob=reals, top=tuples_of(st.tuples(names, reals))
 )
+pieces = (
+    st.builds(Reasoning, text=names)
+    | st.builds(CallBegun, index=numbers, name=names, id=st.none() | names)
+    | st.builds(CallArguments, index=numbers, text=names)
+)
 outputs = st.builds(
     Output,
     request_id=request_ids,
     token=numbers,
     text=names,
     finish=st.none() | st.sampled_from(FinishReason),
-    logprob=st.none() | logprobs,
+    logprobs=tuples_of(logprobs),
+    beside=tuples_of(pieces),
+    is_reasoning=st.booleans(),
 )
 reports = st.builds(
     Report,
@@ -123,15 +187,18 @@ reports = st.builds(
 to_engine = (
     works
     | st.just(HELLO)
-    | st.builds(Tokenise, prompt=names, messages=st.none())
-    | st.builds(Tokenise, prompt=st.none(), messages=tuples_of(st.tuples(names, names)))
+    | st.builds(Tokenise, prompt=names, messages=st.none(), wanted=wishes)
+    | st.builds(Tokenise, prompt=st.none(), messages=tuples_of(messages), wanted=wishes)
 )
 from_engine = (
     reports
     | st.just(INFO)
     | st.builds(Progress, step=names, done=numbers, total=numbers, unit=names)
     | st.builds(LoadFailed, message=names)
-    | st.builds(Tokenised, tokens=tuples_of(numbers))
+    | st.builds(
+        Tokenised,
+        prompt=st.builds(Prompt, tokens=tuples_of(numbers), form=forms, notes=tuples_of(names)),
+    )
     | st.builds(TokeniseFailed, message=names, is_models_fault=st.booleans())
 )
 

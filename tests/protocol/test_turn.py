@@ -21,7 +21,7 @@ def fields_of(value: Sampling | Work) -> dict[str, object]:
 
 
 def test_the_words_for_how_an_answer_ended() -> None:
-    assert [each.value for each in FinishReason] == ["stop", "length"]
+    assert [each.value for each in FinishReason] == ["stop", "length", "tool_calls"]
 
 
 def test_by_default_nothing_of_the_sampling_is_switched_on() -> None:
@@ -48,7 +48,7 @@ def test_by_default_a_turn_does_no_more_than_one_step() -> None:
         "trim_caches": False,
     }
     output = Output(request_id=RequestId("r"), token=1, text="x")
-    assert (output.finish, output.logprob) == (None, None)
+    assert (output.finish, output.logprobs, output.beside) == (None, (), ())
     assert Prefill(request_id=RequestId("r"), done=1, total=2).cached == 0
     info = EngineInfo(
         model="m", context_length=1, vocabulary_size=2, cache_bytes_per_token=1, device="d"

@@ -19,7 +19,7 @@ EVERYTHING = {
     *PLUMBING,
     *("bench", "calling", "cli", "client", "client_asyncio", "config", "deploy"),
     *("exception_groups", "flow", "gateway", "http", "launch", "launch_gateway", "launch_nats"),
-    *("logs", "machine"),
+    *("grammar", "logs", "machine", "markup"),
     *("monitoring", "nats"),
     *("simulated", "stages", "supervisor", "wire", "worker"),
 }
@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exception_groups": set(),
     "logs": set(),
     "protocol": {"errors"},
+    "markup": {"protocol"},
+    "grammar": {"protocol"},
     "core": {"errors", "protocol"},
     "wire": {"core", "errors", "protocol"},
     "config": {"errors", "nats.address"},
@@ -67,10 +69,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "supervisor.restart_budget": set(),
     "simulated": {
         *(*PLUMBING, "config", "exception_groups", "nats.outbox", "nats.parcel"),
-        *("supervisor.load_patience", "supervisor.restart_budget"),
+        *("grammar", "markup", "supervisor.load_patience", "supervisor.restart_budget"),
     },
-    "simulated.batch": {"protocol"},
-    "engine": {"errors", "protocol"},
+    "simulated.batch": {"grammar", "markup", "protocol"},
+    "engine": {"errors", "grammar", "markup", "protocol"},
     "worker": {
         *(*PLUMBING, "config", "flow", "monitoring", "stages", "wire"),
         "supervisor.restart_budget",
@@ -112,7 +114,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 PURE = {
-    *("core", "errors", "exception_groups", "protocol", "wire"),
+    *("core", "errors", "exception_groups", "grammar", "markup", "protocol", "wire"),
     *("calling.any_loop", "calling.attempts", "http.limits"),
     *("config.catalogue", "config.conflicts", "config.generated", "config.hosts"),
     *("config.keys", "config.sections", "config.strict_yaml", "config.values"),
@@ -130,7 +132,7 @@ WITHOUT_A_LOOP = {
     *("bench.clocked_engine", "bench.http_load", "bench.load"),
 }
 WITHOUT_TRIO = {"calling.on_asyncio", "client_asyncio"}
-EDGES = {"http", "machine", "monitoring", "nats", "supervisor"}
+EDGES = {"grammar", "http", "machine", "monitoring", "nats", "supervisor"}
 """Where a file adapts one third-party library."""
 
 MODEL_LIBRARIES = {"mlx", "mlx_lm", "transformers", "tokenizers", "huggingface_hub"}
@@ -145,7 +147,7 @@ WORLD = {
 """What reads a clock or touches something outside of the process."""
 GENERAL_LIBRARIES = {"trio", "trio_util", "msgspec", "loguru"}
 """What an adapter may use beside the library that it adapts."""
-EDGE_PARTNERS = [{"nats", "nkeys", "nacl", "trio_asyncio"}]
+EDGE_PARTNERS = [{"nats", "nkeys", "nacl", "trio_asyncio"}, {"llguidance", "numpy"}]
 """Libraries that make one edge together."""
 UNDECIDED_CALLS = {
     ("datetime", "now"),

@@ -20,6 +20,7 @@ from trio_worker.ports import (
     Subscription,
     Turn,
 )
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import EngineInfo, Report, RequestId, Work
 from trio_worker.simulated.broker import MemoryBroker
 from trio_worker.simulated.engine import SimulatedEngine
@@ -142,10 +143,10 @@ class WatchedEngine:
     async def wait_ready(self) -> EngineInfo:
         return await self._engine.wait_ready()
 
-    async def tokenise(self, request: Request) -> tuple[int, ...]:
-        tokens = await self._engine.tokenise(request)
+    async def tokenise(self, request: Request) -> Prompt:
+        prompt = await self._engine.tokenise(request)
         self._record.tokenised += 1
-        return tokens
+        return prompt
 
     def begin(self, work: Work) -> Turn:
         self._check(work)

@@ -64,7 +64,7 @@ async def test_the_engine_process_keeps_the_contract_of_the_port(tiny: Any) -> N
 async def templates_and_refusals(engine: Any) -> None:
     hello = await engine.tokenise(chat(("user", "hello")))
     longer = await engine.tokenise(chat(("system", "be brief"), ("user", "hello")))
-    assert 0 < len(hello) < len(longer)
+    assert 0 < len(hello.tokens) < len(longer.tokens)
     assert await engine.tokenise(request("\0"))
     for refused in (chat(("tool", "x")), request(""), request("\ud800")):
         with pytest.raises(InvalidRequest):
@@ -120,7 +120,7 @@ async def test_a_killed_engine_is_lost_at_once_and_then_ready_again(tiny: Any) -
         assert engine.statistics().state == "restarting"
         assert not engine.ready.value
         # Waits for the next one.
-        assert await engine.tokenise(request(PROMPTS[0])) == sequences[0].prompt
+        assert (await engine.tokenise(request(PROMPTS[0]))).tokens == sequences[0].prompt
         assert engine.statistics().restarts == 1
         assert engine.statistics().pid != first
         assert await run_all(engine, sequences) == whole

@@ -11,9 +11,10 @@ from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_worker.protocol.frames import LoadFailed, Tokenised, encode
 from trio_worker.protocol.framing import HungUp
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.supervisor.frame_stream import FrameStream
 
-LARGE = encode(Tokenised(tokens=tuple(range(1_000_000))))
+LARGE = encode(Tokenised(prompt=Prompt(tokens=tuple(range(1_000_000)))))
 """More than a socket pair holds."""
 
 
@@ -38,7 +39,7 @@ async def test_what_the_socket_does_not_take_at_once_is_sent_by_the_flush(
         nursery.start_soon(stream.flush)
         first, second = await other.receive(), await other.receive()
     assert isinstance(first, Tokenised)
-    assert len(first.tokens) == 1_000_000
+    assert len(first.prompt.tokens) == 1_000_000
     assert second == LoadFailed(message="behind it")
 
 

@@ -12,8 +12,13 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_worker.protocol.frames import Tokenise, Tokenised, decode_to_engine, encode
 from trio_worker.protocol.framing import FrameBuffer, HungUp
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.supervisor.frame_stream import FrameStream
 from trio_worker.supervisor.line import UNDER_WAY_MAX, Line, NeverAsked, NoAnswer
+
+
+def tokenised(token: int) -> Tokenised:
+    return Tokenised(prompt=Prompt(tokens=(token,)))
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Scene:
             await wait_all_tasks_blocked()
 
     async def answer(self, *tokens: int) -> None:
-        await self.send(b"".join(encode(Tokenised(tokens=(each,))) for each in tokens))
+        await self.send(b"".join(encode(tokenised(each)) for each in tokens))
 
     async def send(self, frames: bytes) -> None:
         await trio.SocketStream(self.theirs).send_all(frames)
@@ -86,9 +91,7 @@ async def test_what_comes_while_an_answer_is_awaited_goes_out_together_and_in_or
     assert await scene.come(2) == ["b", "c"]
     await scene.answer(2, 3)
     await wait_all_tasks_blocked()
-    assert scene.outcomes == {
-        name: Tokenised(tokens=(number,)) for number, name in enumerate("abc", 1)
-    }
+    assert scene.outcomes == {name: tokenised(number) for number, name in enumerate("abc", 1)}
 
 
 async def test_no_more_are_under_way_than_may_be_and_the_others_wait(scene: Scene) -> None:
@@ -105,9 +108,7 @@ async def test_no_more_are_under_way_than_may_be_and_the_others_wait(scene: Scen
     with trio.fail_after(20):
         await scene.come(len(names) - 1 - UNDER_WAY_MAX)
     await wait_all_tasks_blocked()
-    assert scene.outcomes == {
-        name: Tokenised(tokens=(number,)) for number, name in enumerate(names)
-    }
+    assert scene.outcomes == {name: tokenised(number) for number, name in enumerate(names)}
 
 
 async def test_of_those_under_way_only_the_next_one_may_be_what_the_engine_ended_over(
@@ -123,7 +124,7 @@ async def test_of_those_under_way_only_the_next_one_may_be_what_the_engine_ended
     await wait_all_tasks_blocked()
     assert scene.raised is HungUp
     outcomes = [scene.outcomes[name] for name in names]
-    assert outcomes[:2] == [Tokenised(tokens=(1,)), NoAnswer]
+    assert outcomes[:2] == [tokenised(1), NoAnswer]
     assert outcomes[2:] == [NeverAsked] * UNDER_WAY_MAX
     scene.ask("later")
     await wait_all_tasks_blocked()
@@ -143,7 +144,10 @@ async def test_who_gives_up_leaves_the_answers_of_the_others_where_they_belong(
     scene.ask("last")
     await scene.answer(1, 2, 3)
     await wait_all_tasks_blocked()
-    assert scene.outcomes == {"first": Tokenised(tokens=(1,)), "last": Tokenised(tokens=(3,))}
+    assert scene.outcomes == {
+        "first": tokenised(1),
+        "last": tokenised(3),
+    }
 
 
 async def test_an_answer_that_does_not_come_ends_the_line(scene: Scene) -> None:
@@ -165,7 +169,7 @@ async def test_a_long_question_and_a_long_answer_do_not_wait_for_each_other(scen
     await scene.answer(1)
     assert await scene.come(1) == ["two"]
     with trio.fail_after(20):
-        await scene.send(encode(Tokenised(tokens=tuple(range(500_000)))))
+        await scene.send(encode(Tokenised(prompt=Prompt(tokens=tuple(range(500_000))))))
         assert await scene.come(1) == ["x" * 4_000_000]
         await scene.answer(3)
     await wait_all_tasks_blocked()

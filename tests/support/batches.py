@@ -79,7 +79,7 @@ def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
             of.texts.append(output.text)
             of.text += output.text
             of.finish = output.finish
-            of.logprobs.append(output.logprob)
+            of.logprobs += output.logprobs or (None,)
         for failure in done.failures:
             runs[failure.request_id].failure = failure.message
         if not done.residents:

@@ -18,9 +18,10 @@ import trio
 from msgspec.structs import replace
 from trio.testing import assert_checkpoints, assert_no_checkpoints
 
-from trio_worker.core.request import ChatMessage, Request
+from trio_worker.core.request import Request
 from trio_worker.errors import EngineLost, InvalidRequest, WorkerFault
 from trio_worker.ports import Engine
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import (
     TURNS_UNDER_WAY_MAX,
     Admit,
@@ -79,7 +80,7 @@ async def admits(
     return [
         Admit(
             request_id=RequestId(f"r{index}"),
-            prompt=await engine.tokenise(request(prompt)),
+            prompt=(await engine.tokenise(request(prompt))).tokens,
             produced=(),
             max_tokens=max_tokens,
             sampling=replace(sampling, seed=sampling.seed + index),
@@ -151,7 +152,7 @@ async def check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait(
     with assert_checkpoints():
         await engine.wait_ready()
     with assert_checkpoints():
-        prompt = await engine.tokenise(request(PROMPTS[0]))
+        prompt = (await engine.tokenise(request(PROMPTS[0]))).tokens
     with assert_no_checkpoints():
         turn = engine.begin(Work())
     with assert_checkpoints():
@@ -178,7 +179,7 @@ async def check_whatever_may_wait_has_a_checkpoint_also_where_it_does_not_wait(
 async def check_what_is_no_text_is_refused_by_its_field(engine: Engine) -> None:
     await engine.wait_ready()
     half = "half of a pair: \ud83d"
-    chat = (ChatMessage(role="user", content=half),)
+    chat = (Message(role="user", content=half),)
     for asked in (request(half), dataclasses.replace(request(half), prompt=None, messages=chat)):
         with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
             await engine.tokenise(asked)

@@ -13,7 +13,7 @@ import psutil
 import trio
 
 from support.engine_conformance import request
-from trio_worker.core.request import ChatMessage
+from trio_worker.protocol.prompt import Message
 from trio_worker.supervisor.engine_process import open_engine
 
 LOADED_S = 60.0
@@ -80,5 +80,5 @@ def chat(*messages: Any) -> Any:
     return replace(
         request(""),
         prompt=None,
-        messages=tuple(ChatMessage(role=role, content=content) for role, content in messages),
+        messages=tuple(Message(role=role, content=content) for role, content in messages),
     )

@@ -24,6 +24,7 @@ from trio_worker.protocol.frames import (
     Tokenise,
     Tokenised,
 )
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import EngineInfo, EngineMemory, Report, Work
 from trio_worker.simulated.batch import SimulatedBatch
 
@@ -96,8 +97,8 @@ def tokenise(line: Line, batch: SimulatedBatch) -> None:
         assert isinstance(asked, Tokenise)
         text = asked.prompt
         if text is None:
-            text = " ".join(content for _, content in asked.messages or ())
-        return Tokenised(tokens=batch.tokens_of(text))
+            text = " ".join(each.content for each in asked.messages or ())
+        return Tokenised(prompt=Prompt(tokens=batch.tokens_of(text)))
 
     line.answer(answer)
 

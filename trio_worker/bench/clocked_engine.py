@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from trio_worker.engine.sockets import Line
 from trio_worker.protocol.frames import Hello, ToEngine, Tokenise, Tokenised
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import (
     Admit,
     EngineInfo,
@@ -170,8 +171,8 @@ def tokenise(asked: Tokenise) -> Tokenised:
     """At least one token, also of no text."""
     text = asked.prompt
     if text is None:
-        text = "\n".join(content for _, content in asked.messages or ())
-    return Tokenised(tokens=tuple(text.encode()) or (0,))
+        text = "\n".join(each.content for each in asked.messages or ())
+    return Tokenised(prompt=Prompt(tokens=tuple(text.encode()) or (0,)))
 
 
 def _serve(control: Line, tokenising: Line, batch: ClockedBatch) -> NoReturn:

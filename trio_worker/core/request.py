@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trio_worker.errors import InvalidRequest
+from trio_worker.protocol.prompt import ANYTHING, Message, Wanted
 from trio_worker.protocol.turn import RequestId, Sampling
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatMessage:
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +15,7 @@ class Request:
 
     request_id: RequestId
     prompt: str | None
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[Message, ...]
     max_tokens: int | None
     """None: as many as the default and the context allow."""
     fit_max_tokens: bool
@@ -34,6 +29,8 @@ class Request:
     """From arrival to the terminal message."""
     caller: str | None
     """Who asks, by a name of its own choice; it proves nothing."""
+    wanted: Wanted = ANYTHING
+    """What the answer is to be like."""
 
     @property
     def is_chat(self) -> bool:

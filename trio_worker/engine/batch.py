@@ -261,7 +261,7 @@ class Batch:
                 continue
             try:
                 text, finish = row.take(token, end_tokens)
-                logprob = None if place is None else self._logprob(row, token, place)
+                logprobs = () if place is None else (self._logprob(row, token, place),)
             except Exception as exc:  # noqa: BLE001 - as above
                 report.failure(row.request_id, exc)
                 finished.append(i)
@@ -272,7 +272,7 @@ class Batch:
                     token=token,
                     text=text,
                     finish=finish,
-                    logprob=logprob,
+                    logprobs=logprobs,
                 )
             )
             if finish is not None:

@@ -43,6 +43,7 @@ from trio_worker.protocol.frames import (
     Tokenised,
     TokeniseFailed,
 )
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import Admit, EngineInfo, RequestId, Sampling, Work
 
 log = logging.getLogger("trio_worker.engine")
@@ -175,11 +176,13 @@ def tokenise(tokenizer: Any, asked: Tokenise, renderer: Renderer) -> Tokenised |
                 message="this model has no chat template: send `prompt` instead of `messages`"
             )
         else:
-            messages = [{"role": r, "content": c} for r, c in asked.messages or ()]
+            messages = [
+                {"role": each.role, "content": each.content} for each in asked.messages or ()
+            ]
             tokens = tokens_of(tokenizer, messages, renderer)
         if not tokens:
             return TokeniseFailed(message="the prompt has no tokens")
-        return Tokenised(tokens=tuple(int(token) for token in tokens))
+        return Tokenised(prompt=Prompt(tokens=tuple(int(token) for token in tokens)))
     except TemplateRefused as exc:
         return TokeniseFailed(message=str(exc))
     except TemplateFailed as exc:

@@ -124,10 +124,9 @@ class Answer:
             self._traced.append(output.text)
         if not self._stream:
             self._texts.append(output.text)
-            if output.logprob is not None:
-                self._logprobs.append(output.logprob)
-        elif output.text or output.logprob is not None:
-            self._send(self._writer.chunk(output.text, output.logprob))
+            self._logprobs += output.logprobs
+        elif output.text or output.logprobs:
+            self._send(self._writer.chunk(output.text, output.logprobs))
         return output.finish
 
     def close(self) -> None:

@@ -16,7 +16,9 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from trio_worker.protocol.framing import FrameError, framed
-from trio_worker.protocol.turn import EngineInfo, Report, Value, Work
+from trio_worker.protocol.prompt import ANYTHING, Message, Prompt, Wanted
+from trio_worker.protocol.turn import EngineInfo, Report, Work
+from trio_worker.protocol.value import Value
 
 PREWARMING = "prewarming"
 """The `step` of the last `Progress`: from here on the engine computes, and must not take long."""
@@ -42,13 +44,16 @@ class Hello(Value, frozen=True, kw_only=True, tag=True):
     """How much freed memory the allocator may keep; None leaves MLX's own limit."""
     answer_within_s: float = 60.0
     """An answer on either line that takes longer is not waited for."""
+    general_tool_prompt: bool = False
+    """A template that knows no tools is told of them in general words, rather than refused."""
 
 
 class Tokenise(Value, frozen=True, kw_only=True, tag=True):
-    """Exactly one of the two is set; `messages` are (role, content)."""
+    """Exactly one of `prompt` and `messages` is set."""
 
     prompt: str | None
-    messages: tuple[tuple[str, str], ...] | None
+    messages: tuple[Message, ...] | None
+    wanted: Wanted = ANYTHING
 
 
 # --- engine → worker ----------------------------------------------------------------------
@@ -70,13 +75,15 @@ class LoadFailed(Value, frozen=True, kw_only=True, tag=True):
 
 
 class Tokenised(Value, frozen=True, kw_only=True, tag=True):
-    tokens: tuple[int, ...]
+    prompt: Prompt
 
 
 class TokeniseFailed(Value, frozen=True, kw_only=True, tag=True):
-    """The chat template or the tokenizer refused this input; `message` says why."""
+    """This input is refused; `message` says why."""
 
     message: str
+    field: str | None = None
+    """The place in the request that is at fault; None: the prompt or the messages."""
     is_models_fault: bool = False
     """The template takes more time or memory than it may: nobody's input is to blame."""
 

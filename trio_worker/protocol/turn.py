@@ -11,7 +11,8 @@ from collections import Counter
 from enum import StrEnum
 from typing import NewType
 
-import msgspec
+from trio_worker.protocol.prompt import FREE, Form, Piece
+from trio_worker.protocol.value import Value
 
 RequestId = NewType("RequestId", str)
 
@@ -19,16 +20,13 @@ TURNS_UNDER_WAY_MAX = 8
 """Turns that may have begun before the report of the first is taken."""
 
 
-# Without the collector of cycles: what is frozen cannot come to refer to itself.
-class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Sent as the array of its fields, in the order in which they stand here."""
-
-
 class FinishReason(StrEnum):
     """Why a completed answer ended, in OpenAI's words."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """It calls tools, and is complete."""
 
 
 class Sampling(Value, frozen=True, kw_only=True):
@@ -66,6 +64,8 @@ class Admit(Value, frozen=True, kw_only=True):
     """Counted from the end of the prompt, `produced` included."""
     sampling: Sampling
     stop: tuple[str, ...]
+    """Looked for in the answer's text, not in what it reasons or calls."""
+    form: Form = FREE
 
 
 class Work(Value, frozen=True, kw_only=True, tag=True):
@@ -94,11 +94,18 @@ class Output(Value, frozen=True, kw_only=True):
     text: str
     """What may be shown now; may be empty while a character or a stop string is incomplete.
 
-    The texts of a sequence add up to a function of its tokens; a stop string is not part.
+    The texts of a sequence add up to a function of its tokens; a stop string is not part, nor is
+    what it reasons and calls.
     """
     finish: FinishReason | None = None
     """Set on the last token; the sequence has left the engine."""
-    logprob: TokenLogprob | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of tokens of the text, if they were asked for: mostly of this one. One that may yet turn
+    out to be part of a call waits until that is clear."""
+    beside: tuple[Piece, ...] = ()
+    """What the token adds to the reasoning and to the calls, in order."""
+    is_reasoning: bool = False
+    """The token is part of the reasoning, its marks included."""
 
 
 class Prefill(Value, frozen=True, kw_only=True):

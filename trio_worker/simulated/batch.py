@@ -133,7 +133,7 @@ class Resident:
             token=token,
             text=text,
             finish=finish,
-            logprob=self._logprob(token) if self.admit.sampling.logprobs else None,
+            logprobs=(self._logprob(token),) if self.admit.sampling.logprobs else (),
         )
 
     def _safe_end(self) -> int:

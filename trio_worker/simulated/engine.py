@@ -23,6 +23,7 @@ from trio_worker.core.request import Request
 from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossReason, WorkerFault
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.ports import EngineState, EngineStatistics, Turn
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import (
     TURNS_UNDER_WAY_MAX,
     EngineInfo,
@@ -186,7 +187,7 @@ class SimulatedEngine:
             if self._ready.value:
                 return self._info
 
-    async def tokenise(self, request: Request) -> tuple[int, ...]:
+    async def tokenise(self, request: Request) -> Prompt:
         if request.prompt is not None:
             text = request.prompt
         else:
@@ -215,7 +216,7 @@ class SimulatedEngine:
             raise InvalidRequest(
                 "the template refuses these messages", details={"field": request.text_field}
             )
-        return self._batch.tokens_of(text)
+        return Prompt(tokens=self._batch.tokens_of(text))
 
     def begin(self, work: Work) -> Turn:
         assert len(self._under_way) < TURNS_UNDER_WAY_MAX, "too many turns at once"

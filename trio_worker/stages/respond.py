@@ -129,9 +129,9 @@ async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> Non
     info = serving.engine.info
     assert info is not None, "a model that tokenises is loaded"
     sequence.request.check_vocabulary(info.vocabulary_size)
-    sequence.prompt = prompt
+    sequence.prompt = prompt.tokens
     sequence.max_tokens = _fit(
-        len(prompt), sequence.request, serving.default_max_tokens, info.context_length
+        len(prompt.tokens), sequence.request, serving.default_max_tokens, info.context_length
     )
     _check_memory(sequence, serving.ledger)
     sequence.outputs = answer

@@ -28,6 +28,7 @@ from trio_worker.errors import (
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.ports import EngineState, EngineStatistics, ProgressSink, Turn
 from trio_worker.protocol.frames import Hello, Tokenise, Tokenised, TokeniseFailed, encode
+from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import EngineInfo, Report, Work
 from trio_worker.supervisor.engine_life import ENGINE_PROGRAM, End, EngineLife, EngineSettings
 from trio_worker.supervisor.engine_log import EngineLog
@@ -80,11 +81,12 @@ class EngineProcess:
         assert life.info is not None
         return life.info
 
-    async def tokenise(self, request: Request) -> tuple[int, ...]:
+    async def tokenise(self, request: Request) -> Prompt:
         """See the port."""
-        messages = tuple((message.role, message.content) for message in request.messages)
         question = Tokenise(
-            prompt=request.prompt, messages=messages if request.prompt is None else None
+            prompt=request.prompt,
+            messages=request.messages if request.prompt is None else None,
+            wanted=request.wanted,
         )
         try:
             frame = encode(question)
@@ -107,12 +109,16 @@ class EngineProcess:
             if isinstance(answer, TokeniseFailed) and answer.is_models_fault:
                 raise EngineFailed(f"the model's chat template fails: {answer.message}")
             if isinstance(answer, TokeniseFailed):
+                if answer.field is not None:
+                    raise InvalidRequest(
+                        f"{answer.field}: {answer.message}", details={"field": answer.field}
+                    )
                 raise InvalidRequest(
                     f"the prompt cannot be tokenised: {answer.message}",
                     details={"field": request.text_field},
                 )
             assert isinstance(answer, Tokenised)
-            return answer.tokens
+            return answer.prompt
         raise EngineFailed("tokenising this request brought the engine down twice")
 
     def begin(self, work: Work) -> Turn:

@@ -21,6 +21,7 @@ from trio_worker.engine.models.store import (
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
 from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
 
 pytestmark = pytest.mark.mlx
@@ -58,14 +59,16 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
     assert not any("converting" in step for step, *_ in steps)
     assert model.context_length == 8192
     assert model.name == DEMO_NAME
-    asked = Tokenise(prompt=None, messages=(("user", "What is the capital of France?"),))
+    asked = Tokenise(
+        prompt=None, messages=(Message(role="user", content="What is the capital of France?"),)
+    )
     with Renderer() as renderer:
         answer = tokenise(model.tokenizer, asked, renderer)
     assert isinstance(answer, Tokenised)
     batch = open_batch(model, 0)
     admit = Admit(
         request_id=RequestId("one"),
-        prompt=answer.tokens,
+        prompt=answer.prompt.tokens,
         produced=(),
         max_tokens=16,
         sampling=GREEDY,

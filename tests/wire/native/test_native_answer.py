@@ -52,7 +52,7 @@ def bodies(*, chat: bool) -> list[str]:
             writer.opening(),
             writer.keep_alive(),
             writer.chunk("hi"),
-            writer.chunk("hi", LOGPROB),
+            writer.chunk("hi", (LOGPROB,)),
             writer.closing(FinishReason.LENGTH, USAGE, NOTE),
             writer.whole(["hi", " ho"], None, FinishReason.STOP, USAGE, NOTE),
             writer_of(chat=chat).whole(["hi"], [LOGPROB], FinishReason.STOP, USAGE, NOTE),
@@ -113,7 +113,7 @@ def test_whatever_the_text_a_chunk_is_as_one_without_but_for_it(
 ) -> None:
     writer = writer_of(chat=chat, model=model)
     chunk = msgspec.json.decode(writer.chunk(text))
-    expected = msgspec.json.decode(writer.chunk(text, LOGPROB))
+    expected = msgspec.json.decode(writer.chunk(text, (LOGPROB,)))
     expected["choices"][0]["logprobs"] = None
     assert chunk == expected
     assert chunk["model"] == model
@@ -142,9 +142,9 @@ def test_the_bytes_of_a_token_are_told_where_it_is_whole_characters(
     token: str, utf8: list[int] | None
 ) -> None:
     """A part of a character is shown as U+FFFD, whatever its bytes were."""
-    told = logprobs_in(writer_of(chat=True).chunk("", logprob("b", (token, -0.7))))["content"][0]
+    told = logprobs_in(writer_of(chat=True).chunk("", (logprob("b", (token, -0.7)),)))["content"][0]
     assert (told["bytes"], told["top_logprobs"][0]["bytes"]) == ([98], utf8)
-    told = logprobs_in(writer_of(chat=True).chunk("", logprob(token)))["content"][0]
+    told = logprobs_in(writer_of(chat=True).chunk("", (logprob(token),)))["content"][0]
     assert told["bytes"] == utf8
 
 
@@ -173,7 +173,7 @@ def test_each_token_of_a_text_has_the_number_of_characters_said_before_it() -> N
 
 def test_the_chunks_of_a_text_say_together_what_the_whole_says() -> None:
     writer = writer_of(chat=False)
-    chunks = [logprobs_in(writer.chunk(text, of)) for text, of in PARTS]
+    chunks = [logprobs_in(writer.chunk(text, (of,))) for text, of in PARTS]
     assert [each["text_offset"] for each in chunks] == [[place] for place in PLACES]
     assert [each["tokens"] for each in chunks] == [[of.token] for _, of in PARTS]
 
@@ -181,5 +181,5 @@ def test_the_chunks_of_a_text_say_together_what_the_whole_says() -> None:
 def test_the_alternatives_of_a_text_are_named_by_it_with_the_token_that_was_chosen() -> None:
     """Two parts of characters look alike: then it is the likelier of them."""
     likely = logprob("z", ("a", -0.1), ("\ufffd", -0.2), ("\ufffd", -0.3), value=-4.0)
-    told = logprobs_in(writer_of(chat=False).chunk("z", likely))
+    told = logprobs_in(writer_of(chat=False).chunk("z", (likely,)))
     assert list(told["top_logprobs"][0].items()) == [("a", -0.1), ("\ufffd", -0.2), ("z", -4.0)]

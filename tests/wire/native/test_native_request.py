@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_worker.core.request import ChatMessage, Request
+from trio_worker.core.request import Request
 from trio_worker.errors import (
     InvalidRequest,
     ModelNotFound,
     PayloadTooLarge,
     WorkerError,
 )
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import RequestId, Sampling
 from trio_worker.wire import native
 
@@ -115,9 +116,9 @@ def test_every_field_arrives() -> None:
         request_id=RequestId("abc"),
         prompt=None,
         messages=(
-            ChatMessage(role="system", content="s"),
-            ChatMessage(role="user", content="ab"),
-            ChatMessage(role="assistant", content=""),
+            Message(role="system", content="s"),
+            Message(role="user", content="ab"),
+            Message(role="assistant", content=""),
         ),
         max_tokens=7,
         fit_max_tokens=True,

@@ -11,6 +11,7 @@ from trio_worker.engine.models.load import LoadedModel
 from trio_worker.engine.serve import GREEDY, open_batch, tokenise
 from trio_worker.engine.template_renderer import Renderer
 from trio_worker.protocol.frames import Tokenise, Tokenised
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
 
 MAX_TOKENS = 24
@@ -40,12 +41,12 @@ def check(model: LoadedModel) -> list[str]:
 
 def _tokens(model: LoadedModel, prompt: str, renderer: Renderer) -> tuple[int, ...]:
     if model.tokenizer.has_chat_template:
-        asked = Tokenise(prompt=None, messages=(("user", prompt),))
+        asked = Tokenise(prompt=None, messages=(Message(role="user", content=prompt),))
     else:
         asked = Tokenise(prompt=prompt, messages=None)
     answer = tokenise(model.tokenizer, asked, renderer)
     assert isinstance(answer, Tokenised), answer
-    return answer.tokens
+    return answer.prompt.tokens
 
 
 def _answers(batch: Batch, prompts: list[tuple[int, ...]]) -> list[list[int]]:

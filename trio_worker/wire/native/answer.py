@@ -185,12 +185,12 @@ class AnswerWriter:
         """An empty chunk: the request is alive and nothing can be shown yet."""
         return self._body(_Delta())
 
-    def chunk(self, text: str, logprob: TokenLogprob | None = None) -> bytes:
+    def chunk(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """What one token shows; of one answer, all chunks have its log-probability or none."""
-        if logprob is not None:
-            logprobs = self._logprobs((logprob,), (text,))
+        if logprobs:
+            body = self._body(_Delta(content=text), logprobs=self._logprobs(logprobs, (text,)))
             self._said += len(text)
-            return self._body(_Delta(content=text), logprobs=logprobs)
+            return body
         return self._before_text + _encoder.encode(text) + self._after_text
 
     def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:

@@ -18,8 +18,9 @@ import msgspec
 from msgspec import Meta
 
 from trio_worker.core.priority import NAMES, level_of
-from trio_worker.core.request import ChatMessage, Request
+from trio_worker.core.request import Request
 from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
+from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import RequestId, Sampling
 
 SEED_END = 2**53
@@ -197,7 +198,7 @@ def to_request(
         request_id=request_id,
         prompt=asked.prompt,
         messages=tuple(
-            ChatMessage(role=message.role, content=_text_of(message.content))
+            Message(role=message.role, content=_text_of(message.content))
             for message in asked.messages or ()
         ),
         max_tokens=_max_tokens(asked, limits.max_tokens_limit),
