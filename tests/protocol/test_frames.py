@@ -176,7 +176,14 @@ reports = st.builds(
     prefills=tuples_of(
         st.builds(Prefill, request_id=request_ids, done=numbers, total=numbers, cached=numbers)
     ),
-    failures=tuples_of(st.builds(SequenceFailure, request_id=request_ids, message=names)),
+    failures=tuples_of(
+        st.builds(
+            SequenceFailure,
+            request_id=request_ids,
+            message=names,
+            is_askers_fault=st.booleans(),
+        )
+    ),
     residents=st.frozensets(request_ids, max_size=3),
     memory=st.builds(EngineMemory, active=numbers, cache=numbers),
     seconds=reals,

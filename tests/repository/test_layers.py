@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "protocol": {"errors"},
     "markup": {"protocol"},
     "grammar": {"protocol"},
+    "grammar.forms": {"markup", "protocol"},
     "core": {"errors", "protocol"},
     "wire": {"core", "errors", "protocol"},
     "config": {"errors", "nats.address"},
@@ -72,6 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("grammar", "markup", "supervisor.load_patience", "supervisor.restart_budget"),
     },
     "simulated.batch": {"grammar", "markup", "protocol"},
+    "simulated.forms": {"grammar", "markup", "protocol"},
+    "simulated.speech": {"grammar", "markup", "protocol"},
     "engine": {"errors", "grammar", "markup", "protocol"},
     "worker": {
         *(*PLUMBING, "config", "flow", "monitoring", "stages", "wire"),
@@ -121,9 +124,10 @@ PURE = {
     *("engine.padding", "engine.prefill_plan", "engine.stem_lengths"),
     *("gateway.answers", "gateway.browsers", "gateway.errors", "gateway.fields"),
     *("gateway.json_body", "gateway.keys", "gateway.messages", "gateway.models"),
-    *("gateway.joined", "gateway.terms"),
+    *("gateway.joined", "gateway.shapes", "gateway.structured", "gateway.terms"),
     *("monitoring.counters", "monitoring.heartbeat", "monitoring.metrics", "monitoring.snapshot"),
     *("nats.address", "nats.connection_life", "nats.outbox", "nats.parcel", "simulated.batch"),
+    *("simulated.forms", "simulated.speech"),
     *("supervisor.load_patience", "supervisor.restart_budget"),
 }
 """Decisions and values: without a loop, a clock, chance, or anything outside of the process."""

@@ -123,6 +123,8 @@ class SequenceFailure(Value, frozen=True, kw_only=True):
 
     request_id: RequestId
     message: str
+    is_askers_fault: bool = False
+    """What was asked for shows only now that it cannot be had."""
 
 
 class EngineMemory(Value, frozen=True, kw_only=True):
