@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from trio_worker.engine.models.load import load
-from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.serve import GREEDY, open_batch
 from trio_worker.engine.template_renderer import Renderer
+from trio_worker.engine.tokenising import Tokeniser
 from trio_worker.protocol.frames import Tokenise, Tokenised
 from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
@@ -34,12 +35,9 @@ def model() -> Any:
 def admits(model: Any) -> Any:
     frames = []
     with Renderer() as renderer:
+        tokeniser = Tokeniser(model.tokenizer, renderer)
         answers = [
-            tokenise(
-                model.tokenizer,
-                Tokenise(prompt=None, messages=(Message(role="user", content=each),)),
-                renderer,
-            )
+            tokeniser.answer(Tokenise(prompt=None, messages=(Message(role="user", content=each),)))
             for each in QUESTIONS
         ]
     for index, tokenised in enumerate(answers):

@@ -20,7 +20,6 @@ from support.tiny_model import write_tiny_model
 
 from trio_worker.engine import template_program as render
 from trio_worker.engine.mended_mlx_lm import has_text_template
-from trio_worker.engine.serve import tokenise
 from trio_worker.engine.template_renderer import (
     START_S,
     WITHIN_S,
@@ -29,6 +28,7 @@ from trio_worker.engine.template_renderer import (
     TemplateRefused,
     tokens_of,
 )
+from trio_worker.engine.tokenising import Tokeniser
 from trio_worker.errors import EngineFailed, InvalidRequest
 from trio_worker.protocol.frames import Tokenise, TokeniseFailed
 from trio_worker.protocol.prompt import Message
@@ -196,7 +196,7 @@ def test_whose_fault_it_is_is_said(tmp_path: Path, renderer: Renderer) -> None:
 
     def ask(content: str) -> Any:
         asked = Tokenise(prompt=None, messages=(Message(role="user", content=content),))
-        return tokenise(tokenizer, asked, renderer)
+        return Tokeniser(tokenizer, renderer).answer(asked)
 
     assert ask("bad") == TokeniseFailed(message="it takes longer than 1 s", is_models_fault=True)
     assert ask("x") == TokeniseFailed(message="TemplateError: no", is_models_fault=False)

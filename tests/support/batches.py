@@ -67,7 +67,13 @@ def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
     """Every admitted sequence to its end."""
     runs: dict[str, SimpleNamespace] = defaultdict(
         lambda: SimpleNamespace(
-            tokens=[], text="", texts=[], finish=None, logprobs=[], failure=None
+            tokens=[],
+            text="",
+            texts=[],
+            finish=None,
+            logprobs=[],
+            failure=None,
+            is_askers_fault=False,
         )
     )
     done = turn(batch, *admits, prefill_tokens=prefill_tokens)
@@ -82,6 +88,7 @@ def run(batch: Any, *admits: Any, prefill_tokens: Any = 512) -> Any:
             of.logprobs += output.logprobs or (None,)
         for failure in done.failures:
             runs[failure.request_id].failure = failure.message
+            runs[failure.request_id].is_askers_fault = failure.is_askers_fault
         if not done.residents:
             return runs
         done = turn(batch, prefill_tokens=prefill_tokens)

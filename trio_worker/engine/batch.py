@@ -25,18 +25,18 @@ from trio_worker.engine import freed_memory
 from trio_worker.engine.beginnings import Beginnings
 from trio_worker.engine.caches import can_share
 from trio_worker.engine.decoding import Decoding
+from trio_worker.engine.guide import Guides
 from trio_worker.engine.logprobs import Place
 from trio_worker.engine.padding import merge_alike
 from trio_worker.engine.prefill_plan import ComputePart, ModelCall, PrefillPlan
 from trio_worker.engine.prompts import ReadyRows, compute_ends, compute_part, lengths_of
+from trio_worker.engine.read_answer import Answers
 from trio_worker.engine.row import Row
 from trio_worker.engine.shared_prefixes import lengthened
-from trio_worker.engine.text import AnswerText, Vocabulary
 from trio_worker.engine.turn_report import TurnReport, logprob_of
 from trio_worker.protocol.turn import (
     Admit,
     EngineMemory,
-    Output,
     Report,
     RequestId,
     TokenLogprob,
@@ -53,17 +53,19 @@ class Batch:
     def __init__(
         self,
         model: Any,
-        vocabulary: Vocabulary,
+        answers: Answers,
         *,
         end_tokens: Iterable[int],
         vocabulary_size: int,
         padding_max: int,
         prefix_cache_bytes: int = 0,
+        guides: Guides,
     ) -> None:
         self._model = model
-        self._vocabulary = vocabulary
+        self._answers = answers
         self._end_tokens = frozenset(end_tokens)
         self._vocabulary_size = vocabulary_size
+        self._guides = guides
         self._share = can_share(model)
         self._beginnings = Beginnings(model, prefix_cache_bytes, share=self._share)
         self._arriving: dict[RequestId, Row] = {}
@@ -128,9 +130,9 @@ class Batch:
             raise ValueError(f"{admit.request_id} is in the batch already")
         try:
             self._check(admit)
-            answer = AnswerText(self._vocabulary, admit.stop)
-            for token in admit.produced:
-                answer.feed(token)
+            answer = self._answers.open(admit.stop, admit.form)
+            answer.recall(admit.produced)
+            guide = self._guides.open(admit.form, admit.produced)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it concerns this sequence only
             report.failure(admit.request_id, exc)
             return
@@ -142,6 +144,7 @@ class Batch:
             sampling=admit.sampling,
             answer=answer,
             produced=len(admit.produced),
+            guide=guide,
         )
 
     def _check(self, admit: Admit) -> None:
@@ -259,28 +262,26 @@ class Batch:
             if not row.started:
                 row.started = True
                 continue
+            if row.guide is not None and (failure := row.guide.failure) is not None:
+                report.failure(row.request_id, failure)
+                finished.append(i)
+                continue
             try:
-                text, finish = row.take(token, end_tokens)
                 logprobs = () if place is None else (self._logprob(row, token, place),)
+                output = row.take(token, end_tokens, logprobs)
             except Exception as exc:  # noqa: BLE001 - as above
                 report.failure(row.request_id, exc)
                 finished.append(i)
                 continue
-            outputs.append(
-                Output(
-                    request_id=row.request_id,
-                    token=token,
-                    text=text,
-                    finish=finish,
-                    logprobs=logprobs,
-                )
-            )
-            if finish is not None:
+            outputs.append(output)
+            if output.finish is not None:
                 finished.append(i)
         return finished
 
     def _logprob(self, row: Row, token: int, place: Place) -> TokenLogprob:
-        return logprob_of(place, token, row.sampling.top_logprobs, self._vocabulary.token_text)
+        return logprob_of(
+            place, token, row.sampling.top_logprobs, self._answers.vocabulary.token_text
+        )
 
     def _leave(self, decoding: Decoding, rows: list[int], *, may_return: bool) -> None:
         if not rows:

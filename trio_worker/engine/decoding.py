@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from trio_worker.engine.caches import share_positions
+from trio_worker.engine.guide import allowed
 from trio_worker.engine.logprobs import Place
 from trio_worker.engine.row import Row, in_groups
-from trio_worker.engine.sampling import Plan
+from trio_worker.engine.sampling import Masks, Plan
 
 
 class Decoding:
@@ -84,13 +85,22 @@ class Decoding:
 
         A token has a place in the log-probabilities if its row has asked for them.
         Rows that have just started have none in flight: theirs are the last of their prompts.
+        Where a row has a guide, the next step is started in two parts: all that hangs on no
+        mask, and, once the tokens in flight are known, the choice.
         """
         inputs, places = self._next_tokens, self._next_places
         share_positions(self.caches)
         logits = self._model(inputs[:, None], cache=self.caches)[:, -1, :]
         if self._plan is None:
             self._plan = Plan(self.rows, self.tokens, logits.shape[-1])
-        self._next_tokens, self._next_places = self._plan.draw(logits, inputs, self.tokens)
+        masks = None
+        if any(row.guide is not None for row in self.rows):
+            # What may come next hangs on what is in flight. The device computes on meanwhile.
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]
+            mx.eval(inputs)
+            masks = self._masks(inputs.tolist(), logits.shape[-1])
+        drawn = self._plan.draw(logits, inputs, self.tokens, masks)
+        self._next_tokens, self._next_places = drawn
         mx.async_eval(  # type: ignore[no-untyped-call]
             self._next_tokens, _arrays(self._next_places)
         )
@@ -100,6 +110,19 @@ class Decoding:
         for before, token in zip(self.tokens, tokens, strict=True):
             before.append(token)
         return tokens, places
+
+    def _masks(self, tokens: Any, size: int) -> Masks | None:
+        """What may be drawn after the tokens in flight; None: whatever there is, for every row."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            # Of a row that has just started, it is the prompt's, or was known when it came.
+            if row.guide is not None and row.started:
+                row.guide.consume(token)
+        guides = {
+            i: row.guide
+            for i, row in enumerate(self.rows)
+            if row.guide is not None and row.guide.limits
+        }
+        return Masks([*guides], allowed([*guides.values()], size)) if guides else None
 
 
 def _arrays(places: list[Place | None]) -> list[mx.array]:

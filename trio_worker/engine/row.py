@@ -6,10 +6,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trio_worker.engine.guide import Guide
 from trio_worker.engine.prefix_cache import TokenArray, as_array
+from trio_worker.engine.read_answer import ReadAnswer
 from trio_worker.engine.shared_prefixes import Stem
 from trio_worker.engine.text import AnswerText
-from trio_worker.protocol.turn import FinishReason, RequestId, Sampling
+from trio_worker.protocol.turn import FinishReason, Output, RequestId, Sampling, TokenLogprob
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -22,9 +24,11 @@ class Row:
     prompt_length: int
     max_tokens: int
     sampling: Sampling
-    answer: AnswerText
+    answer: AnswerText | ReadAnswer
     produced: int
     """Tokens of the answer so far."""
+    guide: Guide | None = None
+    """What its next token may be; None: any."""
     done: int = 0
     """How many of `tokens` are computed, or were found."""
     cached: int = 0
@@ -50,8 +54,33 @@ class Row:
     def stem_length(self) -> int:
         return self.stem.length if self.stem else 0
 
-    def take(self, token: int, end_tokens: Container[int]) -> tuple[str, FinishReason | None]:
-        """The answer's next token: the text that may be shown now, and why it ends, if it does."""
+    def take(
+        self, token: int, end_tokens: Container[int], logprobs: tuple[TokenLogprob, ...]
+    ) -> Output:
+        """The answer's next token: what may be shown now, and why it ends, if it does."""
+        text, finish = self._feed(token, end_tokens)
+        if isinstance(self.answer, AnswerText):
+            return Output(
+                request_id=self.request_id,
+                token=token,
+                text=text,
+                finish=finish,
+                logprobs=logprobs,
+            )
+        aside = self.answer.aside(logprobs)
+        if finish is FinishReason.STOP and self.answer.has_called:
+            finish = FinishReason.TOOL_CALLS
+        return Output(
+            request_id=self.request_id,
+            token=token,
+            text=text,
+            finish=finish,
+            logprobs=aside.logprobs,
+            beside=aside.beside,
+            is_reasoning=aside.is_reasoning,
+        )
+
+    def _feed(self, token: int, end_tokens: Container[int]) -> tuple[str, FinishReason | None]:
         self.produced += 1
         if token in end_tokens:
             text, finish = "", FinishReason.STOP
@@ -59,10 +88,11 @@ class Row:
             text, stopped = self.answer.feed(token)
             if stopped:
                 return text, FinishReason.STOP
-            if self.produced < self.max_tokens:
+            is_done = self.guide is not None and self.guide.is_done
+            if self.produced < self.max_tokens and not is_done:
                 return text, None
-            finish = FinishReason.LENGTH
-        rest, stopped = self.answer.finish()
+            finish = FinishReason.STOP if is_done else FinishReason.LENGTH
+        rest, stopped = self.answer.finish(is_cut=finish is FinishReason.LENGTH)
         return text + rest, FinishReason.STOP if stopped else finish
 
 

@@ -5,15 +5,15 @@ the token's index in prompt and answer: the same alone, in any batch, and after 
 Nothing is computed for a row that did not ask for it, and what each row needs is worked out only
 when the batch's membership changes.
 
-Order: logit bias, penalties, temperature, then the filters top_k, top_p, min_p. The repetition
-penalty looks at the whole of prompt and answer, the presence and frequency penalties at the
-answer, as OpenAI's do. Log-probabilities are the model's own, before any of this.
+Order: logit bias, penalties, masks, temperature, then the filters top_k, top_p, min_p. The
+repetition penalty looks at the whole of prompt and answer, the presence and frequency penalties at
+the answer, as OpenAI's do. Log-probabilities are the model's own, before any of this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +33,14 @@ Words: TypeAlias = npt.NDArray[np.uint64]
 _U = np.uint64
 _STEP, _FIRST, _SECOND = map(_U, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 """Of splitmix64."""
+
+
+class Masks(NamedTuple):
+    """What some rows may draw; the others may draw anything."""
+
+    rows: list[int]
+    allowed: npt.NDArray[np.bool_]
+    """One line for each of these, in which a token is allowed at least."""
 
 
 class Sampled(Protocol):
@@ -106,7 +114,11 @@ class Plan:
             self._least = mx.log(_column(asked, everyone, "min_p"))
 
     def draw(
-        self, logits: mx.array, inputs: mx.array, tokens: Sequence[list[int]]
+        self,
+        logits: mx.array,
+        inputs: mx.array,
+        tokens: Sequence[list[int]],
+        masks: Masks | None = None,
     ) -> tuple[mx.array, list[Place | None]]:
         """The next token of every row, and its place in the log-probabilities if it has asked.
 
@@ -120,6 +132,8 @@ class Plan:
             logits = logits.at[self._bias_rows, self._bias_tokens].add(self._bias_values)
         if self._penalised:
             logits = self._penalise(logits, inputs, tokens)
+        if masks is not None:
+            logits = self._mask(logits, masks)
         chosen = self._choose(logits, tokens)
         places: list[Place | None] = [None] * len(self._rows)
         if normal is not None:
@@ -158,6 +172,14 @@ class Plan:
         if len(self._penalised) == len(self._rows):
             return own
         logits[mx.array(self._penalised)] = own
+        return logits
+
+    def _mask(self, logits: mx.array, masks: Masks) -> mx.array:
+        own = self._of(logits, masks.rows)
+        own = mx.where(mx.array(masks.allowed), own, -mx.inf)
+        if len(masks.rows) == len(self._rows):
+            return own
+        logits[mx.array(masks.rows)] = own
         return logits
 
     def _choose(self, logits: mx.array, tokens: Sequence[list[int]]) -> mx.array:

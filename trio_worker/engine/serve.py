@@ -13,24 +13,23 @@ import logging
 import threading
 from contextlib import suppress
 from itertools import cycle, islice
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 
 from trio_worker.engine.batch import Batch
+from trio_worker.engine.guide import Guides
 from trio_worker.engine.mended_mlx_lm import has_text_template
 from trio_worker.engine.models import CannotLoad
 from trio_worker.engine.models.device import blas_warning
 from trio_worker.engine.models.load import LoadedModel, load
 from trio_worker.engine.models.progress import LoadProgress, measure_of
+from trio_worker.engine.read_answer import Answers
 from trio_worker.engine.sockets import Line, leave
-from trio_worker.engine.template_renderer import (
-    Renderer,
-    TemplateFailed,
-    TemplateRefused,
-    tokens_of,
-)
+from trio_worker.engine.style import style_of
+from trio_worker.engine.template_renderer import Renderer, TemplateFailed
 from trio_worker.engine.text import Vocabulary
+from trio_worker.engine.tokenising import Tokeniser
 from trio_worker.errors import ExitStatus
 from trio_worker.protocol.frames import (
     PREWARMING,
@@ -40,10 +39,7 @@ from trio_worker.protocol.frames import (
     Progress,
     ToEngine,
     Tokenise,
-    Tokenised,
-    TokeniseFailed,
 )
-from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import Admit, EngineInfo, RequestId, Sampling, Work
 
 log = logging.getLogger("trio_worker.engine")
@@ -89,15 +85,22 @@ def _serve(control: Line, tokenising: Line, renderer: Renderer) -> NoReturn:
     else:
         renderer.stop()
     renderer.limit(hello.answer_within_s)
+    tokeniser = Tokeniser(
+        model.tokenizer,
+        renderer,
+        model=model.name,
+        grammars=model.grammars,
+        general_tool_prompt=hello.general_tool_prompt,
+    )
+    tells = "tells" if tokeniser.knows_tools else "does not tell"
+    log.info("the chat template %s of tools", tells)
     if hello.prewarm:
         say(PREWARMING, 0, 0, "")
         prewarm(batch, model, hello.prewarm_prompt, hello.prewarm_max_tokens)
     # What is there by now stays: no later collection, which stops a turn, has to look at it.
     gc.collect()
     gc.freeze()
-    threading.Thread(
-        target=_tokenise, args=(tokenising, model.tokenizer, renderer), daemon=True
-    ).start()
+    threading.Thread(target=_tokenise, args=(tokenising, tokeniser), daemon=True).start()
     control.send(
         EngineInfo(
             model=model.name,
@@ -135,13 +138,21 @@ def set_limits(hello: Hello) -> None:
 
 
 def open_batch(model: LoadedModel, prefix_cache_bytes: int) -> Batch:
+    vocabulary = Vocabulary(model.tokenizer)
+    style = style_of(model.tokenizer)
     return Batch(
         model.module,
-        Vocabulary(model.tokenizer),
+        Answers(vocabulary, style),
         end_tokens=model.end_tokens,
         vocabulary_size=model.vocabulary_size,
         padding_max=model.padding_max,
         prefix_cache_bytes=prefix_cache_bytes,
+        guides=Guides(
+            grammars=model.grammars,
+            marks=style.reasoning,
+            end_mark=tuple(model.tokenizer.think_end_tokens or ()),
+            text_of=vocabulary.token_text,
+        ),
     )
 
 
@@ -166,41 +177,15 @@ def prewarm(batch: Batch, model: LoadedModel, prompt: str, max_tokens: int) -> N
         done = batch.turn(Work(prefill_tokens=PREWARM_PREFILL_TOKENS))
 
 
-def tokenise(tokenizer: Any, asked: Tokenise, renderer: Renderer) -> Tokenised | TokeniseFailed:
-    """The tokens of a prompt, or of messages as the model's chat template writes them."""
+def _tokenise(line: Line, tokeniser: Tokeniser) -> None:
     try:
-        if asked.prompt is not None:
-            tokens = tokenizer.encode(asked.prompt)
-        elif not tokenizer.has_chat_template:
-            return TokeniseFailed(
-                message="this model has no chat template: send `prompt` instead of `messages`"
-            )
-        else:
-            messages = [
-                {"role": each.role, "content": each.content} for each in asked.messages or ()
-            ]
-            tokens = tokens_of(tokenizer, messages, renderer)
-        if not tokens:
-            return TokeniseFailed(message="the prompt has no tokens")
-        return Tokenised(prompt=Prompt(tokens=tuple(int(token) for token in tokens)))
-    except TemplateRefused as exc:
-        return TokeniseFailed(message=str(exc))
-    except TemplateFailed as exc:
-        log.warning("the model's chat template fails: %s", exc)
-        return TokeniseFailed(message=str(exc), is_models_fault=True)
-    except Exception as exc:  # noqa: BLE001 - whatever the tokenizer has against this input
-        return TokeniseFailed(message=f"{type(exc).__name__}: {exc}")
-
-
-def _tokenise(line: Line, tokenizer: Any, renderer: Renderer) -> None:
-    try:
-        line.answer(lambda asked: _answer(asked, tokenizer, renderer))
+        line.answer(lambda asked: _answer(asked, tokeniser))
     except BaseException:
         # A thread that dies alone would leave the worker waiting.
         log.exception("the tokenise line failed")
         leave(ExitStatus.SOFTWARE)
 
 
-def _answer(asked: ToEngine, tokenizer: Any, renderer: Renderer) -> FromEngine:
+def _answer(asked: ToEngine, tokeniser: Tokeniser) -> FromEngine:
     assert isinstance(asked, Tokenise)
-    return tokenise(tokenizer, asked, renderer)
+    return tokeniser.answer(asked)

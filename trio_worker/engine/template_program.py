@@ -26,7 +26,8 @@ from trio_worker.protocol.framing import HungUp
 MEMORY_BYTES = 512 * 2**20
 """What the process may hold, some 100 MB of libraries included; on Linux only."""
 TEXT_FACTOR, TEXT_BYTES = 4, 4 * 2**20
-"""A text may have this many times the bytes of the messages, and this many bytes more."""
+"""A text may have this many times the bytes of messages, tools and variables, as JSON, and this
+many bytes more."""
 ALARM_S = 1.0
 
 MOST_BYTES = 2**32 - 1
@@ -36,10 +37,11 @@ MOST_BYTES = 2**32 - 1
 class Question(msgspec.Struct, frozen=True):
     """What transformers' `render_jinja_template` is called with."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     template: str
     variables: dict[str, Any]
     within_s: float
+    tools: list[dict[str, Any]] | None = None
 
 
 class Rendered(msgspec.Struct, frozen=True, tag=True):
@@ -85,12 +87,12 @@ def main() -> None:
 
 
 def render(render_jinja_template: Any, question: Question) -> Rendered | Refused | Excess:
-    limit = TEXT_BYTES + TEXT_FACTOR * sum(
-        len(text) for message in question.messages for text in message.values()
-    )
+    asked = msgspec.json.encode([question.messages, question.tools, question.variables])
+    limit = TEXT_BYTES + TEXT_FACTOR * len(asked)
     try:
         (text,), _ = render_jinja_template(
             conversations=[question.messages],
+            tools=question.tools,
             chat_template=question.template,
             **question.variables,
         )

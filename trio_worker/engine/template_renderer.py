@@ -14,7 +14,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, Self
 
 import msgspec
@@ -110,7 +112,11 @@ class Renderer:
             self._is_ready = True
 
     def render(
-        self, messages: list[dict[str, str]], template: str, variables: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        template: str,
+        variables: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The text that transformers makes of `messages` with this template and these variables.
 
@@ -119,7 +125,11 @@ class Renderer:
         """
         self.wait_ready()
         question = Question(
-            messages=messages, template=template, variables=variables, within_s=self.within_s
+            messages=messages,
+            tools=tools,
+            template=template,
+            variables=variables,
+            within_s=self.within_s,
         )
         assert self._line is not None
         with suppress(OSError):  # then there is no answer either
@@ -150,16 +160,40 @@ class Renderer:
         self.start()
 
 
-def tokens_of(tokenizer: Any, messages: list[dict[str, str]], renderer: Renderer) -> list[int]:
-    """What `tokenizer.apply_chat_template` gives, by way of `renderer`; raises as that does."""
+def tokens_of(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    renderer: Renderer,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+    """What `tokenizer.apply_chat_template` gives, by way of `renderer`; raises as that does.
+
+    `variables` are the caller's, which the template may know.
+    """
     if not has_text_template(tokenizer):
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        given = {**variables} if tools is None else {**variables, "tools": tools}
+        tokens = tokenizer.apply_chat_template(messages, **given, add_generation_prompt=True)
     else:
-        variables = {
-            **tokenizer.special_tokens_map,
-            "enable_thinking": tokenizer.has_thinking,
-            "add_generation_prompt": True,
-        }
-        text = renderer.render(messages, tokenizer.get_chat_template(), variables)
+        text = text_of(tokenizer, messages, renderer, tools=tools, variables=variables)
         tokens = tokenizer.encode(text, add_special_tokens=False)
     return list(tokens)
+
+
+def text_of(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    renderer: Renderer,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """What the model's own template makes of it."""
+    known = {
+        **tokenizer.special_tokens_map,
+        "enable_thinking": tokenizer.has_thinking,
+        **variables,
+        "add_generation_prompt": True,
+    }
+    return renderer.render(messages, tokenizer.get_chat_template(tools=tools), known, tools)

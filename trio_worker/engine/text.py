@@ -10,7 +10,10 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+from collections.abc import Iterable
 from typing import Any, Protocol
+
+from trio_worker.markup.finding import overlap_of
 
 
 class Detokeniser(Protocol):
@@ -30,14 +33,23 @@ class Vocabulary:
         self._special = frozenset(tokenizer.all_special_ids).union(
             id_ for id_, token in added if token.special
         )
-        self._bytes = _byte_level_vocabulary(tokenizer)
+        self._texts = {id_: str(token.content) for id_, token in added}
+        self._bytes = byte_level_vocabulary(tokenizer)
         # The tokenise thread uses the tokenizer at the same time, and it is not thread-safe.
         self._tokenizer = copy.deepcopy(tokenizer) if self._bytes is None else None
 
-    def detokeniser(self) -> Detokeniser:
+    def special_in(self, marks: Iterable[str]) -> frozenset[int]:
+        """The tokens that show nothing by themselves, and of which one of these is made."""
+        texts = {token: self._texts.get(token, "") for token in self._special}
+        return frozenset(
+            token for token, text in texts.items() if text and any(text in mark for mark in marks)
+        )
+
+    def detokeniser(self, shown: frozenset[int] = frozenset()) -> Detokeniser:
+        """With `shown`, special tokens that are shown nevertheless."""
         if self._bytes is not None:
-            return ByteLevel(self._bytes, self._special)
-        return Redecoding(self._tokenizer)
+            return ByteLevel(self._bytes, self._special - shown if shown else self._special)
+        return Redecoding(self._tokenizer, self._special - shown if shown else None)
 
     def token_text(self, token: int) -> str:
         """One token by itself, as it is shown beside its log-probability."""
@@ -73,13 +85,17 @@ class ByteLevel:
 class Redecoding:
     """For every other tokenizer: decodes a short window twice and hands out the difference."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, silent: frozenset[int] | None = None) -> None:
+        """`silent` are the tokens that show nothing; None: the special ones."""
         self._tokenizer = tokenizer
+        self._silent = silent
         self._tokens: list[int] = []
         self._window = 0
         self._shown = 0
 
     def feed(self, token: int) -> str:
+        if self._silent is not None and token in self._silent:
+            return ""
         self._tokens.append(token)
         before, now = self._decode(self._shown), self._decode(len(self._tokens))
         if now.endswith("\ufffd") or len(now) <= len(before):
@@ -96,7 +112,9 @@ class Redecoding:
         window = self._tokens[self._window : end]
         return str(
             self._tokenizer.decode(
-                window, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                window,
+                skip_special_tokens=self._silent is None,
+                clean_up_tokenization_spaces=False,
             )
         )
 
@@ -117,8 +135,7 @@ class StopMatcher:
         if found:
             self._held = ""
             return held[: min(found)], True
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        cut = len(held) - keep
+        cut = len(held) - overlap_of(held, self._stops)
         self._held = held[cut:]
         return held[:cut], False
 
@@ -134,24 +151,21 @@ class AnswerText:
         self._detokeniser = vocabulary.detokeniser()
         self._matcher = StopMatcher(stops)
 
+    def recall(self, tokens: Iterable[int]) -> None:
+        """Take in what was handed out before."""
+        for token in tokens:
+            self.feed(token)
+
     def feed(self, token: int) -> tuple[str, bool]:
         return self._matcher.feed(self._detokeniser.feed(token))
 
-    def finish(self) -> tuple[str, bool]:
+    def finish(self, *, is_cut: bool = False) -> tuple[str, bool]:  # noqa: ARG002 - it is text
         """The end of the text, once no token follows."""
         text, stopped = self._matcher.feed(self._detokeniser.flush())
         return (text, True) if stopped else (text + self._matcher.flush(), False)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` with which `stop` begins."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
-def _byte_level_vocabulary(tokenizer: Any) -> dict[int, bytes] | None:
+def byte_level_vocabulary(tokenizer: Any) -> dict[int, bytes] | None:
     """The bytes of every token, or None if the tokenizer is not plain byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

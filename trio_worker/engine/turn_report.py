@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from trio_worker.engine.logprobs import Place
 from trio_worker.engine.row import Row
+from trio_worker.grammar import GrammarRefused
 from trio_worker.protocol.turn import (
     Output,
     Prefill,
@@ -39,8 +40,13 @@ class TurnReport:
 
     def failure(self, request_id: RequestId, exc: Exception) -> None:
         """A sequence that cannot be computed, or whose token could not be handed out."""
+        is_askers_fault = isinstance(exc, GrammarRefused)
         self.failures.append(
-            SequenceFailure(request_id=request_id, message=f"{type(exc).__name__}: {exc}")
+            SequenceFailure(
+                request_id=request_id,
+                message=str(exc) if is_askers_fault else f"{type(exc).__name__}: {exc}",
+                is_askers_fault=is_askers_fault,
+            )
         )
 
 

@@ -18,8 +18,9 @@ from trio_worker.engine.models.store import (
     cache_folder,
     prepare_demo,
 )
-from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.serve import GREEDY, open_batch
 from trio_worker.engine.template_renderer import Renderer
+from trio_worker.engine.tokenising import Tokeniser
 from trio_worker.protocol.frames import Tokenise, Tokenised
 from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
@@ -63,7 +64,7 @@ def test_two_processes_may_prepare_the_demo_model_at_once_and_it_knows_france(
         prompt=None, messages=(Message(role="user", content="What is the capital of France?"),)
     )
     with Renderer() as renderer:
-        answer = tokenise(model.tokenizer, asked, renderer)
+        answer = Tokeniser(model.tokenizer, renderer).answer(asked)
     assert isinstance(answer, Tokenised)
     batch = open_batch(model, 0)
     admit = Admit(

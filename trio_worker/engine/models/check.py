@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from trio_worker.engine.batch import Batch
 from trio_worker.engine.models.load import LoadedModel
-from trio_worker.engine.serve import GREEDY, open_batch, tokenise
+from trio_worker.engine.serve import GREEDY, open_batch
 from trio_worker.engine.template_renderer import Renderer
+from trio_worker.engine.tokenising import Tokeniser
 from trio_worker.protocol.frames import Tokenise, Tokenised
 from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import Admit, RequestId, Work
@@ -44,7 +45,7 @@ def _tokens(model: LoadedModel, prompt: str, renderer: Renderer) -> tuple[int, .
         asked = Tokenise(prompt=None, messages=(Message(role="user", content=prompt),))
     else:
         asked = Tokenise(prompt=prompt, messages=None)
-    answer = tokenise(model.tokenizer, asked, renderer)
+    answer = Tokeniser(model.tokenizer, renderer).answer(asked)
     assert isinstance(answer, Tokenised), answer
     return answer.prompt.tokens
 

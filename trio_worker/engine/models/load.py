@@ -16,10 +16,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
 from trio_worker.engine.cpu import float32, rotary, stand_ins
+from trio_worker.engine.grammars import open_grammars
 from trio_worker.engine.models import CannotLoad, ProgressSink
 from trio_worker.engine.models.device import accelerator, described, on_cpu
 from trio_worker.engine.models.resolve import resolve
 from trio_worker.engine.padding import padding_max
+from trio_worker.grammar.matching import Grammars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class LoadedModel:
     vocabulary_size: int
     device: str
     accelerator: str
+    grammars: Grammars | None
+    """None: answers cannot be held to a form."""
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -65,6 +69,7 @@ def load(model: str, model_name: str | None, progress: ProgressSink) -> LoadedMo
         raise CannotLoad(
             f"the model {model!r} at {folder} cannot be loaded: {type(exc).__name__}: {exc}"
         ) from exc
+    grammars = open_grammars(tokenizer, end_tokens=tokenizer.eos_token_ids, size=vocabulary_size)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -74,6 +79,7 @@ def load(model: str, model_name: str | None, progress: ProgressSink) -> LoadedMo
         vocabulary_size=vocabulary_size,
         device=described(module),
         accelerator=accelerator(),
+        grammars=grammars,
     )
 
 
