@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import trio
@@ -29,6 +30,15 @@ async def test_the_simulated_engine_has_the_configured_turn_timeout(
             await engine.begin(Work()).report()
         assert lost.value.reason == "hang"
         assert trio.current_time() - began_at == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(("tools", "is_told"), [("auto", False), ("prompt", True), ("off", False)])
+def test_whether_the_engine_is_to_tell_of_tools_in_general_words_is_handed_on(
+    tools: str, *, is_told: bool
+) -> None:
+    with mock.patch.object(launch, "open_engine") as opened:
+        launch._open_engine(make_config(f"worker.tools={tools}"), "mlx", None)
+    assert opened.call_args.kwargs["general_tool_prompt"] is is_told
 
 
 class _Cycle:

@@ -143,6 +143,7 @@ def _open_engine(
         prefix_cache_bytes=worker.engine.prefix_cache_mb * MB,
         wired_limit_bytes=_bytes(worker.engine.wired_limit_mb),
         allocator_cache_bytes=_bytes(worker.engine.allocator_cache_mb),
+        general_tool_prompt=worker.tools == "prompt",
         on_progress=on_progress,
         program=program,
     )

@@ -273,7 +273,7 @@ def _begin_drain(worker: _Worker) -> None:
 
 def _end_without_a_token(door: Door) -> None:
     for sequence in list(door.admission.in_flight.values()):
-        if not sequence.produced:
+        if not any(row.produced for row in sequence.rows):
             sequence.end(Ending.DRAINING)
 
 

@@ -494,3 +494,56 @@ def test_a_cancel_goes_by_the_id_until_the_control_subject_is_known() -> None:
     assert exchange.cancel_message() == (CONTROL, b"cancel")
     take(exchange, chunk(1, terminal=True))
     assert exchange.cancel_message() is None
+
+
+# --- what agents get ------------------------------------------------------------------------
+
+
+def message(sequence: int, *choices: dict[str, Any], **body: Any) -> Reply:
+    terminal = {"Terminal": "done"} if body else {}
+    written = json.dumps({"choices": choices, **body}).encode()
+    return written, {"Sequence": str(sequence), **terminal}
+
+
+@pytest.mark.parametrize(
+    ("choice", "says_something"),
+    [
+        ({"delta": {}}, False),
+        ({"delta": {"role": "assistant"}}, False),
+        ({"delta": {"content": ""}, "finish_reason": None}, False),
+        ({"delta": {"reasoning_content": "hm"}}, True),
+        ({"delta": {"tool_calls": [{"index": 0}]}}, True),
+        ({"delta": {}, "finish_reason": "stop"}, True),
+        ({"text": "", "logprobs": {"tokens": ["a"]}}, True),
+    ],
+)
+def test_a_request_is_sent_again_only_where_nothing_was_said(
+    choice: dict[str, Any], *, says_something: bool
+) -> None:
+    exchange = make_exchange()
+    sent(exchange)
+    assert take(exchange, message(0, choice)) is not None
+    assert exchange.may_be_sent_again is not says_something
+
+
+def test_several_choices_are_told_apart_and_the_first_is_the_answer() -> None:
+    exchange = make_exchange()
+    sent(exchange)
+    said: list[dict[str, Any]] = [
+        {"index": 1, "delta": {"content": "b"}},
+        {"index": 0, "delta": {"reasoning_content": "hm"}},
+        {"index": 0, "delta": {"content": "a"}},
+        {"index": 0, "delta": {}, "finish_reason": "stop"},
+        {"index": 1, "delta": {"content": "c"}, "finish_reason": "length"},
+    ]
+    chunks = [take(exchange, message(place, each)) for place, each in enumerate(said)]
+    chunks.append(take(exchange, message(5, usage={"total_tokens": 5}, worker={"id": "w1"})))
+    assert exchange.ended
+    came = [each for each in chunks if each is not None]
+    assert [(each.choice, each.text, each.reasoning) for each in came] == [
+        *((1, "b", ""), (0, "", "hm"), (0, "a", ""), (0, "", ""), (1, "c", "")),
+        (0, "", ""),
+    ]
+    whole = join(came)
+    assert (whole.text, whole.reasoning, whole.finish_reason) == ("a", "hm", "stop")
+    assert (whole.usage, whole.worker) == ({"total_tokens": 5}, {"id": "w1"})

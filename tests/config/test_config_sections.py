@@ -94,3 +94,12 @@ def test_tls_is_off_unless_it_is_there(load: Load) -> None:
     assert load("cluster: {nats: {tls: }}", "nats.tls.ca_file=ca.pem").nats.tls == (
         config.TlsConfig(ca_file="ca.pem")
     )
+
+
+@pytest.mark.parametrize("written", ["off", '"off"', "false"])
+def test_off_needs_no_quotes_though_yaml_takes_it_for_a_truth_value(
+    load: Load, written: str
+) -> None:
+    assert load(f"cluster: {{worker: {{tools: {written}}}}}").worker.tools == "off"
+    (problem,) = problems_of(lambda: load("cluster: {worker: {tools: on}}"))
+    assert "true is a truth value, not one of auto, off, prompt" in problem

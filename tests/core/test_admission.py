@@ -15,6 +15,7 @@ from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.sequence import Sequence, Stage
 from trio_worker.errors import (
     DuplicateRequest,
+    InvalidRequest,
     QueueFull,
     RequestTimeout,
     ResourceLimitExceeded,
@@ -134,7 +135,7 @@ def test_without_a_queue_a_slot_is_the_place() -> None:
         {"depth": 2, "max_depth": 2},
     )
     assert admission.assess() is False
-    assert admission.batched(first) is None
+    assert admission.batched(first) == []
     assert (admission.is_full, admission.assess()) == (True, False), "who runs has its slot"
     admission.leave(first)
     assert admission.assess() is True
@@ -170,14 +171,12 @@ def test_as_many_may_wait_for_a_place_as_there_are_and_each_gets_one_in_turn() -
     for _ in range(8):
         admission.rate.record(3.6)
     assert admission.retry_after_ms() == 1200, "by three slots, those who wait included"
-    for index, number in enumerate(("f", "g", "h", "i")):
-        admission._waiting[-1.0, 0.0, index] = make_sequence(number)
+    admission.waiting += 4
     assert admission.retry_after_ms() == 2400, "with eight, two rounds"
-    for _ in range(4):
-        admission._waiting.popitem(0)
-    assert admission.leave(third) is None
+    admission.waiting -= 4
+    assert admission.leave(third) == []
     assert admission.waiting == 1
-    assert admission.leave(first) is fourth
+    assert admission.leave(first) == [fourth]
     assert fourth.stage is Stage.TOKENISING
     assert (admission.depth, admission.waiting, list(admission.in_flight)) == (2, 0, ["b", "d"])
 
@@ -286,7 +285,7 @@ def test_a_place_is_held_until_the_batch_or_the_end() -> None:
     first = admit(admission, "a")
     assert isinstance(first, Sequence)
     full = [admission.is_full]
-    assert admission.batched(first) is None
+    assert admission.batched(first) == []
     assert admission.depth == 0
     second = admit(admission, "b")
     assert isinstance(second, Sequence)
@@ -309,7 +308,7 @@ def test_who_waits_for_a_place_gets_it_in_the_order_of_the_queue() -> None:
         admission.enter(sequence)
     admission._max_waiting = 2
     admission.enter(high)
-    assert admission.batched(holder) is high
+    assert admission.batched(holder) == [high]
     assert high.stage is Stage.TOKENISING
     assert admission.depth == 1
 
@@ -365,3 +364,95 @@ def test_a_deadline_that_cannot_be_met_is_refused_with_an_estimate() -> None:
     assert refusal.details["stage"] == "admission"
     assert refusal.details["estimate_ms"] == 32_000, "20 × 3 s by two slots, and 2 s"
     assert admission.refusal(make_sequence("urgent", level=0, at=-10.0)) is None
+
+
+# --- several choices ------------------------------------------------------------------------
+
+
+def admit_several(admission: Admission, request_id: str, choices: int, level: int = 1) -> Sequence:
+    sequence = make_sequence(request_id, choices=choices, level=level)
+    assert admission.refusal(sequence) is None
+    admission.enter(sequence)
+    return sequence
+
+
+def stages(sequence: Sequence) -> set[str]:
+    return {row.stage.value for row in sequence.rows}
+
+
+def test_a_request_gets_a_place_for_each_of_its_choices_or_none() -> None:
+    admission = ready_admission(max_depth=4)
+    three = admit_several(admission, "three", 3)
+    assert (admission.depth, list(admission.in_flight)) == (3, ["three", "three.1", "three.2"])
+    refusal = admission.refusal(make_sequence("two", choices=2))
+    assert isinstance(refusal, QueueFull)
+    assert admission.refusal(make_sequence("one")) is None
+    assert isinstance(admission.refusal(make_sequence("three", choices=1)), DuplicateRequest)
+    assert admission.batched(three.rows[1]) == []
+    assert admission.depth == 2, "each gives its own place up"
+    admission.leave(three)
+    assert (admission.depth, admission.in_flight) == (0, {})
+
+
+@pytest.mark.parametrize(("queue_enabled", "places"), [(True, 4), (False, 2)])
+def test_more_choices_than_there_are_places_are_never_taken(
+    *, queue_enabled: bool, places: int
+) -> None:
+    admission = make_admission(queue_enabled=queue_enabled, max_depth=4, slots=2)
+    refusal = admission.refusal(make_sequence("r", choices=places + 1))
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.message == (
+        f"n: {places + 1} choices at a time are more than this worker has places for, {places}"
+    )
+    assert refusal.details == {"field": "n", "limit": places}
+    assert admission.refusal(make_sequence("r", choices=places)) is None
+
+
+def test_who_waits_for_several_places_is_not_overtaken_by_who_needs_one() -> None:
+    admission = ready_admission(max_depth=4, slots=4, reject=False)
+    holders = admit_several(admission, "holders", 3)
+    large = admit_several(admission, "large", 3)
+    small = admit_several(admission, "small", 1)
+    assert (stages(large), stages(small)) == ({"waiting"}, {"waiting"})
+    assert (admission.depth, admission.waiting, admission.is_full) == (3, 4, True)
+    assert isinstance(admission.refusal(make_sequence("late")), QueueFull)
+    urgent = make_sequence("urgent", level=0)
+    assert admission.refusal(urgent) is None, "an earlier key has not waited behind anybody"
+    assert admission.batched(holders.rows[0]) == []
+    assert admission.batched(holders.rows[1]) == [large]
+    assert (stages(large), stages(small)) == ({"tokenising"}, {"waiting"})
+    assert admission.batched(holders.rows[2]) == [small]
+
+
+def test_as_many_choices_may_wait_as_there_are_places() -> None:
+    admission = ready_admission(max_depth=4, reject=False)
+    for name, choices in (("holder", 4), ("waits", 2)):
+        admit_several(admission, name, choices)
+    assert isinstance(admission.refusal(make_sequence("three", choices=3)), QueueFull)
+    assert admission.refusal(make_sequence("two", choices=2)) is None
+
+
+def test_when_the_first_of_those_who_wait_leaves_several_may_follow() -> None:
+    admission = ready_admission(max_depth=4, reject=False)
+    admit_several(admission, "holder", 2)
+    large = admit_several(admission, "large", 3)
+    small = admit_several(admission, "small", 1)
+    assert (admission.depth, admission.waiting) == (2, 4)
+    assert admission.leave(large) == [small]
+    assert (admission.depth, admission.waiting) == (3, 0)
+
+
+def test_places_that_come_free_together_go_to_as_many_as_they_are_enough_for() -> None:
+    admission = ready_admission(max_depth=4, reject=False)
+    holder = admit_several(admission, "holder", 4)
+    first, second = (admit_several(admission, name, 2) for name in ("first", "second"))
+    assert admission.leave(holder) == [first, second]
+    assert admission.depth == 4
+
+
+def test_several_choices_arrive_once() -> None:
+    admission = ready_admission(max_depth=8)
+    for at in (1.0, 3.5):
+        sequence = make_sequence(f"r{at}", at=at, choices=3)
+        admission.enter(sequence)
+    assert admission.arrivals.mean_gap_s == 2.5

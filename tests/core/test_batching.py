@@ -337,6 +337,16 @@ def test_after_a_fault_everybody_is_queued_again_but_who_would_miss_tokens() -> 
     assert scene.sequences["whole"].stage is Stage.QUEUED
 
 
+def test_a_choice_that_cannot_go_on_after_a_fault_ends_its_request() -> None:
+    """The callers of the others get all their tokens, but one of this one's is missing."""
+    scene = Scene()
+    rows = make_sequence("r", choices=3, stage=Stage.QUEUED).rows
+    rows[1].produced.append(7)
+    scene.batching.take_back(rows)
+    assert {row.ending for row in rows} == {Ending.FAULT}
+    assert not any(row.is_batchable for row in rows)
+
+
 def test_when_it_came_into_the_queue_is_known_of_who_is_in_it() -> None:
     sequence = make_sequence("a")
     with pytest.raises(AssertionError):

@@ -13,6 +13,7 @@ from trio_worker.core.prefill import PrefillBudget
 from trio_worker.core.scheduler import PREEMPTIONS_MAX, Delivery, Scheduler
 from trio_worker.core.sequence import Event, Sequence, Stage
 from trio_worker.core.trial import PROOF_TOKENS, SUSPECT_CRASHES
+from trio_worker.protocol.prompt import Form
 from trio_worker.protocol.turn import (
     Admit,
     FinishReason,
@@ -151,6 +152,17 @@ def test_a_life_in_the_batch_turn_by_turn() -> None:
     assert last.output.finish is FinishReason.STOP
     assert state(scheduler) == ("", 4, 0, 0, False)
     assert scheduler.plan().remove == (), "who has finished has left by itself"
+
+
+def test_each_choice_is_admitted_with_its_own_id_and_seed_and_the_form_of_the_prompt() -> None:
+    scheduler = make_scheduler()
+    form = Form(grammar="start: /a+/", finds_reasoning=True)
+    for row in make_sequence("r", choices=2, stage=Stage.QUEUED).rows:
+        row.form = form
+        scheduler.enter(row, now=0.0)
+    admits = scheduler.plan().admit
+    assert [(each.request_id, each.sampling.seed) for each in admits] == [("r", 0), ("r.1", 1)]
+    assert [each.form for each in admits] == [form, form]
 
 
 def test_two_steps_in_a_turn_share_its_time() -> None:

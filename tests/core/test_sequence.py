@@ -6,9 +6,20 @@ import dataclasses
 import itertools
 
 import pytest
-from support.factories import Scope, make_sequence
+from support.factories import Scope, make_request, make_sequence
 
-from trio_worker.core.sequence import RUNNING, TRANSITIONS, Ending, Event, Stage, queue_key
+from trio_worker.core.sequence import (
+    RUNNING,
+    TRANSITIONS,
+    Ending,
+    Event,
+    Stage,
+    queue_key,
+    sequences_of,
+)
+from trio_worker.protocol.prompt import FREE
+from trio_worker.protocol.turn import Sampling
+from trio_worker.wire import native
 
 
 @pytest.mark.parametrize(
@@ -40,6 +51,36 @@ def test_only_the_first_reason_to_end_counts_and_none_after_the_end() -> None:
     assert ended.ending is None
 
 
+def test_each_choice_has_a_sequence_whose_id_no_caller_can_send_and_a_seed_of_its_own() -> None:
+    request = make_request("r", choices=3, sampling=Sampling(temperature=1.0, seed=2**53 - 2))
+    first = sequences_of(
+        request,
+        subject="inference",
+        reply_subject="_INBOX.x",
+        arrivals=itertools.count(7),
+        arrived_at=5.0,
+        aging_s=None,
+        scope=Scope(),
+    )
+    rows = first.rows
+    assert [row.request_id for row in rows] == ["r", "r.1", "r.2"]
+    assert [native.request_id_of({"request_id": row.request_id}) for row in rows[1:]] == [None] * 2
+    assert [row.sampling.seed for row in rows] == [2**53 - 2, 2**53 - 1, 0]
+    assert {row.sampling.temperature for row in rows} == {1.0}
+    assert [row.key for row in rows] == [(1, 5.0, 7), (1, 5.0, 8), (1, 5.0, 9)]
+    assert [row.leader for row in rows] == [None, first, first]
+    assert [row.rows for row in rows] == [rows] * 3
+
+
+def test_what_ends_one_choice_ends_the_request() -> None:
+    first = make_sequence(choices=3)
+    first.rows[1].end(Ending.TOO_LARGE)
+    first.end(Ending.CANCELLED)
+    assert [row.ending for row in first.rows] == [Ending.TOO_LARGE] * 3
+    assert isinstance(first.scope, Scope)
+    assert first.scope.reasons == ["too large"], "once, for they have one scope"
+
+
 def test_a_new_sequence_has_done_nothing_yet() -> None:
     sequence = make_sequence("r", level=3)
     assert (sequence.request_id, sequence.level) == ("r", 3)
@@ -50,6 +91,12 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
         not in {"request", "reply_subject", "arrival", "arrived_at", "scope", "key", "prompt"}
     }
     assert rest == {
+        "choice": 0,
+        "leader": None,
+        "siblings": (),
+        "request_id": "r",
+        "sampling": Sampling(),
+        "form": FREE,
         "stage": Stage.TOKENISING,
         "ending": None,
         "subject": "",

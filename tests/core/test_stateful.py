@@ -17,7 +17,13 @@ from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Delivery, Scheduler
 from trio_worker.core.sequence import Event, Sequence, Stage
 from trio_worker.core.trial import PROOF_TOKENS
-from trio_worker.errors import DuplicateRequest, QueueFull, ResourceLimitExceeded, WorkerDraining
+from trio_worker.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    QueueFull,
+    ResourceLimitExceeded,
+    WorkerDraining,
+)
 from trio_worker.protocol.turn import (
     TURNS_UNDER_WAY_MAX,
     EngineMemory,
@@ -357,56 +363,74 @@ class AdmissionMachine(RuleBasedStateMachine):
     def in_flight(self) -> dict[str, Sequence]:
         return {**self.holders, **self.waiters, **self.batched}
 
-    @rule(level=levels, name=st.sampled_from(["fresh", "fresh", "used"]))
-    def arrive(self, level: int, name: str) -> None:
+    @rule(
+        level=levels,
+        name=st.sampled_from(["fresh", "fresh", "used"]),
+        choices=st.sampled_from([1, 1, 2, 3, 7]),
+    )
+    def arrive(self, level: int, name: str, choices: int) -> None:
         request_id = f"r{next(self.names)}"
         if name == "used" and self.in_flight:
-            request_id = min(self.in_flight)
-        sequence = make_sequence(request_id, level=level, at=float(next(self.clock)))
-        taken = len(self.in_flight) if not self.queue_enabled else len(self.holders)
-        is_full = taken >= self.places
+            request_id = min(self.in_flight).partition(".")[0]
+        sequence = make_sequence(
+            request_id, level=level, at=float(next(self.clock)), choices=choices
+        )
+        has_to_wait = self._has_to_wait(sequence)
         expected: type[Exception] | None = None
         if self.drained:
             expected = WorkerDraining
         elif request_id in self.in_flight:
             expected = DuplicateRequest
+        elif choices > self.places:
+            expected = InvalidRequest
         elif self.critical:
             expected = ResourceLimitExceeded
-        elif is_full and len(self.waiters) >= self.room_to_wait:
+        elif has_to_wait and len(self.waiters) + choices > self.room_to_wait:
             expected = QueueFull
         refusal = self.admission.refusal(sequence)
         assert type(refusal) is (expected or type(None))
         if refusal is None:
             self.admission.enter(sequence)
-            (self.waiters if is_full else self.holders)[request_id] = sequence
-            assert (sequence.stage is Stage.WAITING) is is_full
+            group = self.waiters if has_to_wait else self.holders
+            group.update((row.request_id, row) for row in sequence.rows)
+            assert {row.stage is Stage.WAITING for row in sequence.rows} == {has_to_wait}
+
+    def _has_to_wait(self, sequence: Sequence) -> bool:
+        first = min((each.key for each in self.waiters.values()), default=sequence.key)
+        return first < sequence.key or not self._are_free(len(sequence.rows))
+
+    def _are_free(self, places: int) -> bool:
+        taken = len(self.holders) if self.queue_enabled else len(self.holders | self.batched)
+        return taken + places <= self.places
 
     @precondition(lambda self: self.holders and len(self.batched) < self.slots)
     @rule(data=st.data())
     def enter_the_batch(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.holders)))
-        self.batched[name] = sequence = self.holders.pop(name)
-        self._granted(self.admission.batched(sequence))
+        self.batched[name] = row = self.holders.pop(name)
+        self._granted(self.admission.batched(row))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
+        """A request leaves with all its rows, wherever each of them is."""
         name = data.draw(st.sampled_from(sorted(self.in_flight)))
-        sequence = self.in_flight[name]
-        was_waiting = self.waiters.pop(name, None) is not None
-        self.holders.pop(name, None)
-        self.batched.pop(name, None)
-        following = self.admission.leave(sequence)
-        assert following is None or not was_waiting
-        self._granted(following)
+        sequence = self.in_flight[name].rows[0]
+        for row in sequence.rows:
+            for group in (self.waiters, self.holders, self.batched):
+                group.pop(row.request_id, None)
+        self._granted(self.admission.leave(sequence))
 
-    def _granted(self, following: Sequence | None) -> None:
-        """Whoever is first in the queue's order among those who wait, if there is a place."""
-        free = len(self.holders) < self.places
-        expected = min(self.waiters.values(), key=lambda each: each.key, default=None)
-        assert following is (expected if free else None)
-        if following is not None:
-            self.holders[following.request_id] = self.waiters.pop(following.request_id)
+    def _granted(self, followers: list[Sequence]) -> None:
+        """Those who wait get places in the queue's order, as long as there are enough for each."""
+        for each in followers:
+            assert each.key == min(waiter.key for waiter in self.waiters.values())
+            assert self._are_free(len(each.rows))
+            for row in each.rows:
+                self.holders[row.request_id] = self.waiters.pop(row.request_id)
+        if self.waiters:
+            first = min(self.waiters.values(), key=lambda waiter: waiter.key)
+            assert not self._are_free(len(first.rows)), "places are left unused"
 
     @rule(used=st.sampled_from([50, 150, 250]))
     def read_memory(self, used: int) -> None:
@@ -428,7 +452,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert self.admission.depth == len(self.holders)
         assert self.admission.waiting == len(self.waiters)
         assert len(self.in_flight) <= self.places + self.slots + self.room_to_wait
-        assert not self.waiters or len(self.holders) == self.places, "no place is left unused"
+        assert len(self.holders) <= self.places
 
 
 SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from trio_worker.core.memory import MB
 from trio_worker.ports import Message
-from trio_worker.simulated.batch import answer_tokens, word
+from trio_worker.simulated.speech import answer_tokens, word
 from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
 from trio_worker.wire import subjects
 
@@ -164,14 +164,17 @@ def _compare_answer(
     asked = call.fields.get("max_tokens", min(12, plan.context_length - usage["prompt_tokens"]))
     if note["degraded"]:
         asked = usage["completion_tokens"]
-    text, tokens, finish = expected_answer(plan, call, note["seed"], asked)
-    got = "".join(_text(message) for _, message in published.messages)
-    if got != text:
-        yield f"{published.inbox} was told {got!r} rather than {text!r}"
-    if usage["completion_tokens"] != tokens:
-        yield f"{published.inbox} was counted {usage['completion_tokens']} tokens, not {tokens}"
-    if body["choices"][0]["finish_reason"] != finish:
-        yield f"{published.inbox} ended for another reason than {finish}"
+    counted = 0
+    for choice in range(call.fields.get("n", 1)):
+        text, tokens, finish = expected_answer(plan, call, note["seed"] + choice, asked)
+        counted += tokens
+        got, ended = _told(published, choice)
+        if got != text:
+            yield f"{published.inbox} was told {got!r} rather than {text!r}"
+        if ended != finish:
+            yield f"{published.inbox} ended for another reason than {finish}"
+    if usage["completion_tokens"] != counted:
+        yield f"{published.inbox} was counted {usage['completion_tokens']} tokens, not {counted}"
     if call.fields.get("seed", note["seed"]) != note["seed"]:
         yield f"{published.inbox} got another seed than it asked for"
 
@@ -180,7 +183,9 @@ def _compare_part(plan: Plan, call: Call, details: dict[str, Any]) -> Iterator[s
     if call.fields is None or "seed" not in call.fields or "stop" in call.fields:
         return
     text, _, _ = expected_answer(plan, call, call.fields["seed"], details["tokens"])
-    if details["text"] != text:
+    # The tokens are those of all choices, the text is the first one's.
+    is_whole = details["text"] == text or call.fields.get("n", 1) > 1
+    if not (is_whole and text.startswith(details["text"])):
         yield f"{call.inbox} timed out with {details['text']!r} rather than {text!r}"
 
 
@@ -199,11 +204,16 @@ def expected_answer(plan: Plan, call: Call, seed: int, max_tokens: int) -> tuple
     return text, max_tokens, "length"
 
 
-def _text(message: Message) -> str:
-    body = json.loads(message.body)
-    choice = body["choices"][0]
-    part = choice.get("delta") or choice.get("message") or {}
-    return choice.get("text") or part.get("content") or ""
+def _told(published: Published, choice: int) -> tuple[str, str | None]:
+    """What has been said of a choice, and why it ended."""
+    text, finish = "", None
+    for _, message in published.messages:
+        for each in json.loads(message.body)["choices"]:
+            if each["index"] == choice:
+                part = each.get("delta") or each.get("message") or {}
+                text += each.get("text") or part.get("content") or ""
+                finish = each["finish_reason"] or finish
+    return text, finish
 
 
 def errors_have_a_cause(plan: Plan, record: Record) -> Iterator[str]:

@@ -89,6 +89,7 @@ class Record:
         self.delivered: list[tuple[float, Message]] = []
         """Requests that reached the worker."""
         self.admitted: list[Admitted] = []
+        """For each request, that of its first choice."""
         self.received: dict[str, list[tuple[float, Message]]] = {}
         """What callers got, by inbox."""
         self.tokenised = 0
@@ -190,22 +191,23 @@ class Record:
         self.violate(f"the batch loop failed: {type(fault).__name__}: {fault}")
 
     def _entered_door(self, sequence: Sequence) -> None:
-        admitted = Admitted(
-            sequence=sequence,
-            at=trio.current_time(),
-            order=self._next(),
-            used_bytes=self.used_bytes,
-        )
-        self.admitted.append(admitted)
-        self._live[id(sequence)] = admitted
+        for row in sequence.rows:
+            self._live[id(row)] = Admitted(
+                sequence=row,
+                at=trio.current_time(),
+                order=self._next(),
+                used_bytes=self.used_bytes,
+            )
+        self.admitted.append(self._live[id(sequence)])
         self.log(sequence.request_id, f"admitted, level {sequence.level}, {sequence.stage}")
 
     def _left_door(self, sequence: Sequence) -> None:
-        admitted = self._live.pop(id(sequence), None)
-        if admitted is None:
-            self.violate(f"{sequence.request_id} left the door twice")
-            return
-        admitted.ended_at = trio.current_time()
+        for row in sequence.rows:
+            admitted = self._live.pop(id(row), None)
+            if admitted is None:
+                self.violate(f"{row.request_id} left the door twice")
+                return
+            admitted.ended_at = trio.current_time()
         self._changed.set()
 
     def _queued(self, sequence: Sequence) -> None:

@@ -103,6 +103,21 @@ BUDGET_SPENT = scene(
 )
 """The second end of the engine is one too many: every caller is told, and the worker ends."""
 
+CHOICES = scene(
+    "worker.continuous_batching.max_batch_size=2",
+    "worker.request_queue.max_depth=3",
+    "worker.request_queue.reject_when_full=false",
+    calls=(
+        call(0.01, "three", n=3, max_tokens=4, stream=True),
+        call(0.02, "two", n=2, max_tokens=3),
+        call(0.02, "one", stream=True),
+    ),
+    happenings=(Happening(at=0.09, what="crash"),),
+    restart_s=0.05,
+    disturbed=True,
+)
+"""Two of three choices run, and one is queued; then the engine is lost."""
+
 SCENARIOS = {
     "places": PLACES,
     "engine lost": ENGINE_LOST,
@@ -112,6 +127,7 @@ SCENARIOS = {
     "tried": TRIED,
     "broker closed": BROKER_CLOSED,
     "budget spent": BUDGET_SPENT,
+    "choices": CHOICES,
 }
 SCOPES: dict[str, Pick] = {
     "first request": one_request(0),
@@ -159,3 +175,12 @@ def test_wherever_a_scope_is_cancelled_all_promises_are_kept(
             found.append(f"cancelled at step {k}: {wrong[0]}")
     assert not found, "\n".join(found)
     assert 3 < steps < 500
+
+
+def test_choices_left_alone_come_to_their_ends() -> None:
+    """So that what is swept is the life of all of them."""
+    record = simulate(CHOICES)
+    assert not violations(CHOICES, record)
+    assert list(outcomes_of(record)) == ["ok"] * 3
+    assert record.losses == 1
+    assert max(len(aboard) for _, aboard in record.turns) == 2

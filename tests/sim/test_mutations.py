@@ -21,6 +21,7 @@ from sim.scenes import call, rubbish, scene
 from sim.sweep import one_request, sweep, whole_run
 from sim.world import simulate
 from trio_worker import worker as worker_module
+from trio_worker.core import sequence as sequence_module
 from trio_worker.core.admission import Admission
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.scheduler import Scheduler
@@ -77,7 +78,7 @@ def queue_withdraw_forgotten() -> Patch:
 def place_leaked_on_cancel() -> Patch:
     leave = Admission.leave
 
-    def leaking(self: Admission, sequence: Sequence) -> Sequence | None:
+    def leaking(self: Admission, sequence: Sequence) -> list[Sequence]:
         held = sequence.request_id in self._placed and sequence.ending is not None
         following = leave(self, sequence)
         if held:
@@ -133,7 +134,7 @@ def aging_off_by_one_level() -> Patch:
             return (level, enqueued_at, arrival)
         return (0, enqueued_at + (level + (level > 0)) * aging_s, arrival)
 
-    return mock.patch.object(intake, "queue_key", off)
+    return mock.patch.object(sequence_module, "queue_key", off)
 
 
 def duplicate_id_accepted() -> Patch:
@@ -155,8 +156,10 @@ def _refusing_all_but(ignored: type[WorkerError]) -> Patch:
 
 
 def full_a_place_too_early() -> Patch:
-    early = property(lambda self: self.depth >= self.max_depth - 1)
-    return mock.patch.object(Admission, "is_full", early)
+    def early(self: Admission, places: int) -> bool:
+        return self.depth + places < self.max_depth
+
+    return mock.patch.object(Admission, "_has_room", early)
 
 
 def stranger_s_503_accepted() -> Patch:

@@ -19,7 +19,7 @@ from trio_worker.core.batching import Batching
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
 from trio_worker.flow import serving
-from trio_worker.flow.answer import Answer
+from trio_worker.flow.answer import Choice
 from trio_worker.flow.request_channel import PrioritySendChannel, open_priority_channel
 from trio_worker.monitoring.metrics import BATCH_LOOP_RESTARTS, TURN_SECONDS
 from trio_worker.ports import Turn
@@ -281,19 +281,19 @@ async def test_the_next_turn_is_under_way_before_tokens_are_handed_out(
     autojump_clock: MockClock,
 ) -> None:
     steps: list[str] = []
-    begin, take = SimulatedEngine.begin, Answer.take
+    begin, take = SimulatedEngine.begin, Choice.take
 
     def begun(self: SimulatedEngine, work: Work) -> Turn:
         steps.append("begin")
         return begin(self, work)
 
-    def taken(self: Answer, output: Any) -> None:
+    def taken(self: Choice, output: Any) -> None:
         steps.append("take")
         take(self, output)
 
     with (
         mock.patch.object(SimulatedEngine, "begin", begun),
-        mock.patch.object(Answer, "take", taken),
+        mock.patch.object(Choice, "take", taken),
     ):
         async with running_worker() as rig:
             assert (await rig.ask(prompt="one fish", max_tokens=3)).code == "ok"

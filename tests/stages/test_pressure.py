@@ -16,8 +16,8 @@ from trio_worker.core.memory import DegradationStep, MemoryReading
 from trio_worker.flow.door import DoorState
 from trio_worker.ports import Turn
 from trio_worker.protocol.turn import EngineMemory, Work
-from trio_worker.simulated.batch import word
 from trio_worker.simulated.engine import Faults
+from trio_worker.simulated.speech import word
 
 MB = 2**20
 SOFT_MB, CRITICAL_MB = 1000, 2000

@@ -11,6 +11,7 @@ from support.metric_values import counter_of, histogram_of
 from support.worker_rig import Reply, Rig, running_worker, subject_of
 from trio.testing import MockClock
 
+from trio_worker.core.request import Request
 from trio_worker.monitoring.metrics import (
     CANCELLATIONS,
     PROMPT_TOKENS,
@@ -19,8 +20,10 @@ from trio_worker.monitoring.metrics import (
     RESUMED,
     Description,
 )
-from trio_worker.ports import Message
-from trio_worker.simulated.engine import Faults
+from trio_worker.ports import Message, Turn
+from trio_worker.protocol.prompt import Form, Prompt
+from trio_worker.protocol.turn import Work
+from trio_worker.simulated.engine import Faults, SimulatedEngine
 from trio_worker.stages import respond
 
 MB = 2**20
@@ -182,6 +185,7 @@ async def test_the_note_says_where_the_time_went(autojump_clock: MockClock) -> N
         "completion_tokens": 3,
         "total_tokens": 23,
         "prompt_tokens_details": {"cached_tokens": 19},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -286,3 +290,30 @@ async def test_only_whole_answers_say_how_long_service_takes(autojump_clock: Moc
         for _ in range(8):
             await rig.ask(prompt="x", max_tokens=5)
         assert rate.mean_service_s == pytest.approx(0.1, abs=0.001)
+
+
+async def test_the_form_of_a_prompt_goes_with_each_admission_and_its_notes_are_told(
+    autojump_clock: MockClock,
+) -> None:
+    form = Form(finds_reasoning=True, max_reasoning_tokens=5)
+    prompt = Prompt(tokens=(1, 2, 3), form=form, notes=("general_tool_prompt",))
+    begun: list[Work] = []
+    begin = SimulatedEngine.begin
+
+    async def tokenise(_self: SimulatedEngine, _request: Request) -> Prompt:
+        await trio.lowlevel.checkpoint()
+        return prompt
+
+    def watched(self: SimulatedEngine, work: Work) -> Turn:
+        begun.append(work)
+        return begin(self, work)
+
+    with (
+        mock.patch.object(SimulatedEngine, "tokenise", tokenise),
+        mock.patch.object(SimulatedEngine, "begin", watched),
+    ):
+        async with running_worker() as rig:
+            reply = await ask(rig, 1, max_tokens=2, n=2)
+    admits = [admit for work in begun for admit in work.admit]
+    assert [(each.prompt, each.form) for each in admits] == [((1, 2, 3), form)] * 2
+    assert reply.worker["degraded"] == ["general_tool_prompt"]

@@ -11,7 +11,7 @@ from trio_worker.core.memory import PressureGauge
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request import Request
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.sequence import Event, Sequence, Stage, queue_key
+from trio_worker.core.sequence import Event, Sequence, Stage, sequences_of
 from trio_worker.protocol.turn import (
     EngineMemory,
     FinishReason,
@@ -60,20 +60,23 @@ def make_sequence(
     at: float = 0.0,
     aging_s: float | None = 5.0,
     stage: Stage = Stage.TOKENISING,
+    choices: int = 1,
 ) -> Sequence:
-    arrival = next(_arrivals)
-    sequence = Sequence(
-        request=make_request(request_id, priority=level),
+    """That of the first choice."""
+    sequence = sequences_of(
+        make_request(request_id, priority=level, choices=choices),
+        subject="",
         reply_subject="_INBOX.x",
-        arrival=arrival,
+        arrivals=_arrivals,
         arrived_at=at,
+        aging_s=aging_s,
         scope=Scope(),
-        key=queue_key(enqueued_at=at, level=level, aging_s=aging_s, arrival=arrival),
     )
-    sequence.prompt = (1, 2, 3)
-    sequence.max_tokens = 100
-    if stage is Stage.QUEUED:
-        sequence.advance(Event.TOKENISED)
+    for row in sequence.rows:
+        row.prompt = (1, 2, 3)
+        row.max_tokens = 100
+        if stage is Stage.QUEUED:
+            row.advance(Event.TOKENISED)
     return sequence
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from openai import BaseModel
 
-OURS = {"worker", "max_model_len"}
+OURS = {"worker", "max_model_len", "reasoning_content"}
 """Fields that we add to OpenAI's."""
 
 _Model = TypeVar("_Model", bound=BaseModel)

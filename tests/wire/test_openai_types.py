@@ -7,11 +7,18 @@ from typing import Any, TypeAlias
 
 import msgspec
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ValidationError
+from support.whole_choices import whole_choice
 from support.worker_rig import running_worker
 from trio.testing import MockClock
+
+from trio_worker.protocol.prompt import CallArguments, CallBegun, Piece, Reasoning
+from trio_worker.protocol.turn import FinishReason, RequestId
+from trio_worker.wire import native
 
 Answer: TypeAlias = ChatCompletion | ChatCompletionChunk | Completion
 
@@ -27,10 +34,12 @@ TYPES: dict[str, type[Answer]] = {
 def read_strictly(body: dict[str, Any]) -> Answer:
     """As OpenAI's client would read it if it checked; raises `ValidationError`."""
     kind = body["object"]
-    (choice,) = body["choices"]
-    if kind == "text_completion" and choice["finish_reason"] is None:
+    if kind == "text_completion":
         # A chunk has the type of the whole there, which has ended.
-        body = {**body, "choices": [{**choice, "finish_reason": "stop"}]}
+        choices = [
+            {**each, "finish_reason": each["finish_reason"] or "stop"} for each in body["choices"]
+        ]
+        body = {**body, "choices": choices}
     return TYPES[kind].model_validate_json(msgspec.json.encode(body), strict=True)
 
 
@@ -78,6 +87,83 @@ async def test_every_message_of_an_answer_is_of_openais_types(
         assert last.usage is not None
         assert last.usage.prompt_tokens == 2
         assert last.choices[0].finish_reason == finish
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("asked", [ASKED[0], ASKED[3], ASKED[4], ASKED[6]])
+async def test_every_message_of_several_choices_is_of_openais_types(
+    autojump_clock: MockClock, *, asked: dict[str, Any], stream: bool
+) -> None:
+    async with running_worker() as rig:
+        reply = await rig.ask(**asked, n=3, max_tokens=2, seed=1, stream=stream)
+    *parts, last = read = [read_strictly(dict(chunk.body)) for chunk in reply.chunks]
+    assert [list(stray_fields(each)) for each in parts] == [[]] * len(parts)
+    assert list(stray_fields(last)) == OURS
+    assert {choice.index for each in read for choice in each.choices} == {0, 1, 2}
+    assert (len(last.choices), bool(parts)) == ((0, True) if stream else (3, False))
+
+
+USAGE = native.Usage.of(prompt=3, completion=4, cached=2, reasoning=1)
+NOTE = native.WorkerNote(
+    id="w1",
+    request_id="r",
+    seed=1,
+    queue_ms=0.5,
+    prefill_ms=1.0,
+    decode_ms=2.0,
+    priority="high",
+    resumed=0,
+    degraded=(),
+)
+TURNS: list[list[Piece]] = [
+    [Reasoning(text="hm")],
+    [CallBegun(index=0, name="f"), CallArguments(index=0, text='{"a":')],
+    [CallArguments(index=0, text="1"), CallArguments(index=0, text="}")],
+    [CallBegun(index=1, name="g")],
+    [CallArguments(index=1, text="{}")],
+]
+
+
+def calling() -> Iterator[dict[str, Any]]:
+    """What a stream says of reasoning and calls, and what the whole answer does."""
+    writer = native.AnswerWriter(request_id=RequestId("r"), model="m", created=5, chat=True)
+    beside = [piece for turn in TURNS for piece in turn]
+    whole = whole_choice([""], finish=FinishReason.TOOL_CALLS, beside=beside)
+    bodies = [
+        writer.opening(),
+        *(writer.chunk("", (), turn) for turn in TURNS),
+        writer.ending(FinishReason.TOOL_CALLS),
+        writer.summary(USAGE, NOTE),
+        writer.whole([whole], USAGE, NOTE),
+    ]
+    yield from map(msgspec.json.decode, bodies)
+
+
+def test_calls_are_of_openais_types_and_reasoning_is_beside_them() -> None:
+    read = list(map(read_strictly, calling()))
+    strays = {each.rpartition(".")[2] for body in read for each in stray_fields(body)}
+    assert strays == {"worker", "reasoning_content"}
+    called = read[-1].choices[0]
+    assert isinstance(called, Choice)
+    assert [each.type for each in called.message.tool_calls or ()] == ["function", "function"]
+
+
+def test_openais_client_puts_the_parts_together_to_the_whole() -> None:
+    *chunks, whole = calling()
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    (choice,) = state.get_final_completion().choices
+    expected = whole["choices"][0]["message"]
+    told = [
+        (call.id, call.type, call.function.name, call.function.arguments)
+        for call in choice.message.tool_calls or ()
+    ]
+    assert told == [
+        (call["id"], call["type"], *call["function"].values()) for call in expected["tool_calls"]
+    ]
+    assert choice.message.to_dict()["reasoning_content"] == expected["reasoning_content"] == "hm"
+    assert choice.finish_reason == "tool_calls"
 
 
 def a_chat() -> dict[str, Any]:

@@ -44,8 +44,8 @@ class AnswerOnAnyLoop(ABC):
         """The next message."""
 
     async def text(self) -> str:
-        """The whole text; reads to the end. Raises as iterating does."""
-        return "".join([chunk.text async for chunk in self])
+        """The whole text, of the first choice; reads to the end. Raises as iterating does."""
+        return "".join([chunk.text async for chunk in self if chunk.choice == 0])
 
 
 class ClientOnAnyLoop(ABC):

@@ -51,7 +51,11 @@ _NO_ANSWER = (msgspec.MsgspecError, ValueError, LookupError, TypeError, Attribut
 class Chunk:
     """One message of an answer."""
 
+    choice: int
+    """Which of them the next three are of; the first, where the message holds all or none."""
     text: str
+    reasoning: str
+    """What the model thinks before it answers."""
     finish_reason: str | None
     usage: Mapping[str, Any] | None
     """With the last message: token counts as OpenAI names them."""
@@ -63,8 +67,15 @@ class Chunk:
 
 
 def join(chunks: Sequence[Chunk]) -> Chunk:
-    """The last chunk with the text of all."""
-    return replace(chunks[-1], text="".join(chunk.text for chunk in chunks))
+    """The last chunk, with what all have said of the first choice."""
+    of_first = [chunk for chunk in chunks if chunk.choice == 0]
+    return replace(
+        chunks[-1],
+        choice=0,
+        text="".join(chunk.text for chunk in of_first),
+        reasoning="".join(chunk.reasoning for chunk in of_first),
+        finish_reason=next((each.finish_reason for each in of_first if each.finish_reason), None),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +166,7 @@ class Exchange:
             chunk = _chunk(msgspec.json.decode(body, type=dict[str, Any]), headers)
         except _NO_ANSWER as exc:
             raise self._no_answer(exc) from exc
-        if chunk.text or chunk.body["choices"][0].get("logprobs"):
+        if _says_something(chunk):
             self.content_is_handed_out()
         return chunk
 
@@ -301,13 +312,32 @@ def _error(body: Mapping[str, Any]) -> WorkerError:
 
 
 def _chunk(body: Mapping[str, Any], headers: Mapping[str, str]) -> Chunk:
-    choice = body["choices"][0]
-    content = choice.get("delta") or choice.get("message") or {}
+    choice = _first_choice(body)
+    content = _content(choice)
     return Chunk(
+        choice=choice.get("index", 0),
         text=choice.get("text") or content.get("content") or "",
+        reasoning=content.get("reasoning_content") or "",
         finish_reason=choice.get("finish_reason"),
         usage=body.get("usage"),
         worker=body.get("worker"),
         body=body,
         headers=headers,
     )
+
+
+def _says_something(chunk: Chunk) -> bool:
+    """Whether it is more than a sign of life."""
+    choice = _first_choice(chunk.body)
+    beside = (choice.get("logprobs"), _content(choice).get("tool_calls"))
+    return any((chunk.text, chunk.reasoning, chunk.finish_reason, *beside))
+
+
+def _first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Empty where there is nothing but the usage."""
+    choices = body["choices"]
+    return choices[0] if choices or not body.get("usage") else {}
+
+
+def _content(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    return choice.get("delta") or choice.get("message") or {}

@@ -165,6 +165,9 @@ def _fault(kind: shape.Type, value: object) -> tuple[object, str | None]:
         return _fault_of_list(kind, value)
     if isinstance(kind, shape.FloatType) and type(value) is int and abs(value) < 2**53:
         value = float(value)
+    if value is False and isinstance(kind, shape.LiteralType) and "off" in kind.values:
+        # What YAML takes a bare `off` for.
+        value = "off"
     wanted = _PYTHON_TYPES[type(kind)]
     if type(value) is not wanted:
         quotes = wanted is str and isinstance(value, bool | int | float)

@@ -402,6 +402,13 @@ class RequestsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "by the measured rates"
         ),
     ] = True
+    allow_lark: Annotated[
+        bool,
+        Meta(
+            description="whether a request may bring a grammar in Lark; one can be written that "
+            "stalls the engine, and no limit prevents that"
+        ),
+    ] = False
     default_priority: DefaultPriority = DefaultPriority()
 
 
@@ -476,6 +483,14 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = EngineConfig()
     requests: RequestsConfig = RequestsConfig()
+    tools: Annotated[
+        Literal["auto", "prompt", "off"],
+        Meta(
+            description="how requests with tools are served; auto: where the model's chat template "
+            "knows of tools; prompt: where it does not, the model is told of them in general "
+            "words; off: not at all"
+        ),
+    ] = "auto"
     drain_timeout_ms: Annotated[
         int,
         Meta(ge=0, le=3_600_000, description="how long running requests may go on at a stop"),

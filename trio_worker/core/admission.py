@@ -1,8 +1,10 @@
 """Who may come in: places, duplicates, and when this worker is worth asking at all.
 
-A request holds a place from its admission until it enters the batch or ends; `depth` counts the
-places taken. Taking a place and everything that speaks against it is one synchronous decision,
-so nothing can overfill the queue between a check and an act.
+A request holds a place for each of its choices, from its admission until that enters the batch or
+the request ends; `depth` counts the places taken. It gets all of them or none. Taking them and
+everything that speaks against it is one synchronous decision, so nothing can overfill the queue
+between a check and an act. Whoever has to wait for places is not overtaken by a later key, however
+few places that may need.
 
 The mapping of requests in flight is there to refuse duplicates, to find the scope a cancel
 message means, and to be looked at. Nobody waits on it and no answer goes through it: the one who
@@ -20,6 +22,7 @@ from trio_worker.core.sequence import Event, QueueKey, Sequence, Stage
 from trio_worker.errors import (
     SHUTTING_DOWN,
     DuplicateRequest,
+    InvalidRequest,
     QueueFull,
     RequestTimeout,
     ResourceLimitExceeded,
@@ -30,7 +33,10 @@ from trio_worker.protocol.turn import RequestId
 
 
 class Admission:
-    """All its state: who is in flight, who holds a place, who waits for one, and three facts."""
+    """All its state: who is in flight, who holds a place, who waits for one, and three facts.
+
+    Where it is given a request, or returns one, that is the sequence of the first choice.
+    """
 
     def __init__(
         self,
@@ -60,6 +66,9 @@ class Admission:
         self._max_waiting = 0 if reject_when_full or not queue_enabled else max_depth
         self._placed: set[RequestId] = set()
         self._waiting: SortedDict[QueueKey, Sequence] = SortedDict()
+        """One for each request."""
+        self.waiting = 0
+        """How many places those who wait will take."""
         self._accepting = False
 
     @property
@@ -67,27 +76,38 @@ class Admission:
         return len(self._placed)
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def is_full(self) -> bool:
         """Whether the next request would not get a place."""
-        live = len(self.in_flight) - self.waiting
+        return self.waiting > 0 or not self._has_room(1)
+
+    def _has_room(self, places: int) -> bool:
+        live = len(self.in_flight) - self.waiting + places
         if self._queue_enabled:
             # Preempted requests hold no place, but the queue has to have room for them.
-            return self.depth >= self.max_depth or live >= self.max_depth + self.slots
-        return live >= self.slots
+            return self.depth + places <= self.max_depth and live <= self.max_depth + self.slots
+        return live <= self.slots
+
+    def _gets_places(self, sequence: Sequence) -> bool:
+        """Whether there are enough, and nobody has waited for them before it."""
+        if self._waiting and self._waiting.peekitem(0)[0] < sequence.key:
+            return False
+        return self._has_room(len(sequence.rows))
 
     def refusal(self, sequence: Sequence) -> WorkerError | None:
         """What speaks against taking this request now, if anything does."""
-        request_id = sequence.request_id
+        request_id, places = sequence.request_id, len(sequence.rows)
         if self.draining:
             return WorkerDraining(SHUTTING_DOWN)
         if request_id in self.in_flight:
             return DuplicateRequest(
                 f"a request with the id {request_id} is in flight on this worker",
                 details={"request_id": request_id},
+            )
+        if places > self.max_depth:
+            return InvalidRequest(
+                f"n: {places} choices at a time are more than this worker has places for, "
+                f"{self.max_depth}",
+                details={"field": "n", "limit": self.max_depth},
             )
         if self.gauge.level is Pressure.CRITICAL:
             used_mb = round(self.gauge.used / MB)
@@ -98,7 +118,7 @@ class Admission:
                     "critical_memory_mb": round(self.gauge.critical_bytes / MB),
                 },
             )
-        if self.is_full and self.waiting >= self._max_waiting:
+        if not self._gets_places(sequence) and self.waiting + places > self._max_waiting:
             return QueueFull(
                 f"Request queue full (depth: {self.depth})",
                 details={"depth": self.depth, "max_depth": self.max_depth},
@@ -130,35 +150,47 @@ class Admission:
         )
 
     def enter(self, sequence: Sequence) -> None:
-        """Take in a request that nothing speaks against, with a place or waiting for one."""
-        if self.is_full:
-            sequence.stage = Stage.WAITING
-            self._waiting[sequence.key] = sequence
+        """Take in a request that nothing speaks against, with its places or waiting for them."""
+        rows = sequence.rows
+        if self._gets_places(sequence):
+            self._placed.update(row.request_id for row in rows)
         else:
-            self._placed.add(sequence.request_id)
-        self.in_flight[sequence.request_id] = sequence
+            for row in rows:
+                row.stage = Stage.WAITING
+            self._waiting[sequence.key] = sequence
+            self.waiting += len(rows)
+        self.in_flight.update((row.request_id, row) for row in rows)
         self.arrivals.record(sequence.arrived_at)
 
-    def batched(self, sequence: Sequence) -> Sequence | None:
-        """The request has entered the batch and gives its place up; returns who gets it."""
-        return self._free_place(sequence)
+    def batched(self, row: Sequence) -> list[Sequence]:
+        """A choice has entered the batch and gives its place up; returns who gets places."""
+        self._placed.discard(row.request_id)
+        return self._followers()
 
-    def leave(self, sequence: Sequence) -> Sequence | None:
-        """The request has ended; returns who gets its place, if it held one."""
-        del self.in_flight[sequence.request_id]
+    def leave(self, sequence: Sequence) -> list[Sequence]:
+        """The request has ended; returns who gets places, its own or those that it waited for."""
+        for row in sequence.rows:
+            del self.in_flight[row.request_id]
+            self._placed.discard(row.request_id)
         if self._waiting.get(sequence.key) is sequence:
             del self._waiting[sequence.key]
-            return None
-        return self._free_place(sequence)
+            self.waiting -= len(sequence.rows)
+        return self._followers()
 
-    def _free_place(self, sequence: Sequence) -> Sequence | None:
-        self._placed.discard(sequence.request_id)
-        if not self._waiting or self.is_full:
-            return None
-        following: Sequence = self._waiting.popitem(0)[1]
-        following.advance(Event.PLACED)
-        self._placed.add(following.request_id)
-        return following
+    def _followers(self) -> list[Sequence]:
+        """Give the free places to those who wait, the earliest first, as far as they go."""
+        followers = []
+        while self._waiting:
+            first: Sequence = self._waiting.peekitem(0)[1]
+            if not self._has_room(len(first.rows)):
+                break
+            del self._waiting[first.key]
+            self.waiting -= len(first.rows)
+            for row in first.rows:
+                row.advance(Event.PLACED)
+                self._placed.add(row.request_id)
+            followers.append(first)
+        return followers
 
     def assess(self) -> bool:
         """Whether callers should come here: with some room in hand, and with hysteresis.

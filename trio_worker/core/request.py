@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from trio_worker.errors import InvalidRequest
 from trio_worker.protocol.prompt import ANYTHING, Message, Wanted
 from trio_worker.protocol.turn import RequestId, Sampling
+
+SEED_END = 2**53
+"""Seeds are below this: the largest range that JSON numbers carry exactly everywhere."""
+CHOICES_MAX = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,17 @@ class Request:
     """Who asks, by a name of its own choice; it proves nothing."""
     wanted: Wanted = ANYTHING
     """What the answer is to be like."""
+    choices: int = 1
+    """How many answers are wanted, up to `CHOICES_MAX`; each has a row of its own in the batch."""
+    include_usage: bool = False
+    """Whether a stream ends with a message for the usage alone."""
+
+    def sampling_of(self, choice: int) -> Sampling:
+        """Each choice has a seed of its own: those of the request and after it."""
+        if choice == 0:
+            return self.sampling
+        seed = (self.sampling.seed + choice) % SEED_END
+        return msgspec.structs.replace(self.sampling, seed=seed)
 
     @property
     def is_chat(self) -> bool:

@@ -194,8 +194,9 @@ class Scheduler:
                     prompt=each.prompt,
                     produced=tuple(each.produced),
                     max_tokens=each.max_tokens,
-                    sampling=each.request.sampling,
+                    sampling=each.sampling,
                     stop=each.request.stop,
+                    form=each.form,
                 )
                 for each in admitted
             ),

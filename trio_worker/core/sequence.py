@@ -1,17 +1,23 @@
 """The life of one request inside the worker: its stage, its tokens, its times.
 
+A request of several choices has a sequence, a row of the batch, for each of them. All are of one
+task and one scope: they are admitted together, and leave together when the last has ended.
+
 Rule 1: `Sequence.stage` changes in `advance` and nowhere else, along `TRANSITIONS`.
 Rule 2: the queue's key is fixed when the request is admitted and never changes.
+Rule 3: what ends one sequence of a request before its answer is complete ends all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
 from trio_worker.core.request import Request
-from trio_worker.protocol.turn import Output, RequestId, SequenceFailure
+from trio_worker.protocol.prompt import FREE, Form
+from trio_worker.protocol.turn import Output, RequestId, Sampling, SequenceFailure
 
 QueueKey: TypeAlias = tuple[float, float, int]
 
@@ -90,12 +96,24 @@ class OutputSink(Protocol):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """One request in flight. Owned by its own task; the scheduler writes tokens and stages."""
+    """One choice of a request in flight.
+
+    Owned by the request's own task; the scheduler writes tokens and stages.
+    """
 
     request: Request
+    choice: int = 0
+    """Which of the request's it is; that of the first stands for the request."""
+    leader: Sequence | None = None
+    """That of the first choice; None for itself."""
+    siblings: tuple[Sequence, ...] = ()
+    """Those of the other choices, where this is the first."""
+    request_id: RequestId = field(init=False)
+    """The request's; of a further choice one that no caller can send, with a dot in it."""
+    sampling: Sampling = field(init=False)
     reply_subject: str
     arrival: int
-    """Counts requests; breaks ties between equal keys."""
+    """Counts sequences; breaks ties between equal keys."""
     arrived_at: float
     """On the monotonic clock, in seconds, as every `_at` below."""
     scope: Cancellable
@@ -108,6 +126,7 @@ class Sequence:
     """Where the request came in."""
 
     prompt: tuple[int, ...] = ()
+    form: Form = FREE
     max_tokens: int = 0
     produced: list[int] = field(default_factory=list)
     outputs: OutputSink | None = None
@@ -138,9 +157,16 @@ class Sequence:
     faults: int = 0
     """How many faults of the batch loop it was aboard of."""
 
+    def __post_init__(self) -> None:
+        request_id = self.request.request_id
+        self.request_id = RequestId(f"{request_id}.{self.choice}") if self.choice else request_id
+        self.sampling = self.request.sampling_of(self.choice)
+
     @property
-    def request_id(self) -> RequestId:
-        return self.request.request_id
+    def rows(self) -> tuple[Sequence, ...]:
+        """All sequences of the request, in the order of its choices."""
+        first = self.leader or self
+        return (first, *first.siblings)
 
     @property
     def level(self) -> int:
@@ -166,8 +192,45 @@ class Sequence:
     def end(self, ending: Ending) -> None:
         """Ask the request's task to end it; the first reason given is the one that counts."""
         if self.ending is None and self.stage is not Stage.ENDED:
-            self.ending = ending
+            for row in self.rows:
+                row.ending = ending
             self.scope.cancel(reason=ending)
+
+
+def sequences_of(
+    request: Request,
+    *,
+    reply_subject: str,
+    subject: str,
+    arrivals: Iterator[int],
+    arrived_at: float,
+    aging_s: float | None,
+    scope: Cancellable,
+) -> Sequence:
+    """The sequence of a request's first choice, with those of the others at its side.
+
+    Their keys follow each other.
+    """
+
+    def sequence(choice: int, leader: Sequence | None) -> Sequence:
+        arrival = next(arrivals)
+        return Sequence(
+            request=request,
+            choice=choice,
+            leader=leader,
+            subject=subject,
+            reply_subject=reply_subject,
+            arrival=arrival,
+            arrived_at=arrived_at,
+            scope=scope,
+            key=queue_key(
+                enqueued_at=arrived_at, level=request.priority, aging_s=aging_s, arrival=arrival
+            ),
+        )
+
+    first = sequence(0, None)
+    first.siblings = tuple(sequence(choice, first) for choice in range(1, request.choices))
+    return first
 
 
 def queue_key(*, enqueued_at: float, level: int, aging_s: float | None, arrival: int) -> QueueKey:

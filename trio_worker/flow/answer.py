@@ -1,7 +1,7 @@
-"""One caller's answer: what its sequence produces, as messages.
+"""One caller's answer: what the rows of its request produce, as messages.
 
-Whoever takes the turns puts each output in; the request's own task waits for the last one, tells
-a streaming caller that the request is alive while none comes, and writes the end.
+Whoever takes the turns puts each output into its choice; the request's own task waits for the last
+one, tells a streaming caller that the request is alive while none comes, and writes the end.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import trio
 from loguru import logger
 
 from trio_worker.core.sequence import Ending, Sequence
-from trio_worker.errors import EngineFailed, WorkerError
+from trio_worker.errors import EngineFailed, InvalidRequest, WorkerError
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.flow.reply_stream import ReplyStream
-from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure, TokenLogprob
-from trio_worker.wire.native import AnswerWriter, Usage, WorkerNote
+from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure
+from trio_worker.wire.native import AnswerWriter, Usage, WholeChoice, WorkerNote
 
 KEEP_ALIVE_S = 5.0
 """How often at least a streaming caller hears something."""
@@ -26,10 +26,10 @@ _T = TypeVar("_T")
 
 
 class Answer:
-    """What goes back to the caller, streamed or collected.
+    """What goes back to the caller, streamed or as a whole.
 
     It holds no queue: a token is a message in the outbox, whose bound is the reply stream's, or
-    a piece of the text that is said as a whole, of `max_tokens` pieces at most.
+    a piece of what is said as a whole, of `max_tokens` pieces a choice at most.
     """
 
     def __init__(
@@ -48,34 +48,43 @@ class Answer:
         self._writer = writer
         self._worker_id = worker_id
         self._stream = sequence.request.stream
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._ends_with_summary = self._stream and (
+            sequence.request.choices > 1 or sequence.request.include_usage
+        )
+        self.choices = tuple(
+            Choice(
+                row.choice, self, writer, stream=self._stream, ends_apart=self._ends_with_summary
+            )
+            for row in sequence.rows
+        )
+        """Where the outputs of each row go."""
         self._has_ended = trio.Event()
-        """The last output has been taken, or something has gone wrong."""
-        self._finish: FinishReason | None = None
-        self._failure: Exception | None = None
-        self._traced: list[str] | None = None
-        """What has been said, while level `trace` is on."""
+        """All last outputs have been taken, or something has gone wrong."""
+        self.failure: Exception | None = None
+        """What has gone wrong; then nothing is passed on any more."""
 
     @property
     def text(self) -> str:
-        """What has been collected so far; empty for a stream."""
-        return "".join(self._texts)
+        """What the first choice has come to so far; empty for a stream."""
+        return self.choices[0].whole.text
 
     def open(self) -> None:
         if self._stream:
-            self._send(self._writer.opening())
+            for choice in self.choices:
+                self.send(self._writer.opening(choice.index))
 
     def keep_alive(self) -> None:
         if self._stream:
-            self._send(self._writer.keep_alive())
+            going_on = next((each.index for each in self.choices if each.finish is None), 0)
+            self.send(self._writer.keep_alive(going_on))
         self._last_sent_at = trio.current_time()
 
     def trace_prompt(self) -> None:
         """Write the prompt at level `trace`, if that is on; then the answer follows at its end."""
 
         def shown() -> object:
-            self._traced = []
+            for choice in self.choices:
+                choice.traced = []
             request = self._sequence.request
             return request.messages if request.prompt is None else request.prompt
 
@@ -83,22 +92,24 @@ class Answer:
 
     def trace_text(self) -> None:
         """Write the text so far at level `trace`, if the prompt was."""
-        if self._traced is not None:
-            logger.trace("Answer: {!r}", "".join(self._traced))
+        for choice in self.choices:
+            if choice.traced is not None:
+                logger.trace("Answer: {!r}", "".join(choice.traced))
 
-    def take(self, output: Output | SequenceFailure) -> None:
-        """Pass an output on, in order. Synchronous, and never raises.
+    def send(self, body: bytes) -> None:
+        """Put a message that is not the last into the outbox."""
+        self.reply.send(body)
+        self._last_sent_at = trio.current_time()
+        if self.reply.backlogged:
+            self._sequence.end(Ending.BACKLOG)
 
-        What goes wrong with this answer is no matter of who takes the turns: it is raised where
-        the request's task waits, and nothing is passed on any more.
-        """
-        if self._failure is not None:
-            return
-        try:
-            self._finish = self._pass_on(output)
-        except Exception as failure:  # noqa: BLE001 - see above
-            self._failure = failure
-        if self._finish is not None or self._failure is not None:
+    def fail(self, failure: Exception) -> None:
+        """The request's task is told."""
+        self.failure = failure
+        self._has_ended.set()
+
+    def choice_ended(self) -> None:
+        if all(choice.finish is not None for choice in self.choices):
             self._has_ended.set()
 
     async def wait_end(self) -> None:
@@ -114,36 +125,33 @@ class Answer:
             # Tokens that have come meanwhile have moved the moment on.
             if quiet.cancelled_caught and trio.current_time() >= self._last_sent_at + KEEP_ALIVE_S:
                 self.keep_alive()
-        if self._failure is not None:
-            raise self._failure
-
-    def _pass_on(self, output: Output | SequenceFailure) -> FinishReason | None:
-        if isinstance(output, SequenceFailure):
-            raise EngineFailed(output.message)
-        if self._traced is not None:
-            self._traced.append(output.text)
-        if not self._stream:
-            self._texts.append(output.text)
-            self._logprobs += output.logprobs
-        elif output.text or output.logprobs:
-            self._send(self._writer.chunk(output.text, output.logprobs))
-        return output.finish
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         """The terminal message, after the last output."""
-        assert self._finish is not None
+        first, rows = self._sequence, self._sequence.rows
         usage = Usage.of(
-            prompt=len(self._sequence.prompt),
-            completion=len(self._sequence.produced),
-            cached=self._sequence.cached,
+            prompt=len(first.prompt),
+            completion=sum(len(row.produced) for row in rows),
+            cached=first.cached,
+            reasoning=sum(choice.reasoning_tokens for choice in self.choices),
         )
-        finish, note = self._finish, self._note()
+        self.reply.finish(self._last_body(usage, self._note()))
+
+    def _last_body(self, usage: Usage, note: WorkerNote) -> bytes:
+        if self._ends_with_summary:
+            return self._writer.summary(usage, note)
         if self._stream:
-            self.reply.finish(self._writer.closing(finish, usage, note))
-        else:
-            wanted = self._sequence.request.sampling.logprobs
-            logprobs = self._logprobs if wanted else None
-            self.reply.finish(self._writer.whole(self._texts, logprobs, finish, usage, note))
+            finish = self.choices[0].finish
+            assert finish is not None
+            return self._writer.closing(finish, usage, note)
+        return self._writer.whole(
+            [choice.whole for choice in self.choices],
+            usage,
+            note,
+            with_logprobs=self._sequence.request.sampling.logprobs,
+        )
 
     async def alive_while(self, call: Callable[..., Awaitable[_T]], *args: object) -> _T:
         """What `call` returns or raises; meanwhile a streaming caller gets keep-alive chunks."""
@@ -168,28 +176,83 @@ class Answer:
             await trio.sleep_until(self._last_sent_at + KEEP_ALIVE_S)
             self.keep_alive()
 
-    def _send(self, body: bytes) -> None:
-        self.reply.send(body)
-        self._last_sent_at = trio.current_time()
-        if self.reply.backlogged:
-            self._sequence.end(Ending.BACKLOG)
-
     def _note(self) -> WorkerNote:
-        sequence = self._sequence
-        assert sequence.batched_at is not None
-        assert sequence.first_token_at is not None
-        assert sequence.last_token_at is not None
+        first, rows = self._sequence, self._sequence.rows
+        batched_at = min(_known(row.batched_at) for row in rows)
+        first_token_at = min(_known(row.first_token_at) for row in rows)
+        last_token_at = max(_known(row.last_token_at) for row in rows)
         return WorkerNote(
             id=self._worker_id,
-            request_id=sequence.request_id,
-            seed=sequence.request.sampling.seed,
-            queue_ms=_ms(sequence.batched_at - sequence.arrived_at),
-            prefill_ms=_ms(sequence.first_token_at - sequence.batched_at),
-            decode_ms=_ms(sequence.last_token_at - sequence.first_token_at),
+            request_id=first.request_id,
+            seed=first.sampling.seed,
+            queue_ms=_ms(batched_at - first.arrived_at),
+            prefill_ms=_ms(first_token_at - batched_at),
+            decode_ms=_ms(last_token_at - first_token_at),
             priority=self.priority,
-            resumed=sequence.resumed,
-            degraded=tuple(sequence.degraded),
+            resumed=max(row.resumed for row in rows),
+            degraded=tuple(dict.fromkeys(step for row in rows for step in row.degraded)),
         )
+
+
+class Choice:
+    """Where the outputs of one row go. Its state is what has been said of it."""
+
+    def __init__(
+        self, index: int, answer: Answer, writer: AnswerWriter, *, stream: bool, ends_apart: bool
+    ) -> None:
+        """`ends_apart` says that its finish reason has a chunk which is not the stream's last."""
+        self.index = index
+        self.finish: FinishReason | None = None
+        self.reasoning_tokens = 0
+        self.whole = WholeChoice()
+        """Empty for a stream."""
+        self.traced: list[str] | None = None
+        """Its text, while level `trace` is on."""
+        self._answer = answer
+        self._writer = writer
+        self._stream = stream
+        self._ends_apart = ends_apart
+
+    def take(self, output: Output | SequenceFailure) -> None:
+        """Pass an output on, in order. Synchronous, and never raises.
+
+        What goes wrong with this answer is no matter of who takes the turns: it is raised where
+        the request's task waits, and nothing is passed on any more.
+        """
+        answer = self._answer
+        if answer.failure is not None:
+            return
+        try:
+            self.finish = self._pass_on(output)
+        except Exception as failure:  # noqa: BLE001 - see above
+            answer.fail(failure)
+            return
+        if self.finish is not None:
+            answer.choice_ended()
+
+    def _pass_on(self, output: Output | SequenceFailure) -> FinishReason | None:
+        if isinstance(output, SequenceFailure):
+            raise (InvalidRequest if output.is_askers_fault else EngineFailed)(output.message)
+        if self.traced is not None:
+            self.traced.append(output.text)
+        if output.is_reasoning:
+            self.reasoning_tokens += 1
+        if not self._stream:
+            self.whole.add(output)
+            return output.finish
+        if output.text or output.beside or output.logprobs:
+            self._answer.send(
+                self._writer.chunk(output.text, output.logprobs, output.beside, self.index)
+            )
+        if output.finish is not None and self._ends_apart:
+            self._answer.send(self._writer.ending(output.finish, self.index))
+        return output.finish
+
+
+def _known(at: float | None) -> float:
+    """When something happened that has happened."""
+    assert at is not None
+    return at
 
 
 def _ms(seconds: float) -> float:

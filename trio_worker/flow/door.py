@@ -6,6 +6,7 @@ in the queue group and readiness follow) is set in the same synchronous section.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import trio
@@ -34,7 +35,7 @@ class Door:
         self._next_change: trio.Event | None = None
         """Where somebody has asked for it."""
         self._places: dict[RequestId, trio.Event] = {}
-        """One event for each request that waits for a place; bound: max_depth."""
+        """One event for each request that waits for its places; bound: max_depth."""
 
     @property
     def changed(self) -> trio.Event:
@@ -53,9 +54,9 @@ class Door:
         self._changed()
 
     async def wait_place(self, sequence: Sequence) -> None:
-        """Return once the request holds a place; a checkpoint.
+        """Return once the request holds its places; a checkpoint.
 
-        Cancelled: it holds none, or has been given one meanwhile. Either way `leave` puts things
+        Cancelled: it holds none, or has been given them meanwhile. Either way `leave` puts things
         right.
         """
         place = self._places.get(sequence.request_id)
@@ -64,9 +65,9 @@ class Door:
         else:
             await place.wait()
 
-    def batched(self, sequence: Sequence) -> None:
-        """The request has entered the batch: its place is free."""
-        self._grant(self.admission.batched(sequence))
+    def batched(self, row: Sequence) -> None:
+        """A choice of a request has entered the batch: its place is free."""
+        self._grant(self.admission.batched(row))
 
     def leave(self, sequence: Sequence) -> None:
         """The request has ended."""
@@ -89,14 +90,14 @@ class Door:
     def end(self, request_id: RequestId, ending: Ending) -> bool:
         """End a request in flight; False if there is none of this id."""
         sequence = self.admission.in_flight.get(request_id)
-        if sequence is None or sequence.stage is Stage.ENDED:
+        if sequence is None or sequence.leader is not None or sequence.stage is Stage.ENDED:
             return False
         sequence.end(ending)
         return True
 
-    def _grant(self, following: Sequence | None) -> None:
-        if following is not None:
-            self._places.pop(following.request_id).set()
+    def _grant(self, followers: Iterable[Sequence]) -> None:
+        for each in followers:
+            self._places.pop(each.request_id).set()
         self._changed()
 
     def _changed(self) -> None:

@@ -144,4 +144,6 @@ def _request_limits(worker: WorkerConfig) -> RequestLimits:
         priority_levels=levels,
         default_buffered=level_of(requests.default_priority.buffered, levels),
         default_streaming=level_of(requests.default_priority.streaming, levels),
+        takes_tools=worker.tools != "off",
+        allows_lark=requests.allow_lark,
     )

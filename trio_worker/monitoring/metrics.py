@@ -245,7 +245,9 @@ LOOP_LAG = Description(
     worry="Values above 0.1 s: something blocks the worker's event loop.",
 )
 IN_FLIGHT = Description(
-    name="requests_in_flight", kind="gauge", meaning="Requests admitted and not ended."
+    name="requests_in_flight",
+    kind="gauge",
+    meaning="Requests admitted and not ended; one counts as often as it wants choices.",
 )
 QUEUE_DEPTH = Description(
     name="queue_depth",

@@ -9,7 +9,7 @@ before the tokens of the last one are handed out.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -163,7 +163,7 @@ class _Batcher:
             logger.bind(request_id=each.victim.request_id).debug(
                 "Preempted for {} with {} tokens", each.reason, len(each.victim.produced)
             )
-        for newcomer in filling.newcomers:
+        for newcomer in _requests(filling.newcomers):
             self._counters.queue_wait.observe(now - newcomer.arrived_at, self._priority(newcomer))
         for entered in filling.entered:
             self._door.batched(entered)
@@ -297,10 +297,10 @@ class _Batcher:
                 continue
             sequence.handed_out += 1
             sequence.concluded = output.finish is not None
-            if last_at is None:
-                self._measure_first(sequence, now)
-            else:
+            if last_at is not None:
                 gaps[last_at] += 1
+            elif sequence.leader is None:
+                self._measure_first(sequence, now)
         for last_at, count in gaps.items():
             self._counters.inter_token.observe(now - last_at, count=count)
 
@@ -353,6 +353,11 @@ class _Batcher:
 class _TurnUnderWay:
     turn: Turn
     began_at: float
+
+
+def _requests(rows: Iterable[Sequence]) -> Iterator[Sequence]:
+    """Those that stand for their requests, which are counted once."""
+    return (row for row in rows if row.leader is None)
 
 
 def _ids(sequences: Iterable[Sequence]) -> str:

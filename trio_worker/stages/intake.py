@@ -18,7 +18,7 @@ import trio
 from loguru import logger
 from trio_util import move_on_when
 
-from trio_worker.core.sequence import Sequence, queue_key
+from trio_worker.core.sequence import Sequence, sequences_of
 from trio_worker.errors import SHUTTING_DOWN, QueueFull, WorkerDraining, WorkerError
 from trio_worker.flow.door import Door, DoorState
 from trio_worker.flow.reply_stream import ReplyStream
@@ -199,6 +199,8 @@ class _Reception:
     def admit(self, message: Message) -> tuple[Sequence, trio.CancelScope, ReplyStream] | None:
         """What the request's task needs, or None if there will be no task.
 
+        Of a request with several choices, the sequence is that of the first.
+
         Then the caller has been answered, unless the reply subject is not one to answer to.
         """
         reply_subject = self._reply_subject(message)
@@ -215,21 +217,15 @@ class _Reception:
                 draw_seed=lambda: self._rng.randrange(native.SEED_END),
             )
             now = trio.current_time()
-            arrival = next(self._arrivals)
             scope = trio.CancelScope(deadline=now + request.timeout_s)
-            sequence = Sequence(
-                request=request,
+            sequence = sequences_of(
+                request,
                 subject=message.subject,
                 reply_subject=reply_subject,
-                arrival=arrival,
+                arrivals=self._arrivals,
                 arrived_at=now,
+                aging_s=self._serving.aging_s,
                 scope=scope,
-                key=queue_key(
-                    enqueued_at=now,
-                    level=request.priority,
-                    aging_s=self._serving.aging_s,
-                    arrival=arrival,
-                ),
             )
             self._serving.door.admit(sequence)
         except WorkerError as error:

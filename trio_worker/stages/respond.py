@@ -57,6 +57,7 @@ async def respond(
         model=serving.limits.model_name,
         created=int(wall_clock()),
         chat=sequence.request.is_chat,
+        choices=sequence.request.choices,
     )
     priority = name_of(sequence.level, serving.levels)
     answer = Answer(sequence, reply, writer, worker_id=worker_id, priority=priority)
@@ -92,10 +93,11 @@ async def _serve(
 
 def _release(sequence: Sequence, serving: Serving) -> None:
     """It leaves the queue, the batch and the door in one step."""
-    sequence.left_at = trio.current_time()
-    sequence.advance(Event.END)
-    serving.queue_in.withdraw(sequence)
-    serving.scheduler.withdraw(sequence)
+    for row in sequence.rows:
+        row.left_at = trio.current_time()
+        row.advance(Event.END)
+        serving.queue_in.withdraw(row)
+        serving.scheduler.withdraw(row)
     serving.door.leave(sequence)
 
 
@@ -114,7 +116,7 @@ def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> Non
         outcome,
         stage,
         duration_ms,
-        len(sequence.produced),
+        _produced(sequence),
         f": {error.message}" if error else "",
     )
 
@@ -129,15 +131,18 @@ async def _complete(sequence: Sequence, answer: Answer, serving: Serving) -> Non
     info = serving.engine.info
     assert info is not None, "a model that tokenises is loaded"
     sequence.request.check_vocabulary(info.vocabulary_size)
-    sequence.prompt = prompt.tokens
-    sequence.max_tokens = _fit(
+    max_tokens = _fit(
         len(prompt.tokens), sequence.request, serving.default_max_tokens, info.context_length
     )
+    sequence.degraded += prompt.notes
+    for row, choice in zip(sequence.rows, answer.choices, strict=True):
+        row.prompt, row.form, row.max_tokens = prompt.tokens, prompt.form, max_tokens
+        row.outputs = choice
     _check_memory(sequence, serving.ledger)
-    sequence.outputs = answer
-    sequence.advance(Event.TOKENISED)
-    sequence.queued_at = trio.current_time()
-    serving.queue_in.send_nowait(sequence)
+    for row in sequence.rows:
+        row.advance(Event.TOKENISED)
+        row.queued_at = trio.current_time()
+        serving.queue_in.send_nowait(row)
     logger.debug(
         "Request queued: {} prompt tokens, up to {} more",
         len(sequence.prompt),
@@ -223,7 +228,7 @@ def _too_late(sequence: Sequence, answer: Answer) -> RequestTimeout:
         f"the deadline of {request.timeout_s:g} s passed at stage {sequence.stage}",
         details={
             "stage": sequence.stage.value,
-            "tokens": len(sequence.produced),
+            "tokens": _produced(sequence),
             "timeout_ms": round(1000 * request.timeout_s),
             **({} if request.stream else {"text": answer.text}),
         },
@@ -250,8 +255,13 @@ def _count(
     if sequence.batched_at is not None:
         metrics.prompt_tokens.add(len(sequence.prompt))
         metrics.cached_tokens.add(sequence.cached)
-    metrics.generated_tokens.add(len(sequence.produced))
-    if sequence.resumed:
+    metrics.generated_tokens.add(_produced(sequence))
+    if any(row.resumed for row in sequence.rows):
         metrics.resumed.add()
     if error is None and sequence.batched_at is not None:
         rate.record(now - sequence.batched_at)
+
+
+def _produced(sequence: Sequence) -> int:
+    """Tokens of all choices."""
+    return sum(len(row.produced) for row in sequence.rows)

@@ -250,6 +250,7 @@ async def open_engine(
     prefix_cache_bytes: int,
     wired_limit_bytes: int | None = None,
     allocator_cache_bytes: int | None = None,
+    general_tool_prompt: bool = False,
     on_progress: ProgressSink | None = None,
     program: Sequence[str] = ENGINE_PROGRAM,
 ) -> AsyncIterator[EngineProcess]:
@@ -271,6 +272,7 @@ async def open_engine(
         wired_limit_bytes=wired_limit_bytes,
         allocator_cache_bytes=allocator_cache_bytes,
         answer_within_s=turn_timeout_s,
+        general_tool_prompt=general_tool_prompt,
     )
     settings = EngineSettings(
         hello=hello, turn_timeout_s=turn_timeout_s, on_progress=on_progress, program=program

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.wire_requests import LIMITS, read
 
 from trio_worker.core.request import Request
 from trio_worker.errors import (
@@ -17,26 +18,9 @@ from trio_worker.errors import (
     PayloadTooLarge,
     WorkerError,
 )
-from trio_worker.protocol.prompt import Message
+from trio_worker.protocol.prompt import JsonSchema, Message, Tool, Wanted
 from trio_worker.protocol.turn import RequestId, Sampling
 from trio_worker.wire import native
-
-LIMITS = native.RequestLimits(
-    model_name="m",
-    max_tokens_limit=100,
-    default_timeout_ms=30_000,
-    timeout_limit_ms=60_000,
-    max_body_bytes=10_000,
-    priority_levels=3,
-    default_buffered=0,
-    default_streaming=1,
-)
-
-
-def read(body: bytes) -> Request:
-    fields = native.parse_body(body, LIMITS)
-    request_id = native.request_id_of(fields) or RequestId("drawn")
-    return native.to_request(fields, LIMITS, request_id=request_id, draw_seed=lambda: 42)
 
 
 def read_fields(**fields: Any) -> Request:
@@ -91,6 +75,7 @@ EVERYTHING = {
     ],
     "max_tokens": 7,
     "fit_max_tokens": True,
+    "n": 2,
     "temperature": 1,
     "top_p": 0.9,
     "top_k": 5,
@@ -102,8 +87,17 @@ EVERYTHING = {
     "seed": 1,
     "stop": ["a", "b"],
     "stream": True,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
     "logprobs": True,
     "top_logprobs": 3,
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "reasoning_effort": "low",
+    "enable_thinking": True,
+    "max_reasoning_tokens": 9,
+    "chat_template_kwargs": {"style": "terse"},
     "priority": "low",
     "timeout_ms": 5,
     "caller": "front-1",
@@ -111,7 +105,7 @@ EVERYTHING = {
 
 
 def test_every_field_arrives() -> None:
-    assert EVERYTHING.keys() == {*native.FIELD_NAMES} - {"prompt"}
+    assert EVERYTHING.keys() == {*native.FIELD_NAMES} - {"prompt", "grammar"}
     expected = Request(
         request_id=RequestId("abc"),
         prompt=None,
@@ -140,6 +134,15 @@ def test_every_field_arrives() -> None:
         priority=2,
         timeout_s=0.005,
         caller="front-1",
+        wanted=Wanted(
+            constraint=JsonSchema(schema='{"type":"object"}'),
+            tools=(Tool(name="f"),),
+            parallel_calls=False,
+            max_reasoning_tokens=9,
+            template_variables='{"reasoning_effort":"low","enable_thinking":true,"style":"terse"}',
+        ),
+        choices=2,
+        include_usage=True,
     )
     assert read(msgspec.json.encode(EVERYTHING)) == expected
     assert expected.is_chat
@@ -289,26 +292,30 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"request_id": "a" * 129}, "request_id: Expected `str` matching regex", {}),
         ({"model": 5}, "model: Expected `str | null`, got `int`", {}),
         ({"messages": []}, "messages: Expected `array` of length >= 1", {}),
-        ({"messages": [{}]}, "messages[0]: Object missing required field `role`", {}),
         (
-            {"messages": [{"role": "king", "content": "x"}]},
-            "messages[0].role: Invalid enum value 'king'",
-            {},
+            {"messages": [{}]},
+            "messages[0]: Object missing required field `role`",
+            {"field": "messages[0]"},
         ),
         (
-            {"messages": [{"role": "user", "content": "x", "name": "y"}]},
-            "messages[0]: Object contains unknown field `name`",
-            {},
+            {"messages": [{"role": "king", "content": "x"}]},
+            "messages[0].role: Invalid value 'king'",
+            {"field": "messages[0].role"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "id": "y"}]},
+            "messages[0]: Object contains unknown field `id`",
+            {"field": "messages[0]"},
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
             "messages[0].content[0].type: Invalid enum value 'image'",
-            {},
+            {"field": "messages[0].content[0].type"},
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "id": 1}]}]},
             "messages[0].content[0]: Object contains unknown field `id`",
-            {},
+            {"field": "messages[0].content[0]"},
         ),
         ({"prompt": ""}, "prompt: Expected `str` of length >= 1", {}),
         ({"max_tokens": 0}, "max_tokens: Expected `int` >= 1", {}),
@@ -335,8 +342,12 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"logit_bias": {"1": -100.1}}, "logit_bias[...]: Expected `float` >= -100.0", {}),
         ({"seed": -1}, "seed: Expected `int` >= 0", {}),
         ({"seed": 2**53}, "seed: Expected `int` <= 9007199254740991", {}),
-        ({"stop": [""]}, "stop[0]: Expected `str` of length >= 1", {}),
-        ({"stop": ["x", "y" * 257]}, "stop[1]: Expected `str` of length <= 256", {}),
+        ({"stop": [""]}, "stop[0]: Expected `str` of length >= 1", {"field": "stop[0]"}),
+        (
+            {"stop": ["x", "y" * 257]},
+            "stop[1]: Expected `str` of length <= 256",
+            {"field": "stop[1]"},
+        ),
         ({"stop": ["x"] * 17}, "stop: Expected `array` of length <= 16", {}),
         ({"stream": "yes"}, "stream: Expected `bool`, got `str`", {}),
         ({"stream": 1}, "stream: Expected `bool`, got `int`", {}),
@@ -391,15 +402,25 @@ PRIORITIES = "is none of high, medium, low, 0…2"
         ({"priority": -1}, f"priority: '-1' {PRIORITIES}", {"levels": 3}),
         ({"priority": "urgent"}, f"priority: 'urgent' {PRIORITIES}", {"levels": 3}),
         ({"priority": LONG}, f"priority: '{LONG[:64]}' {PRIORITIES}", {"levels": 3}),
+        ({"n": 0}, "n: Expected `int` >= 1", {}),
+        ({"n": 9}, "n: Expected `int` <= 8", {}),
+        (
+            {"stream_options": {"include_usage": True}},
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+            {},
+        ),
+        (
+            {"stream_options": {"include_usage": 1}, "stream": True},
+            "stream_options.include_usage: Expected `bool | null`, got `int`",
+            {"field": "stream_options.include_usage"},
+        ),
         # What is no field.
-        ({"tools": []}, "tools is not a field of a request", {}),
         ({"max_token": 1}, "max_token is not a field of a request; did you mean max_tokens?", {}),
         ({"modelid": 1}, "modelid is not a field of a request; did you mean modelId?", {}),
         ({"frobnicate": 1}, "frobnicate is not a field of a request", {}),
         ({"usr": "x"}, "usr is not a field of a request; did you mean user?", {}),
         ({"meta_data": 1}, "meta_data is not a field of a request; did you mean metadata?", {}),
         # What OpenAI's models would answer otherwise for.
-        ({"reasoning_effort": "low"}, "reasoning_effort is not a field of a request", {}),
         ({"verbosity": "low"}, "verbosity is not a field of a request", {}),
     ],
 )
@@ -434,8 +455,8 @@ def test_two_spellings_of_a_field_are_named_by_the_one_of_the_documentation() ->
 def test_a_fault_that_quotes_the_caller_is_named_by_where_it_is_and_kept_short() -> None:
     hostile = " - at `$.seed`" + "x" * 5000
     error = fault_of(messages=[{"role": hostile, "content": "x"}])
-    assert error.details == {"field": "messages"}
-    assert error.message.startswith("messages[0].role: Invalid enum value ' - at `$.seed`xxx")
+    assert error.details == {"field": "messages[0].role"}
+    assert error.message.startswith("messages[0].role: Invalid value ' - at `$.seed`xxx")
     assert len(error.message) == len("messages[0].role: ") + 256
     unknown = fault_of(prompt="x", **{"x" * 100: 1})
     assert unknown.message == f"{'x' * 64} is not a field of a request"

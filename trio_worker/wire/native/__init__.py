@@ -4,6 +4,7 @@ What a caller sends is read by `request` and `control`; what it gets is written 
 `error_reply` and `reply_headers`.
 """
 
+from trio_worker.core.request import SEED_END
 from trio_worker.wire.native.answer import AnswerWriter, Usage, WorkerNote, is_silent
 from trio_worker.wire.native.control import (
     CANCEL_BODY,
@@ -12,17 +13,16 @@ from trio_worker.wire.native.control import (
     cancelled_id,
 )
 from trio_worker.wire.native.error_reply import error_body
+from trio_worker.wire.native.fields import FIELD_NAMES, RequestLimits
 from trio_worker.wire.native.reply_headers import Header, common_headers, headers
 from trio_worker.wire.native.request import (
-    FIELD_NAMES,
-    SEED_END,
     WITHOUT_EFFECT,
     Fields,
-    RequestLimits,
     parse_body,
     request_id_of,
     to_request,
 )
+from trio_worker.wire.native.whole_choice import WholeChoice
 
 __all__ = [
     "CANCEL_BODY",
@@ -34,6 +34,7 @@ __all__ = [
     "Header",
     "RequestLimits",
     "Usage",
+    "WholeChoice",
     "WorkerNote",
     "cancel_by_id",
     "cancel_reply",

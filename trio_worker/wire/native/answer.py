@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import TypeAlias
 
 import msgspec
 
+from trio_worker.protocol.prompt import Piece, Reasoning
 from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
+from trio_worker.wire.native.calls import Call, CallDelta, CallIds, call_deltas, whole_calls
+from trio_worker.wire.native.logprobs import Logprobs, MessageLogprobs, TextLogprobs
+from trio_worker.wire.native.whole_choice import WholeChoice
 
 
 class _PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
+
+
+class _CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,14 +28,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: _PromptTokensDetails
+    completion_tokens_details: _CompletionTokensDetails
 
     @classmethod
-    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
+    def of(cls, *, prompt: int, completion: int, cached: int, reasoning: int = 0) -> Usage:
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=_PromptTokensDetails(cached_tokens=cached),
+            completion_tokens_details=_CompletionTokensDetails(reasoning_tokens=reasoning),
         )
 
 
@@ -52,75 +60,17 @@ class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[CallDelta, ...] | None = None
 
 
-class _Message(msgspec.Struct, frozen=True):
-    role: str
-    content: str
+class _Message(msgspec.Struct, frozen=True, kw_only=True):
+    role: str = "assistant"
+    content: str | None
+    """None where there are calls in the place of a text."""
     refusal: None = None
-
-
-class _Alternative(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    utf8: list[int] | None = msgspec.field(name="bytes")
-
-
-class _TokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    utf8: list[int] | None = msgspec.field(name="bytes")
-    top_logprobs: tuple[_Alternative, ...]
-
-
-class _MessageLogprobs(msgspec.Struct, frozen=True):
-    """As chat has them: an entry a token."""
-
-    content: tuple[_TokenLogprob, ...]
-    refusal: None = None
-
-    @classmethod
-    def of(cls, logprobs: Sequence[TokenLogprob]) -> _MessageLogprobs:
-        return cls(
-            tuple(
-                _TokenLogprob(
-                    each.token,
-                    each.logprob,
-                    _utf8(each.token),
-                    tuple(_Alternative(token, value, _utf8(token)) for token, value in each.top),
-                )
-                for each in logprobs
-            )
-        )
-
-
-class _TextLogprobs(msgspec.Struct, frozen=True):
-    """As completions have them: a list of each thing, with a place for each token."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-    @classmethod
-    def of(
-        cls, logprobs: Sequence[TokenLogprob], texts: Sequence[str], *, begins_at: int
-    ) -> _TextLogprobs:
-        """`texts` is what each token has shown; `begins_at` characters stand before the first."""
-        offsets = list(accumulate(map(len, texts), initial=begins_at))
-        return cls(
-            tokens=[each.token for each in logprobs],
-            token_logprobs=[each.logprob for each in logprobs],
-            top_logprobs=(
-                [_by_token(each) for each in logprobs]
-                if any(each.top for each in logprobs)
-                else None
-            ),
-            text_offset=offsets[:-1],
-        )
-
-
-_Logprobs: TypeAlias = _MessageLogprobs | _TextLogprobs
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: tuple[Call, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Choice(msgspec.Struct, kw_only=True):
@@ -130,7 +80,7 @@ class _Choice(msgspec.Struct, kw_only=True):
     delta: _Delta | msgspec.UnsetType = msgspec.UNSET
     message: _Message | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
-    logprobs: _Logprobs | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
 
@@ -139,7 +89,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True):
     object: str
     created: int
     model: str
-    choices: tuple[_Choice]
+    choices: tuple[_Choice, ...]
     usage: Usage | msgspec.UnsetType = msgspec.UNSET
     worker: WorkerNote | msgspec.UnsetType = msgspec.UNSET
 
@@ -152,18 +102,22 @@ _HERE_WRITTEN = _encoder.encode(_HERE)
 
 
 _SILENT = (b'"delta":{}', b'"delta":{"role":"assistant"}', b'"text":"","logprobs":null')
-"""What no text can spell inside of a body: its quotation marks would have backslashes."""
+_ENDED = b'"finish_reason":"'
+"""As the ones before, what no text can spell inside of a body: its quotation marks would have
+backslashes."""
 
 
 def is_silent(chunk: bytes) -> bool:
-    """Whether a chunk of a stream, but the last, says nothing: the opening, or a keep-alive."""
-    return any(each in chunk for each in _SILENT)
+    """Whether a chunk of a stream, but the last, says nothing: an opening, or a keep-alive."""
+    return any(each in chunk for each in _SILENT) and _ENDED not in chunk
 
 
 class AnswerWriter:
     """Writes the bodies of one request's answer."""
 
-    def __init__(self, *, request_id: RequestId, model: str, created: int, chat: bool) -> None:
+    def __init__(
+        self, *, request_id: RequestId, model: str, created: int, chat: bool, choices: int = 1
+    ) -> None:
         """`created` is in seconds since the epoch; `chat` says that `messages` were sent.
 
         The answer to a `prompt` has a text where that to messages has a message.
@@ -172,93 +126,141 @@ class AnswerWriter:
         self._model = model
         self._created = created
         self._chat = chat
-        self._said = 0
+        self._said = [0] * choices
         """Characters, counted where each token's place among them is told."""
-        # The chunks of an answer are alike but for their texts.
-        self._before_text, self._after_text = self._body(_Delta(content=_HERE)).split(_HERE_WRITTEN)
+        self._call_ids = [CallIds(request_id, choice) for choice in range(choices)]
+        # The chunks of a choice are alike but for their texts.
+        self._around_text = [
+            self._chunk(choice, _Delta(content=_HERE)).split(_HERE_WRITTEN)
+            for choice in range(choices)
+        ]
 
-    def opening(self) -> bytes:
-        """The first chunk of a stream: the request has been admitted."""
-        return self._body(_Delta(role="assistant"))
+    def opening(self, choice: int = 0) -> bytes:
+        """The first chunk of a choice in a stream: the request has been admitted."""
+        return self._chunk(choice, _Delta(role="assistant"))
 
-    def keep_alive(self) -> bytes:
+    def keep_alive(self, choice: int = 0) -> bytes:
         """An empty chunk: the request is alive and nothing can be shown yet."""
-        return self._body(_Delta())
+        return self._chunk(choice, _Delta())
 
-    def chunk(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-        """What one token shows; of one answer, all chunks have its log-probability or none."""
-        if logprobs:
-            body = self._body(_Delta(content=text), logprobs=self._logprobs(logprobs, (text,)))
-            self._said += len(text)
-            return body
-        return self._before_text + _encoder.encode(text) + self._after_text
+    def chunk(
+        self,
+        text: str,
+        logprobs: Sequence[TokenLogprob] = (),
+        beside: Sequence[Piece] = (),
+        choice: int = 0,
+    ) -> bytes:
+        """What one token shows, beside the text what it adds to the reasoning and to calls.
+
+        Of one answer, all chunks have log-probabilities or none.
+        """
+        if not logprobs and not beside:
+            before, after = self._around_text[choice]
+            return before + _encoder.encode(text) + after
+        body = self._chunk(
+            choice,
+            self._delta(text, beside, choice) if beside else _Delta(content=text),
+            logprobs=(
+                self._logprobs(logprobs, [self._said[choice]] * len(logprobs)) if logprobs else None
+            ),
+        )
+        self._said[choice] += len(text)
+        return body
+
+    def ending(self, finish: FinishReason, choice: int = 0) -> bytes:
+        """The last chunk of a choice, where something follows in the stream."""
+        return self._chunk(choice, _Delta(), finish=finish)
 
     def closing(self, finish: FinishReason, usage: Usage, note: WorkerNote) -> bytes:
-        """The last chunk of a stream."""
-        return self._body(_Delta(), finish=finish, usage=usage, note=note)
+        """The last chunk of a stream with one choice, where it is not a summary."""
+        return self._chunk(0, _Delta(), finish=finish, usage=usage, note=note)
+
+    def summary(self, usage: Usage, note: WorkerNote) -> bytes:
+        """The last chunk of a stream whose choices have all ended before."""
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return self._body(kind, (), usage, note)
 
     def whole(
         self,
-        texts: Sequence[str],
-        logprobs: Sequence[TokenLogprob] | None,
-        finish: FinishReason,
+        choices: Sequence[WholeChoice],
         usage: Usage,
         note: WorkerNote,
+        *,
+        with_logprobs: bool = False,
     ) -> bytes:
-        """The only message of an answer that is not streamed; `texts` is what each token shows."""
-        return self._body(
-            _Message(role="assistant", content="".join(texts)),
-            logprobs=None if logprobs is None else self._logprobs(logprobs, texts),
-            finish=finish,
-            usage=usage,
-            note=note,
+        """The only message of an answer that is not streamed."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        written = tuple(
+            self._whole_choice(index, choice, with_logprobs=with_logprobs)
+            for index, choice in enumerate(choices)
+        )
+        return self._body(kind, written, usage, note)
+
+    def _delta(self, text: str, beside: Sequence[Piece], choice: int) -> _Delta:
+        thought = "".join(each.text for each in beside if isinstance(each, Reasoning))
+        return _Delta(
+            content=text or None,
+            reasoning_content=thought or None,
+            tool_calls=call_deltas(beside, self._call_ids[choice]),
         )
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob], texts: Sequence[str]) -> _Logprobs:
+    def _whole_choice(self, index: int, choice: WholeChoice, *, with_logprobs: bool) -> _Choice:
+        calls = whole_calls(choice.beside, self._call_ids[index]) if self._chat else ()
+        text = choice.text or None if calls else choice.text
+        # Where there are calls in the place of a text, none of its tokens is there to be told.
+        with_logprobs = with_logprobs and text is not None
+        written = _Choice(
+            index=index,
+            logprobs=self._logprobs(choice.logprobs, choice.offsets) if with_logprobs else None,
+            finish_reason=choice.finish,
+        )
         if self._chat:
-            return _MessageLogprobs.of(logprobs)
-        return _TextLogprobs.of(logprobs, texts, begins_at=self._said)
+            written.message = _Message(
+                content=text,
+                reasoning_content=choice.reasoning or msgspec.UNSET,
+                tool_calls=calls or msgspec.UNSET,
+            )
+        else:
+            written.text = choice.text
+        return written
 
-    def _body(
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> Logprobs:
+        if self._chat:
+            return MessageLogprobs.of(logprobs)
+        return TextLogprobs.of(logprobs, offsets)
+
+    def _chunk(
         self,
-        part: _Delta | _Message,
+        choice: int,
+        delta: _Delta,
         *,
-        logprobs: _Logprobs | None = None,
+        logprobs: Logprobs | None = None,
         finish: FinishReason | None = None,
         usage: Usage | msgspec.UnsetType = msgspec.UNSET,
         note: WorkerNote | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
-        choice = _Choice(logprobs=logprobs, finish_reason=finish)
-        if not self._chat:
-            kind = "text_completion"
-            choice.text = part.content or ""
-        elif isinstance(part, _Delta):
-            kind = "chat.completion.chunk"
-            choice.delta = part
-        else:
-            kind = "chat.completion"
-            choice.message = part
+        written = _Choice(index=choice, logprobs=logprobs, finish_reason=finish)
+        if self._chat:
+            written.delta = delta
+            return self._body("chat.completion.chunk", (written,), usage, note)
+        written.text = delta.content or ""
+        return self._body("text_completion", (written,), usage, note)
+
+    def _body(
+        self,
+        kind: str,
+        choices: tuple[_Choice, ...],
+        usage: Usage | msgspec.UnsetType,
+        note: WorkerNote | msgspec.UnsetType,
+    ) -> bytes:
         return _encoder.encode(
             _Body(
                 id=self._id,
                 object=kind,
                 created=self._created,
                 model=self._model,
-                choices=(choice,),
+                choices=choices,
                 usage=usage,
                 worker=note,
             )
         )
-
-
-def _utf8(token: str) -> list[int] | None:
-    """The token's bytes; None where it is not whole characters, and some bytes are not known."""
-    return None if "\ufffd" in token else list(token.encode())
-
-
-def _by_token(logprob: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens, and the one that was chosen; of those alike as text, the likeliest."""
-    values: dict[str, float] = {}
-    for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
-        values.setdefault(token, value)
-    return values

@@ -11,24 +11,27 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
-from msgspec import Meta
 
 from trio_worker.core.priority import NAMES, level_of
 from trio_worker.core.request import Request
 from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
-from trio_worker.protocol.prompt import Message
 from trio_worker.protocol.turn import RequestId, Sampling
-
-SEED_END = 2**53
-"""Seeds are below this: the largest range that JSON numbers carry exactly everywhere."""
+from trio_worker.wire.native.faults import refused
+from trio_worker.wire.native.fields import (
+    CALLER,
+    FIELD_NAMES,
+    REQUEST_ID,
+    RequestFields,
+    RequestLimits,
+)
+from trio_worker.wire.native.messages import messages_of
+from trio_worker.wire.native.wanted import wanted_of
 
 Fields: TypeAlias = dict[str, Any]
 
-_REQUEST_ID = re.compile(r"\A[A-Za-z0-9_-]{1,128}\Z")
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _OTHER_SPELLINGS = {
     "maxTokens": "max_tokens",
@@ -37,7 +40,6 @@ _OTHER_SPELLINGS = {
     "requestId": "request_id",
     "topP": "top_p",
 }
-_CALLER = re.compile(r"\A[A-Za-z0-9_-]{1,64}\Z")
 _OPENAIS_CALLERS = ("safety_identifier", "user")
 """OpenAI's fields for who asks. Any text may be in them: the first that is a `caller` is taken."""
 WITHOUT_EFFECT = frozenset(
@@ -49,68 +51,12 @@ _QUOTED_MAX = 256
 """Characters of a fault's description, which may quote what the caller sent."""
 
 
-class _TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-class _ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[_TextPart]
-
-
-_StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
-
-
-class _RequestFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every field a request may have; the order is the one of the documentation."""
-
-    request_id: Annotated[str, Meta(pattern=_REQUEST_ID.pattern)] | None = None
-    model: str | None = None
-    messages: Annotated[list[_ChatMessage], Meta(min_length=1)] | None = None
-    prompt: Annotated[str, Meta(min_length=1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    fit_max_tokens: bool = False
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Meta(ge=0, lt=SEED_END)] | None = None
-    stop: _StopString | Annotated[list[_StopString], Meta(max_length=16)] | None = None
-    stream: bool = False
-    logprobs: bool | Annotated[int, Meta(ge=0, le=5)] = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
-    priority: int | str | None = None
-    timeout_ms: Annotated[int, Meta(ge=1)] | None = None
-    caller: Annotated[str, Meta(pattern=_CALLER.pattern)] | None = None
-
-
-FIELD_NAMES = _RequestFields.__struct_fields__
 _SAMPLING_AS_ASKED = tuple(
     name
     for name in Sampling.__annotations__
     if name not in {"logit_bias", "seed", "logprobs", "top_logprobs"}
 )
 """What `Sampling` takes from the field of the same name as it is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestLimits:
-    """What this worker allows and assumes; taken from the configuration once."""
-
-    model_name: str
-    max_tokens_limit: int
-    default_timeout_ms: int
-    timeout_limit_ms: int
-    max_body_bytes: int
-    priority_levels: int
-    default_buffered: int
-    """The level of a request with `stream: false` that names none."""
-    default_streaming: int
 
 
 def parse_body(body: bytes, limits: RequestLimits) -> Fields:
@@ -158,14 +104,14 @@ def _settle_caller(fields: Fields) -> None:
     """Leave `caller` alone to say who asks."""
     for name in _OPENAIS_CALLERS:
         value = fields.pop(name, None)
-        if isinstance(value, str) and _CALLER.match(value):
+        if isinstance(value, str) and CALLER.match(value):
             fields.setdefault("caller", value)
 
 
 def request_id_of(fields: Fields) -> RequestId | None:
     """The request's id if it has one that may be used as a subject token."""
     value = fields.get("request_id")
-    if isinstance(value, str) and _REQUEST_ID.match(value):
+    if isinstance(value, str) and REQUEST_ID.match(value):
         return RequestId(value)
     return None
 
@@ -181,7 +127,7 @@ def to_request(
         if name not in FIELD_NAMES:
             raise _unknown_field(name)
     try:
-        asked = msgspec.convert(fields, _RequestFields)
+        asked = msgspec.convert(fields, RequestFields)
     except msgspec.ValidationError as exc:
         raise _invalid_field(exc) from exc
     if asked.model is not None and asked.model != limits.model_name:
@@ -197,10 +143,7 @@ def to_request(
     return Request(
         request_id=request_id,
         prompt=asked.prompt,
-        messages=tuple(
-            Message(role=message.role, content=_text_of(message.content))
-            for message in asked.messages or ()
-        ),
+        messages=messages_of(asked.messages or ()),
         max_tokens=_max_tokens(asked, limits.max_tokens_limit),
         fit_max_tokens=asked.fit_max_tokens,
         sampling=_sampling(asked, draw_seed),
@@ -213,6 +156,9 @@ def to_request(
         )
         / 1000,
         caller=asked.caller,
+        wanted=wanted_of(asked, limits),
+        choices=asked.n,
+        include_usage=_include_usage(asked),
     )
 
 
@@ -230,9 +176,7 @@ def _invalid_field(exc: msgspec.ValidationError) -> InvalidRequest:
     # The last such words: those before it may be the caller's own.
     what, _, path = str(exc).rpartition(" - at `$.")
     where = path.removesuffix("`")
-    return InvalidRequest(
-        f"{where}: {what[:_QUOTED_MAX]}", details={"field": re.split(r"[.\[]", where)[0]}
-    )
+    return refused(f"{where}: {what[:_QUOTED_MAX]}", where.removesuffix("[...]"))
 
 
 def _json_name(value: object) -> str:
@@ -240,11 +184,7 @@ def _json_name(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _text_of(content: str | list[_TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _max_tokens(asked: _RequestFields, limit: int) -> int | None:
+def _max_tokens(asked: RequestFields, limit: int) -> int | None:
     if asked.fit_max_tokens:
         return limit if asked.max_tokens is None else min(asked.max_tokens, limit)
     return _at_most("max_tokens", asked.max_tokens, limit)
@@ -259,7 +199,7 @@ def _at_most(name: str, value: int | None, limit: int) -> int | None:
     return value
 
 
-def _sampling(asked: _RequestFields, draw_seed: Callable[[], int]) -> Sampling:
+def _sampling(asked: RequestFields, draw_seed: Callable[[], int]) -> Sampling:
     return Sampling(
         **{name: getattr(asked, name) for name in _SAMPLING_AS_ASKED},
         logit_bias=_logit_bias(asked.logit_bias or {}),
@@ -284,7 +224,7 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(token), value) for token, value in bias.items()))
 
 
-def _top_logprobs(asked: _RequestFields) -> int:
+def _top_logprobs(asked: RequestFields) -> int:
     """How many likely tokens to report; completions have the number in `logprobs` itself."""
     if isinstance(asked.logprobs, bool):
         if asked.top_logprobs and not asked.logprobs:
@@ -305,7 +245,17 @@ def _top_logprobs(asked: _RequestFields) -> int:
     return asked.logprobs
 
 
-def _level(asked: _RequestFields, limits: RequestLimits) -> int:
+def _include_usage(asked: RequestFields) -> bool:
+    options = asked.stream_options
+    if options is not None and not asked.stream:
+        raise refused(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+            "stream_options",
+        )
+    return options is not None and bool(options.include_usage)
+
+
+def _level(asked: RequestFields, limits: RequestLimits) -> int:
     priority, levels = asked.priority, limits.priority_levels
     if priority is None:
         return limits.default_streaming if asked.stream else limits.default_buffered
