@@ -14,7 +14,6 @@ import trio
 from openai import AsyncOpenAI, OpenAI, omit
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
-from pydantic import BaseModel
 from support.clients_rig import FAILING, KEY, LONG, MODEL, PATIENCE_S, Front, open_front
 from support.nats_rig import wait_until
 from support.openai_types import check, checked
@@ -200,22 +199,14 @@ async def test_what_a_program_appends_is_taken_back() -> None:
 # --- errors ---------------------------------------------------------------------------------
 
 
-class Answer(BaseModel):
-    number: int
-
-
 @both_loops
 async def test_what_is_wrong_with_a_request_names_its_field(run: Loop) -> None:
     async def work(client: AsyncOpenAI) -> None:
-        tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(model=MODEL, messages=say("hi"), tools=[tool])
-        assert (caught.value.param, caught.value.type) == ("tools", "invalid_request_error")
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.parse(
-                model=MODEL, messages=say("hi"), response_format=Answer
+            await client.chat.completions.create(
+                model=MODEL, messages=say("hi"), modalities=["text", "audio"]
             )
-        assert caught.value.param == "response_format"
+        assert (caught.value.param, caught.value.type) == ("modalities", "invalid_request_error")
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(
                 model=MODEL, messages=say("hi"), extra_body={"temprature": 1}

@@ -10,7 +10,8 @@ import pytest
 from trio_worker.errors import BY_CODE, InternalError
 from trio_worker.gateway.answers import DONE, STREAM_HEADERS, WHOLE_HEADERS, AnswerWriter
 from trio_worker.gateway.errors import reply_to
-from trio_worker.gateway.fields import Asked, Endpoint
+from trio_worker.gateway.fields import Asked
+from trio_worker.gateway.shapes import Endpoint
 from trio_worker.protocol.turn import FinishReason, RequestId
 from trio_worker.wire import native
 
@@ -101,8 +102,23 @@ def test_the_usage_that_was_asked_for_comes_last_and_is_null_before(endpoint: En
             "completion_tokens": 3,
             "total_tokens": 5,
             "prompt_tokens_details": {"cached_tokens": 1},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_a_last_message_that_ends_no_choice_goes_to_who_has_asked_for_the_usage(
+    endpoint: Endpoint,
+) -> None:
+    """Code that reads `choices[0]` of each chunk would break on it."""
+    summary = worker_of(endpoint).summary(USAGE, NOTE)
+    assert AnswerWriter(asked(endpoint)).closing(summary) == DONE
+    asked_for = AnswerWriter(asked(endpoint, include_usage=True, service_tier="flex"))
+    (told,) = events(asked_for.closing(summary))
+    tier = {"service_tier": "flex"} if endpoint is Endpoint.CHAT else {}
+    assert told == {**msgspec.json.decode(summary), **tier}
+    assert (told["choices"], told["worker"]["seed"]) == ([], 7)
 
 
 def test_the_service_tier_is_said_again_in_a_chat() -> None:
@@ -144,7 +160,10 @@ def test_nobody_on_the_way_keeps_a_stream_back() -> None:
 
 def test_a_closing_without_usage_ends_the_stream_all_the_same() -> None:
     writer = AnswerWriter(asked(include_usage=True))
-    assert writer.closing(b'{"id":"a","choices":[]}') == b'data: {"id":"a","choices":[]}\n\n' + DONE
+    assert (
+        writer.closing(b'{"id":"a","choices":[{}]}')
+        == b'data: {"id":"a","choices":[{}]}\n\n' + DONE
+    )
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"a":' * 100_000])

@@ -24,7 +24,14 @@ from support.http_calls import Heard, calling
 from support.worker_rig import running_worker
 from trio.testing import MockClock
 
-from trio_worker.errors import SHUTTING_DOWN, EngineFailed, QueueFull, WorkerDraining, WorkerError
+from trio_worker.errors import (
+    SHUTTING_DOWN,
+    EngineFailed,
+    InvalidRequest,
+    QueueFull,
+    WorkerDraining,
+    WorkerError,
+)
 from trio_worker.gateway.forward import AT_ONCE, SILENT_S, SLACK_S
 from trio_worker.ports import Message
 from trio_worker.simulated.broker import MemoryServer
@@ -107,7 +114,11 @@ def chunk(**choice: Any) -> bytes:
     ).encode()
 
 
-OPENING = chunk(delta={"role": "assistant"}, finish_reason=None)
+def opening(choice: int = 0) -> bytes:
+    return chunk(index=choice, delta={"role": "assistant"}, logprobs=None, finish_reason=None)
+
+
+OPENING = opening()
 
 
 async def answered_in_a_burst(words: list[str], *, last: bytes, error: WorkerError | None) -> Heard:
@@ -180,6 +191,75 @@ async def test_another_worker_takes_over_behind_an_opening_that_came_with_a_refu
     assert done == "[DONE]"
     deltas = [each["choices"][0]["delta"] for each in chunks]
     assert deltas == [{"role": "assistant"}, {"content": "a"}, {}]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_each_choice_is_opened_once_and_ends_by_itself(
+    autojump_clock: MockClock, *, stream: bool
+) -> None:
+    """Also where another worker opens them again; the last message ends none of them."""
+    server = MemoryServer(random=random.Random(0))
+    attempts: list[Message] = []
+    async with open_gateway(server) as gateway:
+
+        def answer(message: Message) -> None:
+            assert message.reply is not None
+            attempts.append(message)
+            outlet = gateway.broker.open_outlet(message.reply, headers={})
+            said = [opening(0), opening(1)]
+            if len(attempts) > 1:
+                said += [
+                    chunk(index=1, delta={"content": "b"}),
+                    chunk(index=0, delta={"reasoning_content": "Hm"}),
+                    chunk(index=1, delta={}, finish_reason="stop"),
+                    chunk(index=0, delta={"content": "a"}, finish_reason="length"),
+                ]
+            for number, body in enumerate(said):
+                outlet.publish(body, native.headers(sequence=number, terminal=False))
+            if len(attempts) > 1:
+                last = json.dumps({"id": "c", "choices": [], "usage": {}}, separators=(",", ":"))
+                headers = native.headers(sequence=len(said), terminal=True)
+                outlet.publish(last.encode(), headers)
+                return
+            error = WorkerDraining(SHUTTING_DOWN)
+            headers = native.headers(sequence=len(said), terminal=True, error=error)
+            outlet.publish(native.error_body(error, 1), headers)
+
+        await gateway.broker.subscribe("inference", answer, group=subjects.GROUP)
+        heard = await gateway.ask(say("hi", n=2, stream=stream))
+    assert len(attempts) == 2
+    if not stream:
+        choices = json.loads(heard.body)["choices"]
+        assert [each["message"]["content"] for each in choices] == ["a", "b"]
+        assert [each["message"].get("reasoning_content") for each in choices] == ["Hm", None]
+        assert [each["finish_reason"] for each in choices] == ["length", "stop"]
+        return
+    *chunks, done = events(heard.body)
+    assert done == "[DONE]"
+    told = [(each["index"], each["delta"]) for chunk in chunks for each in chunk["choices"]]
+    assert told[:2] == [(0, {"role": "assistant"}), (1, {"role": "assistant"})]
+    assert len(told) == len(chunks) == 6, "nobody has asked for the usage"
+
+
+async def test_a_place_in_a_refusal_is_named_as_the_client_names_it(
+    autojump_clock: MockClock,
+) -> None:
+    where = "response_format.json_schema.schema"
+    error = InvalidRequest(f"{where}: no", details={"field": where})
+    server = MemoryServer(random=random.Random(0))
+    async with open_gateway(server) as gateway:
+
+        def refuse(message: Message) -> None:
+            assert message.reply is not None
+            outlet = gateway.broker.open_outlet(message.reply, headers={})
+            headers = native.headers(sequence=0, terminal=True, error=error)
+            outlet.publish(native.error_body(error, None), headers)
+
+        await gateway.broker.subscribe("inference", refuse, group=subjects.GROUP)
+        heard = await gateway.ask(say("hi", structured_outputs={"json": {}}))
+    told = json.loads(heard.body)["error"]
+    assert (heard.status, told["param"]) == (400, "structured_outputs.json")
+    assert told["message"] == "structured_outputs.json: no"
 
 
 # --- the end of a call ----------------------------------------------------------------------

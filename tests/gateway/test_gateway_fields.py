@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 
 from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge, WorkerError
 from trio_worker.gateway.errors import reply_to
-from trio_worker.gateway.fields import (
+from trio_worker.gateway.fields import Asked, Rules, read_request
+from trio_worker.gateway.keys import ANYBODY, Key
+from trio_worker.gateway.models import Limits
+from trio_worker.gateway.shapes import (
     HARMLESS,
-    Asked,
     Effect,
     Endpoint,
-    Rules,
     UnknownFields,
     effects,
     known_fields,
-    read_request,
 )
-from trio_worker.gateway.keys import ANYBODY, Key
-from trio_worker.gateway.models import Limits
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire import native
 
@@ -80,6 +78,7 @@ def by_wire(asked: Asked) -> Any:
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CACHED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 DEFAULTS_OF_CLIENTS: dict[str, dict[str, Any]] = {
     "openai, litellm, aisuite, instructor (MD_JSON)": {},
@@ -105,7 +104,7 @@ DEFAULTS_OF_CLIENTS: dict[str, dict[str, Any]] = {
             {
                 "role": "user",
                 "content": [
-                    {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+                    CACHED,
                     {"type": "text", "text": "b"},
                 ],
             },
@@ -113,7 +112,7 @@ DEFAULTS_OF_CLIENTS: dict[str, dict[str, Any]] = {
     },
     "Open WebUI": {**USAGE, "max_tokens": 200, "seed": -1, "stop": []},
     "lm-eval, generating": {"max_tokens": 256, "temperature": 0, "stop": ["\n\n"], "seed": 1234},
-    "Codex's habits": {"store": False, "prompt_cache_key": "k", "parallel_tool_calls": True},
+    "Codex's habits": {"store": False, "prompt_cache_key": "k"},
     "what an SDK gave is sent back": {
         "messages": [
             *MESSAGES,
@@ -128,6 +127,49 @@ DEFAULTS_OF_CLIENTS: dict[str, dict[str, Any]] = {
                 "annotations": [],
             },
             *MESSAGES,
+        ],
+    },
+    "langchain-openai, structured": {
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+    },
+    "pydantic-ai, llama-index: types": {"tools": [TOOL], "tool_choice": "required", **USAGE},
+    "AI SDK, generateObject": {"response_format": {"type": "json_object"}},
+    "openai, parse": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "Answer",
+                "strict": True,
+                "schema": {
+                    "type": "object",
+                    "properties": {"a": {"type": "integer"}},
+                    "required": ["a"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    },
+    "an agent's second request": {
+        "tools": [TOOL],
+        "messages": [
+            *MESSAGES,
+            {
+                "role": "assistant",
+                "content": None,
+                "refusal": None,
+                "reasoning_content": "Hm",
+                "tool_calls": [
+                    {
+                        "index": 0,
+                        "id": "1",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": "{}"},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "name": "f", "content": "a"},
         ],
     },
     "every field null": {name: None for name in known_fields(Endpoint.CHAT) if name != "messages"},
@@ -208,14 +250,12 @@ def test_a_seed_of_minus_one_is_none_and_other_negatives_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [TOOL]}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "auto"}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"functions": [{"name": "f"}], "tool_choice": "none"}, "functions"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": "2"}, "n"),
         ({"best_of": 2}, "best_of"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -255,10 +295,8 @@ def test_what_would_change_the_answer_is_refused_by_its_name(
     "fields",
     [
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
-        {"tools": [TOOL], "tool_choice": "none"},
         {"functions": [{"name": "f"}], "function_call": "none"},
-        {"n": 1, "best_of": 1, "echo": False, "suffix": "", "modalities": ["text"]},
-        {"response_format": {"type": "text"}},
+        {"best_of": 1, "echo": False, "suffix": "", "modalities": ["text"]},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
         {"stream": True, "stream_options": {}},
     ],
@@ -271,17 +309,17 @@ def test_what_had_no_effect_is_named_in_the_reply() -> None:
     asked = chat(
         metadata={"a": "b"},
         store=False,
-        reasoning_effort="low",
-        tools=[TOOL],
+        tools=[],
         tool_choice="none",
+        parallel_tool_calls=False,
         user="somebody@example.org",
         stream=True,
         stream_options={"continuous_usage_stats": True, "include_usage": False},
-        messages=[{"role": "user", "name": "Ann", "content": "Hi"}],
+        messages=[{"role": "user", "content": [CACHED]}],
     )
     assert asked.ignored_header() == {
-        "x-ignored-fields": "messages.name, metadata, reasoning_effort, store, "
-        "stream_options.continuous_usage_stats, tool_choice, tools, user"
+        "x-ignored-fields": "messages.content.cache_control, metadata, parallel_tool_calls, "
+        "store, stream_options.continuous_usage_stats, tool_choice, user"
     }
     assert not asked.include_usage
     assert chat().ignored_header() == {}
@@ -290,9 +328,9 @@ def test_what_had_no_effect_is_named_in_the_reply() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("metadata", "moderation", "store", "reasoning_effort", "verbosity", "tool_choice"),
+        *("metadata", "moderation", "store", "verbosity", "function_call"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-        *("function_call", "parallel_tool_calls", "safety_identifier", "user"),
+        *("safety_identifier", "user"),
     ],
 )
 @pytest.mark.parametrize("endpoint", Endpoint)
@@ -300,6 +338,13 @@ def test_a_habit_of_clients_is_taken_and_named(endpoint: Endpoint, name: str) ->
     body = msgspec.json.encode({"messages": MESSAGES, "prompt": "x", name: "a b"})
     asked = read(body, endpoint=endpoint, rules=RELAXED)
     assert name in asked.ignored
+    assert name not in asked.fields
+
+
+@pytest.mark.parametrize("name", ["reasoning_effort", "tool_choice", "parallel_tool_calls"])
+def test_what_only_a_chat_has_is_without_effect_on_a_prompt(name: str) -> None:
+    asked = complete(**{name: "auto"})
+    assert asked.ignored == (name,)
     assert name not in asked.fields
 
 
@@ -323,7 +368,7 @@ def test_what_is_documented_of_a_field_becomes_of_it(endpoint: Endpoint) -> None
     [
         *((name, "leave it out") for name in ("audio", "prediction", "web_search_options")),
         ("echo", "leave it out, or send false"),
-        ("n", "leave it out, or send 1"),
+        ("best_of", "leave it out, or send 1"),
         ("modalities", 'leave it out, or send ["text"]'),
     ],
 )
@@ -333,7 +378,7 @@ def test_what_cannot_be_had_is_refused_even_where_unknown_fields_are_ignored(
     body = msgspec.json.encode({"messages": MESSAGES, name: {"a": 1}})
     with pytest.raises(InvalidRequest) as caught:
         read(body, rules=RELAXED)
-    assert caught.value.message == f"{name}: this server cannot do that yet; {instead}"
+    assert caught.value.message == f"{name}: this server cannot do that; {instead}"
 
 
 def test_the_header_that_names_what_had_no_effect_is_bounded() -> None:
@@ -474,6 +519,134 @@ def test_a_completion_is_one_text_with_its_own_log_probabilities() -> None:
         assert caught.value.details == {"field": param}
 
 
+# --- what agents need -----------------------------------------------------------------------
+
+SCHEMA = {"type": "object", "properties": {"a": {"default": None}}}
+OF_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": None}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": FORMAT},
+        {"response_format": {"type": "text"}},
+        {"grammar": {"choice": ["a", "b"]}},
+        {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tool_choice": "required"},
+        {"n": 3},
+        {"reasoning_effort": "low", "max_reasoning_tokens": 5, "enable_thinking": False},
+        {"chat_template_kwargs": {"a": {"b": None}}},
+    ],
+    ids=str,
+)
+def test_what_the_wire_has_too_is_handed_on_unread(fields: dict[str, Any]) -> None:
+    asked = chat(**fields)
+    assert {name: asked.fields.get(name) for name in fields} == fields
+    assert (asked.ignored, asked.choices) == ((), fields.get("n", 1))
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_call_that_is_demanded_of_no_tool_is_left_for_the_worker_to_refuse(choice: Any) -> None:
+    asked = chat(tools=[], tool_choice=choice, parallel_tool_calls=True)
+    assert asked.fields["tool_choice"] == choice
+    assert "tools" not in asked.fields
+    assert asked.ignored == ("parallel_tool_calls",)
+
+
+def test_the_old_form_of_tools_is_refused_with_the_name_of_the_new_one() -> None:
+    error = refused(functions=[{"name": "f"}], function_call="auto")
+    assert error.message == "functions: the old form of tools; send those"
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+@pytest.mark.parametrize(
+    ("said", "wire"),
+    [
+        ({"json": SCHEMA}, {"response_format": OF_SCHEMA}),
+        ({"json": msgspec.json.encode(SCHEMA).decode()}, {"response_format": OF_SCHEMA}),
+        ({"regex": "a+"}, {"grammar": {"regex": "a+"}}),
+        ({"choice": ["a", "b"]}, {"grammar": {"choice": ["a", "b"]}}),
+        ({"grammar": 'start: "a"'}, {"grammar": {"lark": 'start: "a"'}}),
+    ],
+    ids=str,
+)
+def test_what_vllm_calls_otherwise_is_called_as_on_the_wire(
+    endpoint: Endpoint, said: dict[str, Any], wire: dict[str, Any]
+) -> None:
+    ask = chat if endpoint is Endpoint.CHAT else complete
+    plain = ask().fields
+    guided = {f"guided_{name}": value for name, value in said.items()}
+    for fields in ({"structured_outputs": {**said, "json_object": False}}, guided):
+        assert ask(**fields).fields == {**plain, **wire}
+    assert chat(structured_outputs={"json_object": True}).fields["response_format"] == {
+        "type": "json_object"
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": "json"}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[" * 5000}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[" * 500 + "]" * 500}}, "structured_outputs.json"),
+        ({"guided_json": "nothing"}, "guided_json"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "guided_regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.regex"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"guided_regex": "a", "grammar": {"regex": "a"}}, "guided_regex"),
+    ],
+    ids=str,
+)
+def test_what_the_answer_is_to_be_like_is_said_once_and_readably(
+    fields: dict[str, Any], param: str
+) -> None:
+    error = refused(**fields)
+    assert error.details == {"field": param}
+    assert error.message.startswith(f"{param}: ")
+    assert chat(guided_regex="a", response_format={"type": "text"}).fields["grammar"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "of_the_worker", "of_the_client"),
+    [
+        (
+            {"guided_json": SCHEMA},
+            "response_format.json_schema.schema.properties.a",
+            "guided_json.properties.a",
+        ),
+        ({"guided_json": SCHEMA}, "response_format", "guided_json"),
+        ({"guided_json": SCHEMA}, "response_formats", "response_formats"),
+        ({"guided_json": SCHEMA}, "messages[0].role", "messages[0].role"),
+        ({"guided_choice": ["a"]}, "grammar.choice[0]", "guided_choice[0]"),
+        ({"structured_outputs": {"regex": "("}}, "grammar.regex", "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "("}}, "grammar", "structured_outputs.regex"),
+        ({"grammar": {"regex": "("}}, "grammar.regex", "grammar.regex"),
+    ],
+)
+def test_a_place_that_a_worker_names_is_the_clients_own(
+    fields: dict[str, Any], of_the_worker: str, of_the_client: str
+) -> None:
+    error = InvalidRequest(f"{of_the_worker}: no", details={"field": of_the_worker})
+    chat(**fields).spelled.put_right(error)
+    assert error.details == {"field": of_the_client}
+    assert error.message == f"{of_the_client}: no"
+    in_openais_words = InvalidRequest("Invalid schema", details={"field": of_the_worker})
+    chat(**fields).spelled.put_right(in_openais_words)
+    assert in_openais_words.message == "Invalid schema"
+
+
+def test_an_error_without_a_place_stays_as_it_is() -> None:
+    error = InvalidRequest("no")
+    chat(guided_json=SCHEMA).spelled.put_right(error)
+    assert (error.message, error.details) == ("no", {})
+
+
 def test_an_unknown_model_is_told_by_whoever_knows_the_models() -> None:
     def limits_of(model: str | None) -> Limits:
         raise ModelNotFound(f"no worker serves {model}")
@@ -502,6 +675,8 @@ def test_an_unknown_model_is_told_by_whoever_knows_the_models() -> None:
         b'{"messages": [{"role": "user", "role": "system", "content": ""}]}',
         b"[" * 50_000 + b"]" * 49_999,
         b'{"messages": ' + b'{"a":' * 10_000,
+        # It can be read here, and could not be written again elsewhere.
+        b'{"messages": [], "response_format": ' + b"[" * 300 + b"]" * 300 + b"}",
     ],
     ids=lambda body: repr(body[:40]),
 )
@@ -537,7 +712,9 @@ _json = st.recursive(
 )
 _messages = st.lists(
     st.dictionaries(
-        st.sampled_from(["role", "content", "name", "tool_calls", "other"]),
+        st.sampled_from(
+            ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "other"]
+        ),
         _json
         | st.sampled_from(["user", "developer", "tool"])
         | st.lists(

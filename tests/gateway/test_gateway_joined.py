@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from trio_worker.errors import InternalError
 from trio_worker.gateway.joined import JoinedAnswer
-from trio_worker.protocol.turn import FinishReason, RequestId, TokenLogprob
+from trio_worker.protocol.prompt import CallArguments, CallBegun, Piece, Reasoning
+from trio_worker.protocol.turn import FinishReason, Output, RequestId, TokenLogprob
 from trio_worker.wire import native
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=5)
@@ -19,17 +21,43 @@ NUMBERS = st.floats(max_value=0, allow_nan=False, allow_infinity=False)
 
 
 @st.composite
-def spoken(draw: st.DrawFn) -> list[tuple[str, TokenLogprob | None]]:
-    """What each token shows, with its log-probability or none at all; as many likely ones each."""
-    top = draw(st.none() | st.integers(0, 3))
+def spoken(draw: st.DrawFn, *, chat: bool, top: int | None) -> list[Output]:
+    """The tokens of a choice; `top` likely ones are told with each, or no log-probability."""
+    begun = 0
+    tokens = []
+    for _ in range(draw(st.integers(1, 6))):
+        text = draw(TEXTS)
+        beside: list[Piece] = []
+        for _ in range(draw(st.integers(0, 2)) if chat else 0):
+            kind = draw(st.sampled_from(["thinks", "calls", "goes on"]))
+            if kind == "thinks":
+                beside.append(Reasoning(text=draw(TEXTS)))
+            elif kind == "calls":
+                own_id = draw(st.none() | st.just("own"))
+                beside.append(CallBegun(index=begun, name=draw(TEXTS), id=own_id))
+                begun += 1
+            elif begun:
+                index = draw(st.integers(0, begun - 1))
+                beside.append(CallArguments(index=index, text=draw(TEXTS)))
+        # In a chat those of a token wait, now and then, for what it turns out to be.
+        told = 0 if top is None else draw(st.integers(0, 2)) if chat else 1
+        logprobs = tuple(
+            TokenLogprob(
+                token=draw(TEXTS),
+                logprob=draw(NUMBERS),
+                top=tuple((draw(TEXTS), draw(NUMBERS)) for _ in range(top or 0)),
+            )
+            for _ in range(told)
+        )
+        tokens.append(output(text, logprobs, tuple(beside)))
+    finish = draw(st.sampled_from(FinishReason))
+    return [*tokens[:-1], msgspec.structs.replace(tokens[-1], finish=finish)]
 
-    def logprob() -> TokenLogprob | None:
-        if top is None:
-            return None
-        likely = tuple((draw(TEXTS), draw(NUMBERS)) for _ in range(top))
-        return TokenLogprob(token=draw(TEXTS), logprob=draw(NUMBERS), top=likely)
 
-    return [(draw(TEXTS), logprob()) for _ in range(draw(st.integers(1, 6)))]
+def output(
+    text: str = "", logprobs: tuple[TokenLogprob, ...] = (), beside: tuple[Piece, ...] = ()
+) -> Output:
+    return Output(request_id=RequestId("r"), token=0, text=text, logprobs=logprobs, beside=beside)
 
 
 def usage() -> native.Usage:
@@ -50,37 +78,90 @@ def note() -> native.WorkerNote:
     )
 
 
-def writer(*, chat: bool) -> native.AnswerWriter:
+def writer(*, chat: bool, choices: int = 1) -> native.AnswerWriter:
     return native.AnswerWriter(
-        request_id=RequestId("r"), model='m"\\ü', created=1_700_000_000, chat=chat
+        request_id=RequestId("r"), model='m"\\ü', created=1_700_000_000, chat=chat, choices=choices
     )
 
 
-@given(said=spoken(), chat=st.booleans(), finish=st.sampled_from(FinishReason))
+@given(data=st.data(), chat=st.booleans())
 def test_joined_chunks_are_what_a_worker_writes_as_a_whole(
-    said: list[tuple[str, TokenLogprob | None]], *, chat: bool, finish: FinishReason
+    data: st.DataObject, *, chat: bool
 ) -> None:
-    wanted = said[0][1] is not None
-    logprobs = [each for _, each in said if each is not None]
-    texts = [text for text, _ in said]
-    expected = writer(chat=chat).whole(texts, logprobs if wanted else None, finish, usage(), note())
-    worker = writer(chat=chat)
-    joined = JoinedAnswer(is_chat=chat, has_logprobs=wanted)
-    joined.add(worker.opening())
-    for text, logprob in said:
+    top = data.draw(st.none() | st.integers(0, 3))
+    said = data.draw(st.lists(spoken(chat=chat, top=top), min_size=1, max_size=3))
+    wholes = [native.WholeChoice() for _ in said]
+    worker = writer(chat=chat, choices=len(said))
+    joined = JoinedAnswer(is_chat=chat, has_logprobs=top is not None, choices=len(said))
+    for choice in range(len(said)):
+        joined.add(worker.opening(choice))
+    for step in zip_longest(*said):
         joined.add(worker.keep_alive())
-        if text or logprob is not None:
-            joined.add(worker.chunk(text, () if logprob is None else (logprob,)))
-    assert joined.text == "".join(texts)
-    assert joined.closing(worker.closing(finish, usage(), note())) == expected
+        for choice, token in enumerate(step):
+            if token is None:
+                continue
+            wholes[choice].add(token)
+            if token.text or token.beside or token.logprobs:
+                joined.add(worker.chunk(token.text, token.logprobs, token.beside, choice=choice))
+            if token.finish is not None and len(said) > 1:
+                joined.add(worker.ending(token.finish, choice=choice))
+    assert joined.text == "".join(token.text for token in said[0])
+    finish = said[0][-1].finish
+    assert finish is not None
+    last = (
+        worker.closing(finish, usage(), note())
+        if len(said) == 1
+        else worker.summary(usage(), note())
+    )
+    assert joined.closing(last) == writer(chat=chat, choices=len(said)).whole(
+        wholes, usage(), note(), with_logprobs=top is not None
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_log_probabilities_of_no_token_are_there_where_they_were_asked_for(*, chat: bool) -> None:
-    expected = writer(chat=chat).whole([], [], FinishReason.STOP, usage(), note())
+    nothing = native.WholeChoice()
+    nothing.finish = FinishReason.STOP
+    expected = writer(chat=chat).whole([nothing], usage(), note(), with_logprobs=True)
     joined = JoinedAnswer(is_chat=chat, has_logprobs=True)
     body = joined.closing(writer(chat=chat).closing(FinishReason.STOP, usage(), note()))
     assert body == expected
+
+
+def test_calls_in_the_place_of_a_text_have_no_log_probabilities() -> None:
+    called = output(beside=(CallBegun(index=0, name="f"), CallArguments(index=0, text="{}")))
+    whole = native.WholeChoice()
+    whole.add(msgspec.structs.replace(called, finish=FinishReason.TOOL_CALLS))
+    worker = writer(chat=True)
+    joined = JoinedAnswer(is_chat=True, has_logprobs=True)
+    joined.add(worker.chunk("", (), called.beside))
+    body = joined.closing(worker.closing(FinishReason.TOOL_CALLS, usage(), note()))
+    assert body == writer(chat=True).whole([whole], usage(), note(), with_logprobs=True)
+    (choice,) = msgspec.json.decode(body)["choices"]
+    assert (choice["message"]["content"], choice["logprobs"]) == (None, None)
+
+
+def test_an_answer_that_ends_before_all_its_choices_is_none() -> None:
+    worker = writer(chat=True, choices=2)
+    joined = JoinedAnswer(is_chat=True, has_logprobs=False, choices=2)
+    joined.add(worker.ending(FinishReason.STOP, choice=1))
+    with pytest.raises(InternalError):
+        joined.closing(worker.summary(usage(), note()))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        '{"index":1,"delta":{"content":"a"}}',
+        '{"index":-1,"delta":{"content":"a"}}',
+        '{"delta":{"tool_calls":[{"index":1,"function":{"arguments":"{}"}}]}}',
+        '{"delta":{"tool_calls":[{"index":-1,"function":{"arguments":"{}"}}]}}',
+    ],
+)
+def test_more_of_what_has_not_begun_is_no_chunk(choice: str) -> None:
+    joined = JoinedAnswer(is_chat=True, has_logprobs=False)
+    with pytest.raises(InternalError):
+        joined.add(f'{{"choices":[{choice}]}}'.encode())
 
 
 def test_a_field_that_is_not_known_here_is_kept() -> None:

@@ -9,16 +9,24 @@ from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from support.openai_types import check
+from support.whole_choices import whole_choice
 
 from trio_worker.errors import BY_CODE, ErrorCode
 from trio_worker.gateway.answers import AnswerWriter
 from trio_worker.gateway.errors import Refusal, Refused, reply_to
-from trio_worker.gateway.fields import Asked, Endpoint
+from trio_worker.gateway.fields import Asked
 from trio_worker.gateway.models import Offer, list_body, model_body
+from trio_worker.gateway.shapes import Endpoint
+from trio_worker.protocol.prompt import CallArguments, CallBegun, Reasoning
 from trio_worker.protocol.turn import FinishReason, RequestId
 from trio_worker.wire import native
 
 USAGE = native.Usage.of(prompt=2, completion=3, cached=1)
+BESIDE = (
+    Reasoning(text="Hm"),
+    CallBegun(index=0, name="f"),
+    CallArguments(index=0, text="{}"),
+)
 NOTE = native.WorkerNote(
     id="w1",
     request_id="r",
@@ -57,6 +65,7 @@ def events(endpoint: Endpoint) -> list[bytes]:
     stream = b"".join(
         [
             *map(writer.event, (worker.opening(), worker.keep_alive(), worker.chunk("Hi"))),
+            writer.event(worker.chunk("", (), BESIDE)),
             writer.closing(worker.closing(FinishReason.LENGTH, USAGE, NOTE)),
         ]
     )
@@ -84,7 +93,7 @@ def test_the_chunks_of_a_completion() -> None:
     [(Endpoint.CHAT, ChatCompletion), (Endpoint.COMPLETIONS, Completion)],
 )
 def test_a_whole_answer(endpoint: Endpoint, kind: type[BaseModel]) -> None:
-    body = worker_of(endpoint).whole("Hi", None, FinishReason.STOP, USAGE, NOTE)
+    body = worker_of(endpoint).whole([whole_choice(["Hi"], beside=BESIDE)], USAGE, NOTE)
     check(kind, AnswerWriter(asked(endpoint, stream=False)).whole(body))
 
 

@@ -98,6 +98,33 @@ async def test_what_a_model_thinks_is_apart_and_not_sent_again(window: webdriver
         await talk.until_idle()
 
 
+async def test_what_a_model_calls_is_seen_as_it_comes_and_not_sent_again(
+    window: webdriver.Chrome,
+) -> None:
+    def call(index: int, **function: str) -> dict[str, Any]:
+        return chunk({"tool_calls": [{"index": index, "function": function}]})
+
+    async with talking(window) as talk:
+        exchange = await talk.ask("x")
+        await exchange.begin()
+        await exchange.event(call(0, name="look", arguments=""))
+        await exchange.event(call(0, arguments='{"at":'))
+        await talk.until_shows('look({"at":)', f"{LAST} > .calls")
+        await exchange.event(call(0, arguments="1}"))
+        await exchange.event(call(1, name="<b>", arguments="{}"))
+        await exchange.finish("tool_calls")
+        await talk.until_idle()
+        assert await talk.text(f"{LAST} > .calls") == 'look({"at":1})\n<b>({})'
+        assert "calls tools" in await talk.text(FIGURES)
+        await talk.reload()
+        await talk.until_shows('look({"at":1})', f"{LAST} > .calls")
+        exchange = await talk.ask("y")
+        assert exchange.body["messages"] == [{"role": "user", "content": "x\n\ny"}]
+        await exchange.answer("z")
+        await talk.until_idle()
+        assert not await talk.text(f"{LAST} > .calls")
+
+
 async def test_an_answer_at_its_limit_says_so(window: webdriver.Chrome) -> None:
     async with talking(window) as talk:
         exchange = await talk.ask("x")

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from trio_worker.errors import InternalError
-from trio_worker.gateway.fields import Asked, Endpoint
+from trio_worker.gateway.fields import Asked
+from trio_worker.gateway.shapes import Endpoint
 
 DONE = b"data: [DONE]\n\n"
 WHOLE_HEADERS: Mapping[str, str] = {"content-type": "application/json"}
@@ -56,20 +57,24 @@ class AnswerWriter:
     def closing(self, body: bytes) -> bytes:
         """The last chunk of a stream, and what ends it.
 
-        The usage is left out where it was not asked for. Raises `InternalError` if the chunk is
-        not what a worker writes.
+        The usage is left out where it was not asked for, and so is a chunk that has nothing else:
+        several choices end in chunks of their own. Raises `InternalError` if the chunk is not what
+        a worker writes.
         """
         try:
             chunk = msgspec.json.decode(_with_end(body, self._end), type=dict[str, msgspec.Raw])
         except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
             raise InternalError("what a worker sent last is no chunk of an answer") from exc
         usage = chunk.pop("usage", None)
-        if usage is None or not self._include_usage:
-            return _event(msgspec.json.encode(chunk)) + DONE
-        usage_chunk = {name: chunk[name] for name in _IN_USAGE_CHUNK if name in chunk}
-        usage_chunk |= {"choices": _NO_CHOICES, "usage": usage}
-        chunk["usage"] = _NULL
-        return _event(msgspec.json.encode(chunk)) + _event(msgspec.json.encode(usage_chunk)) + DONE
+        is_told = usage is not None and self._include_usage
+        events = b""
+        if chunk.get("choices") != _NO_CHOICES:
+            events += _event(msgspec.json.encode(chunk | ({"usage": _NULL} if is_told else {})))
+            chunk = {name: chunk[name] for name in _IN_USAGE_CHUNK if name in chunk}
+        if is_told:
+            told = chunk | {"choices": _NO_CHOICES, "usage": usage}
+            events += _event(msgspec.json.encode(told))
+        return events + DONE
 
 
 def _event(body: bytes) -> bytes:

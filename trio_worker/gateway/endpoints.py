@@ -16,18 +16,19 @@ import msgspec
 import trio
 from loguru import logger
 
-from trio_worker.errors import NoWorker, QueueFull, RequestTimeout, WorkerError
+from trio_worker.errors import InvalidRequest, NoWorker, QueueFull, RequestTimeout, WorkerError
 from trio_worker.gateway import browsers
 from trio_worker.gateway.answers import STREAM_HEADERS, WHOLE_HEADERS, AnswerWriter
 from trio_worker.gateway.counts import GatewayCounts
 from trio_worker.gateway.directory import Directory
 from trio_worker.gateway.errors import Refused, method_not_allowed, reply_to, unknown_path
-from trio_worker.gateway.fields import Asked, Endpoint, Rules, read_request
+from trio_worker.gateway.fields import Asked, Rules, read_request
 from trio_worker.gateway.forward import Forward, Piece, Pieces
 from trio_worker.gateway.joined import JoinedAnswer
 from trio_worker.gateway.key_file import KeyFile
 from trio_worker.gateway.keys import RunningRequests
 from trio_worker.gateway.models import list_body, model_body
+from trio_worker.gateway.shapes import Endpoint
 from trio_worker.http.exchange import Exchange
 from trio_worker.http.messages import Answer
 from trio_worker.ports import Broker
@@ -158,13 +159,19 @@ class Api:
             logger.debug("Request for {}, {}", asked.model or "any model", asked.endpoint)
             try:
                 with self.forward.ask(
-                    asked.fields, request_id=request_id, is_handed_on=asked.stream
+                    asked.fields,
+                    request_id=request_id,
+                    choices=asked.choices,
+                    is_handed_on=asked.stream,
                 ) as pieces:
                     if not asked.stream:
                         return await self._whole(asked, pieces, request_id, began_at)
                     await self._stream(exchange, asked, pieces, request_id, began_at)
             except NoWorker as error:
                 raise self._why_nobody_takes_it(error, asked.model) from error
+            except InvalidRequest as error:
+                asked.spelled.put_right(error)
+                raise
         return None
 
     def _why_nobody_takes_it(self, error: NoWorker, model: str | None) -> WorkerError:
@@ -181,13 +188,14 @@ class Api:
             return JoinedAnswer(
                 is_chat=asked.endpoint is Endpoint.CHAT,
                 has_logprobs=asked.fields.get("logprobs", False) is not False,
+                choices=asked.choices,
             )
 
         joined = begin()
         try:
             async for together in pieces:
                 for piece in together:
-                    if piece.is_opening:
+                    if piece.opens == 0:
                         joined = begin()
                     if not piece.is_last:
                         joined.add(piece.body)
@@ -203,14 +211,15 @@ class Api:
         self, exchange: Exchange, asked: Asked, pieces: Pieces, request_id: str, began_at: float
     ) -> None:
         writer = AnswerWriter(asked)
+        opened = 0
         async for together in pieces:
-            is_first = not exchange.has_begun
-            if is_first:
+            if not exchange.has_begun:
                 cors = browsers.cors_headers(exchange.request.headers, origins=self.cors_origins)
                 kind = {**STREAM_HEADERS, **cors}
                 exchange.begin(200, _headers(asked, request_id, together[0], kind))
                 self.counts.first_byte.observe(trio.current_time() - began_at)
-            await exchange.send(_events(writer, together, is_first=is_first))
+            events, opened = _events(writer, together, opened)
+            await exchange.send(events)
 
     async def _fail(
         self, exchange: Exchange, error: WorkerError | Refused, request_id: str
@@ -232,13 +241,19 @@ def _probe(what: str, *, is_well: bool) -> Answer:
     return Answer(status=200 if is_well else 503, headers={**_FRESH, **WHOLE_HEADERS}, body=body)
 
 
-def _events(writer: AnswerWriter, together: Sequence[Piece], *, is_first: bool) -> bytes:
-    """What has come as events; another opening is that of a worker that has taken over."""
-    return b"".join(
-        writer.closing(piece.body) if piece.is_last else writer.event(piece.body)
-        for number, piece in enumerate(together)
-        if not piece.is_opening or (is_first and number == 0)
-    )
+def _events(writer: AnswerWriter, together: Sequence[Piece], opened: int) -> tuple[bytes, int]:
+    """What has come as events, and how many choices are open then.
+
+    Another opening is that of a worker that has taken over.
+    """
+    events = []
+    for piece in together:
+        if piece.opens is not None:
+            if piece.opens < opened:
+                continue
+            opened += 1
+        events.append(writer.closing(piece.body) if piece.is_last else writer.event(piece.body))
+    return b"".join(events), opened
 
 
 def _headers(

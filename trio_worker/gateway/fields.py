@@ -2,29 +2,26 @@
 
 Rule 1: nothing that would change the answer is passed over: a worker gets it, or it is refused.
 Rule 2: what clients send by habit and has no effect here is taken, and named in the reply.
-Rule 3: ranges are the worker's to check; here is only what it cannot say in OpenAI's words.
+Rule 3: ranges, and what is within a tool or a schema, are the worker's to check; here is only what
+it cannot say in OpenAI's words.
 Rule 4: what comes out is a value or a `WorkerError` with the field's name, whatever the bytes are.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeAlias
 
-import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET
 
 from trio_worker.errors import InvalidRequest
-from trio_worker.gateway.json_body import Object, quoted, read_object
+from trio_worker.gateway import messages, structured
+from trio_worker.gateway.json_body import Object, read_object
 from trio_worker.gateway.keys import Key
-from trio_worker.gateway.messages import to_wire
 from trio_worker.gateway.models import Limits
+from trio_worker.gateway.shapes import Chat, Common, Completion, Endpoint, UnknownFields, shaped
 from trio_worker.gateway.terms import caller_of, priority_of, timeout_ms_of
-from trio_worker.wire.native import SEED_END
 
 IGNORED_FIELDS = "x-ignored-fields"
 """The header of a reply that names what was sent without effect."""
@@ -33,31 +30,6 @@ _IGNORED_MAX = 32
 _TOKENS_MAX = 2**31 - 1
 """What is asked for where no worker's limit is known: more than any has."""
 _PRESENTABLE = re.compile(r"\A[A-Za-z0-9_.-]{1,64}\Z")
-_QUOTED_MAX = 256
-"""Characters of a fault's description, which may quote what the caller sent."""
-
-
-class Endpoint(StrEnum):
-    """Where requests are sent to: the path."""
-
-    CHAT = "/v1/chat/completions"
-    COMPLETIONS = "/v1/completions"
-
-
-class UnknownFields(StrEnum):
-    """What becomes of a field that OpenAI does not have either."""
-
-    REFUSE = "refuse"
-    IGNORE = "ignore"
-
-
-class Effect(StrEnum):
-    """What becomes of a known field."""
-
-    HONOURED = "honoured"
-    IGNORED = "ignored"
-    REFUSED = "refused"
-    """Unless it holds one of `HARMLESS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +58,10 @@ class Asked:
     """To be said again in a chat's answer."""
     ignored: tuple[str, ...]
     """The names of what was sent without effect."""
+    choices: int = 1
+    """Answers to it."""
+    spelled: structured.Spelled = structured.AS_IT_IS
+    """What the client calls the places of `fields`, where it calls them otherwise."""
 
     def ignored_header(self) -> dict[str, str]:
         """The header that names what was sent without effect, if anything was."""
@@ -93,98 +69,19 @@ class Asked:
         return {IGNORED_FIELDS: ", ".join(names)} if names else {}
 
 
-_Count: TypeAlias = Annotated[int, Meta(ge=1)]
-_Tier: TypeAlias = Literal["auto", "default", "flex", "scale", "priority", "fast"]
-
-
-class _StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool | None = None
-    include_obfuscation: Any = UNSET
-    continuous_usage_stats: Any = UNSET
-
-
-class _Common(Struct, frozen=True, kw_only=True):
-    """What both endpoints understand."""
-
-    model: str | None = None
-    max_tokens: _Count | None = None
-    max_completion_tokens: _Count | None = None
-    temperature: float | UnsetType = UNSET
-    top_p: float | UnsetType = UNSET
-    top_k: int | UnsetType = UNSET
-    min_p: float | UnsetType = UNSET
-    repetition_penalty: float | UnsetType = UNSET
-    presence_penalty: float | UnsetType = UNSET
-    frequency_penalty: float | UnsetType = UNSET
-    logit_bias: dict[str, float] | UnsetType = UNSET
-    seed: Annotated[int, Meta(ge=-1, lt=SEED_END)] | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: _StreamOptions | None = None
-    service_tier: _Tier | None = None
-    priority: int | str | None = None
-    timeout_ms: _Count | None = None
-    user: Any = None
-    safety_identifier: Any = None
-
-
-class _Chat(_Common, frozen=True, kw_only=True):
-    messages: Any
-    logprobs: bool | UnsetType = UNSET
-    top_logprobs: int | UnsetType = UNSET
-
-
-class _Completion(_Common, frozen=True, kw_only=True):
-    prompt: Any
-    logprobs: int | UnsetType = UNSET
-
-
-_SHAPES: dict[Endpoint, type[_Chat | _Completion]] = {
-    Endpoint.CHAT: _Chat,
-    Endpoint.COMPLETIONS: _Completion,
-}
 _HANDED_ON = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "logprobs"),
+    *("grammar", "n", "response_format"),
 )
 """What a worker has under the same name and in the same form, for both endpoints."""
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("metadata", "moderation", "store", "reasoning_effort", "verbosity"),
-        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-        *("function_call", "parallel_tool_calls", "tool_choice"),
-    }
+_HANDED_ON_OF_CHATS = (
+    *("top_logprobs", "reasoning_effort", "max_reasoning_tokens"),
+    *("enable_thinking", "chat_template_kwargs"),
 )
-"""Taken whatever they hold; the last three because without tools there is nothing to choose."""
-HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "n": (1,),
-    "prediction": (),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tools": ([],),
-    "web_search_options": (),
-}
-"""What no worker can do yet, with the values that ask for nothing of it."""
-_CHOICE_OF = {"tools": "tool_choice", "functions": "function_call"}
-
-
-def known_fields(endpoint: Endpoint) -> frozenset[str]:
-    """The names that are no unknown fields there, refused ones too."""
-    return frozenset(effects(endpoint))
-
-
-def effects(endpoint: Endpoint) -> dict[str, Effect]:
-    """What becomes of each field that is known there."""
-    return {
-        **dict.fromkeys(_SHAPES[endpoint].__struct_fields__, Effect.HONOURED),
-        **dict.fromkeys(_WITHOUT_EFFECT, Effect.IGNORED),
-        **dict.fromkeys(HARMLESS, Effect.REFUSED),
-    }
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_OF_NO_TOOL = ("auto", "none")
+"""The choices that ask for nothing, where the list of tools is empty."""
 
 
 def read_request(
@@ -202,9 +99,9 @@ def read_request(
     Raises `InvalidRequest`, with the name in `details.field`, and `PayloadTooLarge`.
     """
     given = read_object(body, limit_bytes=rules.body_limit_bytes)
-    ignored = _check_names(endpoint, given, rules.unknown_fields)
-    ignored |= _check_unsupported(given)
-    asked = _shaped(endpoint, given)
+    ignore_unknown = rules.unknown_fields is UnknownFields.IGNORE
+    asked, ignored = shaped(endpoint, given, ignore_unknown=ignore_unknown)
+    constraint, spelled = structured.to_wire(given)
     limits = limits_of(asked.model)
     names = {"safety_identifier": asked.safety_identifier, "user": asked.user}
     caller, unused_names = caller_of(names, key)
@@ -215,11 +112,12 @@ def read_request(
         default_ms=rules.timeout_ms,
         limit_ms=limits.timeout_ms,
     )
-    content, unused = _content(asked, ignore_unknown=rules.unknown_fields is UnknownFields.IGNORE)
+    content, unused = _content(asked, ignore_unknown=ignore_unknown)
     ignored |= unused | unused_names | _check_stream_options(asked)
     fields: Object = {
         **content,
-        **_sampling(asked),
+        **_handed_on(asked),
+        **constraint,
         "fit_max_tokens": True,
         "priority": priority_of(
             asked.priority, asked.service_tier, headers, key=key, levels=limits.priority_levels
@@ -242,62 +140,12 @@ def read_request(
         include_usage=asked.stream_options is not None and bool(asked.stream_options.include_usage),
         service_tier=asked.service_tier,
         ignored=tuple(sorted(ignored)),
+        choices=asked.n or 1,
+        spelled=spelled,
     )
 
 
-def _check_names(endpoint: Endpoint, given: Object, unknown_fields: UnknownFields) -> set[str]:
-    """The unknown fields, if they are to be ignored."""
-    known = known_fields(endpoint)
-    unknown = [name for name in given if name not in known]
-    if unknown and unknown_fields is UnknownFields.REFUSE:
-        raise _unknown_field(endpoint, unknown[0])
-    return set(unknown)
-
-
-def _unknown_field(endpoint: Endpoint, name: str) -> InvalidRequest:
-    other = Endpoint.COMPLETIONS if endpoint is Endpoint.CHAT else Endpoint.CHAT
-    near = difflib.get_close_matches(quoted(name), sorted(known_fields(endpoint)), n=1)
-    hint = ""
-    if name in known_fields(other):
-        hint = f"; it is one of {other}"
-    elif near:
-        hint = f"; did you mean {near[0]}?"
-    return InvalidRequest(
-        f"{quoted(name)} is not a field of {endpoint}{hint}", details={"field": quoted(name)}
-    )
-
-
-def _check_unsupported(given: Object) -> set[str]:
-    """What is there but has no effect; what would have one that no worker can give is refused."""
-    ignored = {name for name in given if name in _WITHOUT_EFFECT}
-    for name, harmless in HARMLESS.items():
-        if name not in given or given[name] in harmless:
-            continue
-        if name in _CHOICE_OF and given.get(_CHOICE_OF[name]) == "none":
-            ignored.add(name)
-            continue
-        instead = " or ".join(msgspec.json.encode(value).decode() for value in harmless)
-        raise _invalid(
-            name,
-            "this server cannot do that yet; leave it out" + (instead and f", or send {instead}"),
-        )
-    return ignored
-
-
-def _shaped(endpoint: Endpoint, given: Object) -> _Chat | _Completion:
-    needed = "messages" if endpoint is Endpoint.CHAT else "prompt"
-    if needed not in given:
-        raise _invalid(needed, "it is needed, and not there")
-    try:
-        return msgspec.convert(given, _SHAPES[endpoint])
-    except msgspec.ValidationError as exc:
-        # `Expected … - at `$.a[0].b``; the last such words, for others may be the caller's own.
-        what, _, path = str(exc).rpartition(" - at `$.")
-        where = path.removesuffix("`")
-        raise _invalid(quoted(where), what[:_QUOTED_MAX]) from exc
-
-
-def _check_stream_options(asked: _Common) -> set[str]:
+def _check_stream_options(asked: Common) -> set[str]:
     options = asked.stream_options
     if options is None:
         return set()
@@ -307,11 +155,12 @@ def _check_stream_options(asked: _Common) -> set[str]:
     return {f"stream_options.{name}" for name in unused if getattr(options, name) is not UNSET}
 
 
-def _content(asked: _Chat | _Completion, *, ignore_unknown: bool) -> tuple[Object, set[str]]:
+def _content(asked: Chat | Completion, *, ignore_unknown: bool) -> tuple[Object, set[str]]:
     """What the answer is to, and the names of what had no effect in it."""
-    if isinstance(asked, _Chat):
-        messages, unused = to_wire(asked.messages, ignore_unknown=ignore_unknown)
-        return {"messages": messages}, unused
+    if isinstance(asked, Chat):
+        wire, unused = messages.to_wire(asked.messages, ignore_unknown=ignore_unknown)
+        tools, idle = _tools(asked)
+        return {"messages": wire, **tools}, unused | idle
     prompt = asked.prompt
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -320,10 +169,20 @@ def _content(asked: _Chat | _Completion, *, ignore_unknown: bool) -> tuple[Objec
     return {"prompt": prompt}, set()
 
 
-def _sampling(asked: _Chat | _Completion) -> Object:
-    values: Object = {name: getattr(asked, name) for name in _HANDED_ON}
-    if isinstance(asked, _Chat):
-        values["top_logprobs"] = asked.top_logprobs
+def _tools(asked: Chat) -> tuple[Object, set[str]]:
+    """The tools, and what is said of them; and the names of what says nothing of no tools."""
+    said = {name: getattr(asked, name) for name in _OF_TOOLS}
+    said = {name: value for name, value in said.items() if value is not UNSET}
+    if said.get("tools") != []:
+        return said, set()
+    del said["tools"]
+    idle = {name for name, value in said.items() if name != "tool_choice" or value in _OF_NO_TOOL}
+    return {name: value for name, value in said.items() if name not in idle}, idle
+
+
+def _handed_on(asked: Chat | Completion) -> Object:
+    names = (*_HANDED_ON, *(_HANDED_ON_OF_CHATS if isinstance(asked, Chat) else ()))
+    values: Object = {name: getattr(asked, name) for name in names}
     if asked.seed is not None and asked.seed >= 0:
         values["seed"] = asked.seed
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -332,7 +191,7 @@ def _sampling(asked: _Chat | _Completion) -> Object:
     return {name: value for name, value in values.items() if value is not UNSET}
 
 
-def _max_tokens(asked: _Common, limits: Limits) -> int | None:
+def _max_tokens(asked: Common, limits: Limits) -> int | None:
     """The tokens asked for, no more than a worker allows; None is as many as it allows."""
     old, new = asked.max_tokens, asked.max_completion_tokens
     if old is not None and new is not None and old != new:

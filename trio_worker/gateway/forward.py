@@ -47,8 +47,9 @@ class Piece:
 
     body: bytes
     worker_id: str
-    is_opening: bool
-    """The first of an attempt, which says nothing yet: what came before does not count any more."""
+    opens: int | None
+    """The choice of which it is the first word, and says nothing yet. With choice 0 an attempt
+    begins: what came before does not count any more."""
     is_last: bool
 
 
@@ -66,14 +67,14 @@ class Forward:
 
     @contextmanager
     def ask(
-        self, fields: Mapping[str, Any], *, request_id: str, is_handed_on: bool
+        self, fields: Mapping[str, Any], *, request_id: str, choices: int, is_handed_on: bool
     ) -> Iterator[Pieces]:
         """Send a request; yields its answer, which arrives meanwhile.
 
-        `is_handed_on` says that its caller gets each piece at once; otherwise the request may be
-        sent again until the last of them. Leaving before the end, also by cancellation, cancels
-        the request at the worker. Raises `NoWorker` where there is no connection, and
-        `PayloadTooLarge`.
+        `choices` is how many the answer has. `is_handed_on` says that its caller gets each piece at
+        once; otherwise the request may be sent again until the last of them. Leaving before the
+        end, also by cancellation, cancels the request at the worker. Raises `NoWorker` where there
+        is no connection, and `PayloadTooLarge`.
         """
         if not self._broker.statistics().connected:
             raise NoWorker("the gateway has no connection to NATS at the moment")
@@ -86,7 +87,9 @@ class Forward:
             now=trio.current_time(),
         )
         with self._inboxes.another() as inbox:
-            pieces = Pieces(self._broker, exchange, inbox, is_handed_on=is_handed_on)
+            pieces = Pieces(
+                self._broker, exchange, inbox, choices=choices, is_handed_on=is_handed_on
+            )
             pieces.send()
             with pieces.patience:
                 try:
@@ -105,11 +108,18 @@ class Pieces:
     """
 
     def __init__(
-        self, broker: Broker, exchange: Exchange, inbox: Inbox, *, is_handed_on: bool
+        self,
+        broker: Broker,
+        exchange: Exchange,
+        inbox: Inbox,
+        *,
+        choices: int,
+        is_handed_on: bool,
     ) -> None:
         self._broker = broker
         self._exchange = exchange
         self._inbox = inbox
+        self._choices = choices
         self._is_handed_on = is_handed_on
         self.patience = trio.CancelScope()
         """Ends the wait for a request that cannot be sent again. It stands around all of its
@@ -173,10 +183,11 @@ class Pieces:
         is_silent = not is_last and native.is_silent(message.body)
         if self._is_handed_on and not is_silent:
             exchange.content_is_handed_out()
+        number = int(headers[native.Header.SEQUENCE])
         return Piece(
             body=message.body,
             worker_id=headers.get(native.Header.WORKER_ID, ""),
-            is_opening=is_silent and headers.get(native.Header.SEQUENCE) == "0",
+            opens=number if is_silent and number < self._choices else None,
             is_last=is_last,
         )
 

@@ -16,8 +16,23 @@ import msgspec
 from trio_worker.errors import InternalError
 
 
+class _Function(msgspec.Struct):
+    name: str = ""
+    arguments: str = ""
+
+
+class _Call(msgspec.Struct):
+    """The first piece of a call has all but its arguments; those follow."""
+
+    index: int
+    id: str = ""
+    function: _Function = msgspec.field(default_factory=_Function)
+
+
 class _Delta(msgspec.Struct):
-    content: str = ""
+    content: str | None = None
+    reasoning_content: str = ""
+    tool_calls: list[_Call] = []
 
 
 class _Logprobs(msgspec.Struct):
@@ -40,6 +55,7 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     delta: _Delta = msgspec.field(default_factory=_Delta)
     text: str = ""
     logprobs: _Logprobs | None = None
@@ -47,52 +63,116 @@ class _Choice(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
-    choices: tuple[_Choice]
+    choices: list[_Choice]
 
 
 _chunks = msgspec.json.Decoder(_Chunk)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NO_CHUNK = "what a worker sent is no chunk of an answer"
 
 
 class JoinedAnswer:
     """What a stream has said so far: no more pieces than tokens were asked for."""
 
+    def __init__(self, *, is_chat: bool, has_logprobs: bool, choices: int = 1) -> None:
+        self._is_chat = is_chat
+        self._choices = [
+            _JoinedChoice(is_chat=is_chat, has_logprobs=has_logprobs) for _ in range(choices)
+        ]
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self._choices[0].text
+
+    def add(self, body: bytes) -> None:
+        """A chunk, but not the last. Raises `InternalError` if it is none."""
+        if not self._take(body):
+            raise InternalError(_NO_CHUNK)
+
+    def closing(self, body: bytes) -> bytes:
+        """The whole answer, of which `body` is the last chunk. Raises as `add`."""
+        self._take(body)
+        fields: dict[str, Any] = dict(_read(_fields, body))
+        if any(choice.finish_reason is None for choice in self._choices):
+            raise InternalError("a worker has ended its answer before all of it had ended")
+        # Where they are already, so the order remains.
+        fields["object"] = "chat.completion" if self._is_chat else "text_completion"
+        fields["choices"] = [choice.whole(index) for index, choice in enumerate(self._choices)]
+        return msgspec.json.encode(fields)
+
+    def _take(self, body: bytes) -> bool:
+        """Take what the chunk has of each choice; whether it has anything of any."""
+        chunk: _Chunk = _read(_chunks, body)
+        for piece in chunk.choices:
+            if not 0 <= piece.index < len(self._choices):
+                raise InternalError(_NO_CHUNK)
+            self._choices[piece.index].take(piece)
+        return bool(chunk.choices)
+
+
+class _JoinedChoice:
+    """One of the answers to a request."""
+
     def __init__(self, *, is_chat: bool, has_logprobs: bool) -> None:
+        self.finish_reason: str | None = None
         self._is_chat = is_chat
         self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[_Call] = []
+        self._arguments: list[list[str]] = []
+        """Of each call."""
         self._logprobs = _Logprobs() if has_logprobs else None
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
-    def add(self, body: bytes) -> None:
-        """A chunk, but not the last. Raises `InternalError` if it is none."""
-        self._take(body)
-
-    def closing(self, body: bytes) -> bytes:
-        """The whole answer, of which `body` is the last chunk. Raises as `add`."""
-        finish_reason = self._take(body)
-        fields: dict[str, Any] = dict(_read(_fields, body))
-        choice: dict[str, Any] = {"index": 0}
-        if self._is_chat:
-            choice["message"] = {"role": "assistant", "content": self.text, "refusal": None}
-        else:
-            choice["text"] = self.text
-        choice |= {"logprobs": self._joined_logprobs(), "finish_reason": finish_reason}
-        # Where they are already, so the order remains.
-        fields["object"] = "chat.completion" if self._is_chat else "text_completion"
-        fields["choices"] = [choice]
-        return msgspec.json.encode(fields)
-
-    def _take(self, body: bytes) -> str | None:
-        """Take the chunk's content; its finish reason."""
-        choice: _Choice = _read(_chunks, body).choices[0]
-        if content := choice.delta.content if self._is_chat else choice.text:
+    def take(self, piece: _Choice) -> None:
+        """Raises `InternalError` for more of a call that has not begun."""
+        delta = piece.delta
+        if content := delta.content if self._is_chat else piece.text:
             self._texts.append(content)
-        if self._logprobs is not None and choice.logprobs is not None:
-            self._logprobs.add(choice.logprobs)
-        return choice.finish_reason
+        if delta.reasoning_content:
+            self._reasoning.append(delta.reasoning_content)
+        for call in delta.tool_calls:
+            self._take_call(call)
+        if self._logprobs is not None and piece.logprobs is not None:
+            self._logprobs.add(piece.logprobs)
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+    def _take_call(self, call: _Call) -> None:
+        if call.index == len(self._calls):
+            self._calls.append(call)
+            self._arguments.append([])
+        if not 0 <= call.index < len(self._calls):
+            raise InternalError(_NO_CHUNK)
+        self._arguments[call.index].append(call.function.arguments)
+
+    def whole(self, index: int) -> dict[str, Any]:
+        text: str | None = self.text
+        logprobs = self._joined_logprobs()
+        if self._calls and not text:
+            # There is no text, rather than an empty one, nor any token of it.
+            text = logprobs = None
+        part = {"message": self._message(text)} if self._is_chat else {"text": text}
+        ending = {"logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {"index": index, **part, **ending}
+
+    def _message(self, content: str | None) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": "".join(arguments)},
+                }
+                for call, arguments in zip(self._calls, self._arguments, strict=True)
+            ]
+        return message
 
     def _joined_logprobs(self) -> dict[str, Any] | None:
         joined = self._logprobs
@@ -112,4 +192,4 @@ def _read(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     try:
         return decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
-        raise InternalError("what a worker sent is no chunk of an answer") from exc
+        raise InternalError(_NO_CHUNK) from exc

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import msgspec
@@ -17,6 +18,9 @@ from trio_worker.errors import InvalidRequest, PayloadTooLarge
 Object: TypeAlias = dict[str, Any]
 
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_DEPTH_MAX = 200
+"""Brackets within brackets. An encoder takes fewer the more calls it is called from."""
+_TOO_DEEP = "the body is not usable: its brackets are nested too deep"
 _QUOTED_MAX = 64
 """Characters of what the caller sent that an error repeats."""
 
@@ -44,7 +48,7 @@ def read_object(body: bytes, *, limit_bytes: int) -> Object:
     except _Repeated as exc:
         raise InvalidRequest(f"{quoted(str(exc))} is there twice in one object") from None
     except RecursionError:
-        raise InvalidRequest("the body is not usable: its brackets are nested too deep") from None
+        raise InvalidRequest(_TOO_DEEP) from None
     except (msgspec.MsgspecError, ValueError) as exc:
         hint = ""
         if _HALF_SURROGATE.search(body):
@@ -52,7 +56,19 @@ def read_object(body: bytes, *, limit_bytes: int) -> Object:
         raise InvalidRequest(f"the body is not JSON: {exc}{hint}") from exc
     if not isinstance(decoded, dict):
         raise InvalidRequest("the body is JSON, but not an object: {…}")
+    if is_too_deep(decoded):
+        raise InvalidRequest(_TOO_DEEP)
     return {name: value for name, value in decoded.items() if value is not None}
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether it has more brackets within brackets than can be written again anywhere."""
+    level, depth = [value], 0
+    while level and depth < _DEPTH_MAX:
+        within = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in chain.from_iterable(within) if isinstance(each, (dict, list))]
+        depth += 1
+    return bool(level)
 
 
 def quoted(text: str) -> str:

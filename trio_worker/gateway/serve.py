@@ -21,12 +21,13 @@ from trio_worker.exception_groups import sole_exceptions
 from trio_worker.gateway.counts import GatewayCounts
 from trio_worker.gateway.directory import Directory
 from trio_worker.gateway.endpoints import Api
-from trio_worker.gateway.fields import Rules, UnknownFields
+from trio_worker.gateway.fields import Rules
 from trio_worker.gateway.forward import Forward
 from trio_worker.gateway.inboxes import open_inboxes
 from trio_worker.gateway.key_file import KeyFile
 from trio_worker.gateway.keys import RunningRequests
 from trio_worker.gateway.page import HEADERS, page_files
+from trio_worker.gateway.shapes import UnknownFields
 from trio_worker.http.drain import Drain
 from trio_worker.http.limits import Limits
 from trio_worker.http.server import serve

@@ -2,6 +2,7 @@
 
 const LINE_LIMIT_CHARS = 2_000_000; // A longer event is not one of ours.
 const ANSWER_LIMIT_CHARS = 1_000_000; // What a page can draw and a browser keep.
+const CALLS_MAX = 128; // Of tools, in one answer.
 const DETAIL_LIMIT_CHARS = 600; // Of an error that is not in OpenAI's form.
 
 /** Why there is no answer, or no whole one: in the server's own words where it said any. */
@@ -23,7 +24,7 @@ export async function askModels(key) {
 }
 
 /**
- * The pieces of an answer: {content, reasoning, finish, usage, model}, each or none of them.
+ * The pieces of an answer: {content, reasoning, calls, finish, usage, model}, each or none of them.
  *
  * Ends by itself only after a whole answer. Throws a Failure where anything is missing of it, and
  * what `signal` was aborted with; either way the connection is given up.
@@ -48,6 +49,7 @@ export async function* askAnswer(request, { key, signal }) {
     const piece = pieceOf(data);
     finished ||= Boolean(piece.finish);
     length += piece.content.length + piece.reasoning.length;
+    for (const call of piece.calls) length += call.name.length + call.arguments.length;
     if (length > ANSWER_LIMIT_CHARS) throw new Failure("The answer is too long for this page.", { code: "too_long" });
     yield piece;
   }
@@ -102,11 +104,18 @@ function pieceOf(data) {
   return {
     content: textOf(choice?.delta?.content),
     reasoning: textOf(choice?.delta?.reasoning_content),
+    calls: callsOf(choice?.delta?.tool_calls),
     finish: choice?.finish_reason ?? null,
     usage: chunk?.usage ?? null,
     model: typeof chunk?.model === "string" ? chunk.model : null,
   };
 }
+
+/** Of each call that grows: which it is, and what is added to its name and its arguments. */
+const callsOf = (deltas) =>
+  (Array.isArray(deltas) ? deltas : [])
+    .filter((delta) => delta?.index >= 0 && delta.index < CALLS_MAX)
+    .map(({ index, function: called }) => ({ index, name: textOf(called?.name), arguments: textOf(called?.arguments) }));
 
 const textOf = (value) => (typeof value === "string" ? value : "");
 

@@ -85,10 +85,11 @@ async function take(answer, request, signal) {
   let first = null;
   for await (const piece of askAnswer(request, { key: session.getItem(KEY), signal })) {
     const now = performance.now();
-    if (piece.content || piece.reasoning) {
+    if (piece.content || piece.reasoning || piece.calls.length) {
       first ??= now;
       answer.content += piece.content;
       answer.reasoning += piece.reasoning;
+      for (const each of piece.calls) addCall(answer, each);
       answer.firstMs = first - asked;
       answer.tookMs = now - first;
       drawSoon(answer);
@@ -97,6 +98,14 @@ async function take(answer, request, signal) {
     answer.finish = piece.finish ?? answer.finish;
     answer.tokens = piece.usage?.completion_tokens ?? answer.tokens;
   }
+}
+
+/** The page offers no tools, but shows what a model would call all the same. */
+function addCall(answer, { index, name, arguments: more }) {
+  answer.calls ??= [];
+  answer.calls[index] ??= { name: "", arguments: "" };
+  answer.calls[index].name += name;
+  answer.calls[index].arguments += more;
 }
 
 function fail(answer, failure) {
@@ -155,29 +164,34 @@ function answerView(answer) {
   const thoughts = element("div", { className: "prose" });
   const details = element("details", { className: "thoughts" }, element("summary", {}, "Thoughts"), thoughts);
   const body = element("div", { className: "prose", ariaLive: "polite" });
+  const calls = element("pre", { className: "calls" });
   const error = element("div", { className: "error" });
   const figures = element("p", { className: "figures" });
   const copy = button("Copy", (event) => copyText(answer.content, event.currentTarget));
   const retry = button("Retry", () => askFrom(shown.messages.indexOf(answer)), { className: "asks" });
-  const article = element("article", { className: "answer", ariaLabel: "Answer" }, details, body, error, under(copy, retry, figures));
-  return { article, details, thoughts, body, error, figures, copy };
+  const article = element("article", { className: "answer", ariaLabel: "Answer" }, details, body, calls, error, under(copy, retry, figures));
+  return { article, details, thoughts, body, calls, error, figures, copy };
 }
 
 const under = (...children) => element("div", { className: "under" }, ...children);
 
 function drawAnswer(answer) {
-  const { article, details, thoughts, body, error, figures, copy } = views.get(answer);
+  const { article, details, thoughts, body, calls, error, figures, copy } = views.get(answer);
   article.dataset.state = answer.state;
   // Until then a screen reader would begin anew with every piece.
   body.ariaBusy = String(answer.state === State.ANSWERING);
   draw(body, answer.content);
   details.hidden = !answer.reasoning;
   draw(thoughts, answer.reasoning ?? "");
+  calls.hidden = !answer.calls;
+  calls.textContent = callsTold(answer).join("\n");
   error.hidden = !answer.error;
   error.replaceChildren(...(answer.error ? errorNodes(answer.error) : []));
   copy.disabled = !answer.content;
   figures.replaceChildren(...figuresOf(answer));
 }
+
+const callsTold = ({ calls }) => (calls ?? []).filter(Boolean).map((each) => `${each.name}(${each.arguments})`);
 
 let due = null;
 
@@ -198,11 +212,13 @@ function figuresOf(answer) {
   return nodes;
 }
 
+const TOLD_OF = { stop: "", length: "cut off at the token limit", tool_calls: "calls tools" };
+
 /** What came of an answer, if it is not simply whole, and its figures. */
 function toldOf({ state, finish, tokens, firstMs, tookMs, model, error }) {
   const marks = {
     [State.ANSWERING]: firstMs === undefined ? "waiting" : "answering",
-    [State.WHOLE]: finish === "length" ? "cut off at the token limit" : finish === "stop" ? "" : finish,
+    [State.WHOLE]: TOLD_OF[finish] ?? finish,
     [State.STOPPED]: "stopped",
     [State.BROKEN]: error && firstMs === undefined ? "failed" : "broken off",
   };
