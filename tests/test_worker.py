@@ -14,9 +14,9 @@ from trio_util import AsyncValue
 
 from trio_worker.errors import WorkerFault
 from trio_worker.ports import Message
-from trio_worker.simulated.batch import answer_tokens, word
 from trio_worker.simulated.engine import Faults
 from trio_worker.simulated.service_manager import MemoryServiceManager
+from trio_worker.simulated.speech import answer_tokens, word
 
 
 async def ask_all(rig: Rig, requests: list[dict[str, object]]) -> list[Reply]:

@@ -89,11 +89,37 @@ async def test_eight_at_a_time_decode_in_one_batch_and_say_what_each_says_alone(
     assert stats["engine"]["device"].startswith("cpu")
 
 
+async def test_each_choice_says_what_its_seed_says_alone(tmp_path: Path, tiny: str) -> None:
+    request = {"prompt": "abc" * 9, "max_tokens": 20, "temperature": 1.0, "seed": 5}
+    async with running_command(tmp_path, "--set", f"worker.model={tiny}") as worker:
+        await worker.wait_ready()
+        async with open_client(worker.url, attempts=1) as client:
+            together = await client.complete({**request, "n": 4})
+            alone = await answers(client, [{**request, "seed": 5 + each} for each in range(4)])
+        stats = await worker.stats()
+    texts = [choice["text"] for choice in together.body["choices"]]
+    assert texts == [each["text"] for each in alone]
+    assert len(set(texts)) > 1
+    assert stats["batch"]["max_batch_seen"] == 4
+
+
+LIST: dict[str, Any] = {
+    "type": "array",
+    "items": {"enum": ["red", "green", {"deep": [1, 2]}]},
+    "minItems": 30,
+}
+HELD: dict[str, Any] = {
+    "response_format": {"type": "json_schema", "json_schema": {"name": "l", "schema": LIST}}
+}
+"""To a schema that an answer of 150 tokens does not come to the end of."""
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_the_death_of_the_engine_costs_a_pause_and_no_character(
     tmp_path: Path, tiny: str, how: signal.Signals
 ) -> None:
     requests = requests_of(6, max_tokens=150)
+    requests[3:] = [{**request, **HELD} for request in requests[3:]]
     async with running_command(
         tmp_path,
         *("--set", f"worker.model={tiny}"),
@@ -118,6 +144,32 @@ async def test_the_death_of_the_engine_costs_a_pause_and_no_character(
     assert sum(each["worker"]["resumed"] for each in disturbed) >= 1
     assert stats["engine"]["restarts"] == 1
     assert after["usage"]["completion_tokens"] <= 3
+
+
+@pytest.mark.thorough
+async def test_a_death_at_every_tenth_token_changes_nothing_of_an_answer_that_keeps_to_a_schema(
+    tmp_path: Path, tiny: str
+) -> None:
+    request = {**requests_of(2, max_tokens=150)[1], **HELD, "stream": True}
+    async with running_command(
+        tmp_path,
+        *("--set", f"worker.model={tiny}"),
+        *("--set", "worker.engine.max_restarts=100"),
+    ) as worker:
+        await worker.wait_ready()
+        async with open_client(worker.url, attempts=1) as client:
+            (undisturbed,) = await answers(client, [request])
+            for cut in range(10, 150, 10):
+                pieces: list[str] = []
+                async with client.ask(request) as answer:
+                    async for chunk in answer:
+                        if chunk.text:
+                            pieces.append(chunk.text)
+                            if len(pieces) == cut:
+                                worker.child("trio_worker.engine").kill()
+                assert "".join(pieces) == undisturbed["text"], f"killed after {cut}"
+                assert chunk.worker is not None
+                assert chunk.worker["resumed"] == 1
 
 
 async def test_a_preempted_request_says_what_it_would_have_said(tmp_path: Path, tiny: str) -> None:

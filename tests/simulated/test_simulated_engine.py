@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 import pytest
 import trio
 from support.engine_conformance import CHECKS, ENDS, Harm, Open
+from support.engine_form_conformance import FORM_CHECKS
 from trio.testing import MockClock
 
 from trio_worker.config import SimulatedConfig
@@ -17,7 +18,7 @@ from trio_worker.protocol.turn import Work
 from trio_worker.simulated.engine import SimulatedEngine, open_simulated_engine
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, *FORM_CHECKS], ids=lambda check: check.__name__)
 async def test_it_conforms(
     check: Callable[[Engine], Awaitable[None]], autojump_clock: MockClock
 ) -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import trio
 from support.engine_conformance import CHECKS, ENDS, PATIENCE_S, Harm, request
+from support.engine_form_conformance import FORM_CHECKS
 from support.engine_rig import (
     ENDED_S,
     LOADED_S,
@@ -54,11 +55,17 @@ async def test_a_process_keeps_the_contract_of_the_port(model: Path) -> None:
     async with scripted(model) as engine:
         assert engine.statistics().state == "loading"
         assert (await engine.wait_ready()).model == "model"
-        for check in CHECKS:
+        for check in (*CHECKS, *FORM_CHECKS):
             await check(engine)
         assert engine.statistics().restarts == 0
     assert engine.statistics().state == "stopped"
     await assert_nothing_is_left(fds)
+
+
+async def test_the_engine_is_told_whether_to_tell_of_tools_in_general_words(model: Path) -> None:
+    async with scripted(model) as quiet, scripted(model, general_tool_prompt=True) as telling:
+        told = [each._settings.hello.general_tool_prompt for each in (quiet, telling)]
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize("check", ENDS, ids=lambda check: check.__name__)
@@ -243,7 +250,7 @@ def test_the_worker_side_imports_neither_mlx_nor_transformers() -> None:
     assert done.stdout.strip() == b"[]"
 
 
-def test_the_engine_side_imports_nothing_of_ours_but_the_protocol_and_errors() -> None:
+def test_the_engine_side_imports_nothing_of_ours_that_knows_the_worker() -> None:
     package = PACKAGE / "engine"
     for file in package.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -252,7 +259,9 @@ def test_the_engine_side_imports_nothing_of_ours_but_the_protocol_and_errors() -
             for name in names:
                 assert name.partition(".")[0] not in {"trio", "loguru"}
                 if name.startswith("trio_worker"):
-                    assert name.split(".")[1] in {"engine", "protocol", "errors"}
+                    assert name.split(".")[1] in {
+                        *("engine", "errors", "grammar", "markup", "protocol")
+                    }
 
 
 def test_the_engine_folder_is_the_only_one_that_names_mlx() -> None:

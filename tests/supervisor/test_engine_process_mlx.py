@@ -13,6 +13,7 @@ import trio
 from loguru import logger
 from msgspec.structs import replace
 from support.engine_conformance import CHECKS, PROMPTS, admits, request, run_all
+from support.engine_form_conformance import FORM_CHECKS
 from support.engine_rig import (
     ENDED_S,
     LOADED_S,
@@ -51,7 +52,7 @@ async def test_the_engine_process_keeps_the_contract_of_the_port(tiny: Any) -> N
         info = await engine.wait_ready()
         assert info.model == "tiny"
         assert [step for step, *_ in steps][-1] == "prewarming"
-        for check in CHECKS:
+        for check in (*CHECKS, *FORM_CHECKS):
             await check(engine)
         await templates_and_refusals(engine)
         await a_cancelled_tokenise_harms_nobody(engine)

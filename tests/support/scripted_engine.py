@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from trio_worker.engine.sockets import Line, leave
 from trio_worker.errors import ExitStatus
+from trio_worker.grammar.forms import FormRefused
 from trio_worker.protocol.frames import (
     PREWARMING,
     Hello,
@@ -23,10 +24,12 @@ from trio_worker.protocol.frames import (
     ToEngine,
     Tokenise,
     Tokenised,
+    TokeniseFailed,
 )
 from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import EngineInfo, EngineMemory, Report, Work
 from trio_worker.simulated.batch import SimulatedBatch
+from trio_worker.simulated.forms import form_of
 
 SCRIPTED = (sys.executable, "-P", __file__)
 VOCABULARY = 1000
@@ -93,12 +96,16 @@ def turn(batch: SimulatedBatch, work: Work) -> Report:
 
 
 def tokenise(line: Line, batch: SimulatedBatch) -> None:
-    def answer(asked: ToEngine) -> Tokenised:
+    def answer(asked: ToEngine) -> Tokenised | TokeniseFailed:
         assert isinstance(asked, Tokenise)
         text = asked.prompt
         if text is None:
             text = " ".join(each.content for each in asked.messages or ())
-        return Tokenised(prompt=Prompt(tokens=batch.tokens_of(text)))
+        try:
+            form = form_of(asked.wanted, batch.grammars, is_chat=asked.prompt is None)
+        except FormRefused as refused:
+            return TokeniseFailed(message=refused.message, field=refused.field)
+        return Tokenised(prompt=Prompt(tokens=batch.tokens_of(text), form=form))
 
     line.answer(answer)
 

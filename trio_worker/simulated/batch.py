@@ -1,15 +1,17 @@
-"""What a simulated engine computes: words that depend on the prompt and the seed, and no time.
+"""What a simulated engine computes: answers that depend on the prompt and the seed, and no time.
 
-A token is a word and a space; a prompt has a token for each word between white space.
+A token of an answer that may be anything is a word and a space; a prompt has a token for each word
+between white space. What is said is worked out in `speech.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import zlib
 from collections import OrderedDict
 
+from trio_worker.grammar.matching import Grammars
+from trio_worker.markup.reader import AnswerReader
+from trio_worker.protocol.prompt import Piece
 from trio_worker.protocol.turn import (
     Admit,
     FinishReason,
@@ -19,23 +21,10 @@ from trio_worker.protocol.turn import (
     TokenLogprob,
     Work,
 )
+from trio_worker.simulated.speech import STYLE, Speaker, word
 
 SHORTEST_PREFIX = 16
 """As in the real one: fewer tokens are computed as fast as they are copied."""
-_SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "so", "tu")
-
-
-def word(token: int) -> str:
-    """The word of a token: its digits as syllables."""
-    return "".join(_SYLLABLES[int(digit)] for digit in str(token))
-
-
-def answer_tokens(prompt: tuple[int, ...], seed: int, count: int, vocabulary: int) -> list[int]:
-    """The first `count` tokens of the answer to `prompt` under `seed`."""
-    base = hashlib.blake2b(repr((prompt, seed)).encode(), digest_size=8).digest()
-    return [
-        zlib.crc32(base + position.to_bytes(8, "big")) % vocabulary for position in range(count)
-    ]
 
 
 class KeptCaches:
@@ -87,16 +76,23 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 class Resident:
     """A sequence in the engine: how far its prefill is, and what it will say."""
 
-    def __init__(self, admit: Admit, vocabulary: int, kept: KeptCaches) -> None:
+    def __init__(self, admit: Admit, speaker: Speaker, kept: KeptCaches) -> None:
         self.admit = admit
         self.to_prefill = len(admit.prompt) + len(admit.produced)
         self.cached = kept.find(admit.prompt + admit.produced)
         self.prefilled = self.cached
-        self.position = len(admit.produced)
-        self._tokens = answer_tokens(
-            admit.prompt, admit.sampling.seed, admit.max_tokens, vocabulary
+        self.position = 0
+        self._speech = speaker.speech(
+            admit.prompt, admit.form, seed=admit.sampling.seed, max_tokens=admit.max_tokens
         )
-        self._text = "".join(f"{word(token)} " for token in admit.produced)
+        self._is_read = admit.form.finds_reasoning or bool(admit.form.tools)
+        self._reader = AnswerReader(STYLE, admit.form)
+        self._text = ""
+        """Without what is reasoned and called."""
+        self._waiting: list[TokenLogprob] = []
+        """Of tokens that may yet turn out to be of the text."""
+        for _ in admit.produced:
+            self._read_next()
         self._shown = self._safe_end()
 
     @property
@@ -109,7 +105,7 @@ class Resident:
         everything = (*self.admit.prompt, *self.admit.produced)
         if not self.decoding:
             return everything[: self.prefilled]
-        return everything + tuple(self._tokens[len(self.admit.produced) : self.position])
+        return everything + tuple(self._speech.tokens[len(self.admit.produced) : self.position])
 
     @property
     def decoding(self) -> bool:
@@ -117,24 +113,55 @@ class Resident:
 
     def step(self) -> Output:
         """The next token."""
-        token = self._tokens[self.position]
-        self.position += 1
-        self._text += f"{word(token)} "
-        finish = FinishReason.LENGTH if self.position == self.admit.max_tokens else None
+        token = self._speech.tokens[self.position]
+        was_reasoning = self._reader.is_reasoning
+        pieces, logprobs, is_over = self._read_next()
+        finish = None
+        if is_over:
+            finish = FinishReason.STOP
+        elif self.position == len(self._speech.tokens):
+            finish = FinishReason.STOP if self._speech.ends else FinishReason.LENGTH
+            rest = self._reader.finish(is_cut=not self._speech.ends)
+            self._text += rest.content
+            pieces += rest.pieces
+            logprobs += tuple(self._waiting)
         stops = [at for stop in self.admit.stop if (at := self._text.find(stop)) >= 0]
         end = self._safe_end()
         if stops:
             finish, end = FinishReason.STOP, min(stops)
         elif finish is not None:
             end = len(self._text)
+        if finish is FinishReason.STOP and self._reader.has_called:
+            finish = FinishReason.TOOL_CALLS
         text, self._shown = self._text[self._shown : end], end
         return Output(
             request_id=self.admit.request_id,
             token=token,
             text=text,
             finish=finish,
-            logprobs=(self._logprob(token),) if self.admit.sampling.logprobs else (),
+            logprobs=logprobs,
+            beside=pieces,
+            is_reasoning=was_reasoning or self._reader.is_reasoning,
         )
+
+    def _read_next(self) -> tuple[tuple[Piece, ...], tuple[TokenLogprob, ...], bool]:
+        """Take the next token apart: its pieces, what is told of tokens, whether it is over."""
+        token, said = self._speech.tokens[self.position], self._speech.text_at(self.position)
+        self.position += 1
+        if self.admit.sampling.logprobs:
+            self._waiting.append(self._logprob(token, said))
+        content, is_over = said, False
+        pieces: tuple[Piece, ...] = ()
+        if self._is_read:
+            reading = self._reader.feed(said)
+            content, pieces, is_over = reading.content, reading.pieces, reading.is_over
+        self._text += content
+        told: tuple[TokenLogprob, ...] = ()
+        if content:
+            told = tuple(self._waiting)
+        if content or not self._reader.holds_back:
+            self._waiting.clear()
+        return pieces, told, is_over
 
     def _safe_end(self) -> int:
         """Where the text ends that no stop string can reach back into."""
@@ -146,13 +173,16 @@ class Resident:
                     break
         return len(self._text) - held
 
-    def _logprob(self, token: int) -> TokenLogprob:
+    def _logprob(self, token: int, said: str) -> TokenLogprob:
         value = -math.log(2)
         others = range(token, token + self.admit.sampling.top_logprobs)
         return TokenLogprob(
-            token=f"{word(token)} ",
+            token=said,
             logprob=value,
-            top=tuple((f"{word(other)} ", value * (1 + other - token)) for other in others),
+            top=tuple(
+                (said if other == token else f"{word(other)} ", value * (1 + other - token))
+                for other in others
+            ),
         )
 
 
@@ -160,7 +190,7 @@ class SimulatedBatch:
     """The sequences that a simulated engine holds, and the caches kept of those that have left."""
 
     def __init__(self, *, vocabulary: int, prefix_cache_tokens: int) -> None:
-        self._vocabulary = vocabulary
+        self._speaker = Speaker(vocabulary)
         self._residents: dict[RequestId, Resident] = {}
         self._kept = KeptCaches(prefix_cache_tokens)
 
@@ -169,12 +199,17 @@ class SimulatedBatch:
         return frozenset(self._residents)
 
     @property
+    def grammars(self) -> Grammars:
+        """What an answer may be held to."""
+        return self._speaker.grammars
+
+    @property
     def held_tokens(self) -> int:
         """In the caches of all, and in those that are kept."""
         return sum(each.held for each in self._residents.values()) + self._kept.tokens
 
     def token_of(self, text: str) -> int:
-        return zlib.crc32(text.encode()) % self._vocabulary
+        return self._speaker.token_of(text)
 
     def tokens_of(self, text: str) -> tuple[int, ...]:
         """At least one, also for no words at all."""
@@ -202,7 +237,7 @@ class SimulatedBatch:
             self._kept.clear()
         for admit in work.admit:
             assert admit.request_id not in self._residents, f"{admit.request_id} is here already"
-            self._residents[admit.request_id] = Resident(admit, self._vocabulary, self._kept)
+            self._residents[admit.request_id] = Resident(admit, self._speaker, self._kept)
 
     def let_go(self, request_id: RequestId) -> None:
         """A sequence leaves, if it is here, and its cache may be kept."""

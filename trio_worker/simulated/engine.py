@@ -22,6 +22,7 @@ from trio_worker.config import SimulatedConfig
 from trio_worker.core.request import Request
 from trio_worker.errors import EngineFailed, EngineLost, InvalidRequest, LossReason, WorkerFault
 from trio_worker.exception_groups import sole_exceptions
+from trio_worker.grammar.forms import FormRefused
 from trio_worker.ports import EngineState, EngineStatistics, Turn
 from trio_worker.protocol.prompt import Prompt
 from trio_worker.protocol.turn import (
@@ -35,7 +36,9 @@ from trio_worker.protocol.turn import (
     SequenceFailure,
     Work,
 )
-from trio_worker.simulated.batch import Resident, SimulatedBatch, word
+from trio_worker.simulated.batch import Resident, SimulatedBatch
+from trio_worker.simulated.forms import form_of
+from trio_worker.simulated.speech import word
 
 CACHE_BYTES_PER_TOKEN = 4096
 MODEL_BYTES = 64 * 2**20
@@ -216,7 +219,13 @@ class SimulatedEngine:
             raise InvalidRequest(
                 "the template refuses these messages", details={"field": request.text_field}
             )
-        return Prompt(tokens=self._batch.tokens_of(text))
+        try:
+            form = form_of(request.wanted, self._batch.grammars, is_chat=request.is_chat)
+        except FormRefused as refused:
+            raise InvalidRequest(
+                f"{refused.field}: {refused.message}", details={"field": refused.field}
+            ) from None
+        return Prompt(tokens=self._batch.tokens_of(text), form=form)
 
     def begin(self, work: Work) -> Turn:
         assert len(self._under_way) < TURNS_UNDER_WAY_MAX, "too many turns at once"
