@@ -46,7 +46,8 @@ async def test_every_part_measures_a_whole_worker() -> None:
     assert outcome.returncode == 0, outcome.stderr
     lines = outcome.stdout.decode().splitlines()
     figures = [line for line in lines if not line.startswith(" ")]
-    assert len(figures) == len(PARTS_OF["engine"])
+    # One each, and of forms what those beside them pay as well.
+    assert len(figures) == len(PARTS_OF["engine"]) + 1
     for words, required in (
         ("together against one at a time", "4.0 required"),
         ("mlx-lm's own loop", "not with a simulated engine"),
@@ -54,6 +55,8 @@ async def test_every_part_measures_a_whole_worker() -> None:
         ("half of the requests seeded", "0.95 required"),
         ("a newcomer with a long prompt", "200 wanted"),
         ("sampling of its own", "ratio"),
+        ("every request held to a schema", "0.85 required"),
+        ("half of the requests held to a schema", "0.9 required"),
     ):
         (figure,) = (line for line in figures if words in line)
         assert required in figure

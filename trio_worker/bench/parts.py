@@ -11,13 +11,13 @@ from trio_worker.bench.latency import newcomer, prefix
 from trio_worker.bench.overhead import overhead
 from trio_worker.bench.priorities import preemption, priority
 from trio_worker.bench.setup import Part
-from trio_worker.bench.throughput import batching, mixing, seeds
+from trio_worker.bench.throughput import batching, forms, mixing, seeds
 from trio_worker.bench.tiny import tiny
 
 PARTS: Mapping[str, Part] = {
     each.__name__: each
     for each in (
-        *(batching, bare, prefix, seeds, newcomer, mixing),
+        *(batching, bare, prefix, seeds, newcomer, mixing, forms),
         *(overhead, priority, preemption),
         *(device, tiny, requests),
         *(events, calls, fronts, behind),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +11,12 @@ from typing import Any
 from trio_worker.bench.figures import print_comparison, say
 from trio_worker.bench.prompts import stories
 from trio_worker.bench.setup import Setup
+from trio_worker.grammar import schema
+from trio_worker.grammar.matching import ByteTokens, Grammars
 
 CONCURRENT = 8
+REBUILT_TOKENS = 2000
+REBUILDINGS = 9
 
 PLAIN: Sequence[Mapping[str, Any]] = ({},)
 
@@ -28,6 +34,32 @@ ALL_DIFFERENT: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.9, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": 0.2},
     {"logit_bias": {"100": -5.0}, "logprobs": True, "top_logprobs": 2},
 )
+
+
+LONG_LIST = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer"},
+            "colour": {"enum": ["red", "green", "blue"]},
+        },
+        "required": ["name", "age", "colour"],
+        "additionalProperties": False,
+    },
+}
+"""Longer than any answer, so that all of a comparison are equally long."""
+
+HELD: Mapping[str, Any] = {
+    "temperature": 1.0,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "people", "schema": LONG_LIST},
+    },
+}
+DRAWN: Mapping[str, Any] = {"temperature": 1.0}
 
 
 async def batching(setup: Setup) -> None:
@@ -57,6 +89,49 @@ async def seeds(setup: Setup) -> None:
         HALF_DRAWN,
         required="0.95",
     )
+
+
+async def forms(setup: Setup) -> None:
+    """What it costs that answers are held to a schema, and what it costs those beside them."""
+    await _compare_samplings(
+        setup,
+        "every request held to a schema against none, tokens/s",
+        (HELD,),
+        (DRAWN,),
+        required="0.85",
+    )
+    await _compare_samplings(
+        setup,
+        "half of the requests held to a schema against none, tokens/s",
+        (DRAWN, HELD),
+        (DRAWN,),
+        required="0.9",
+    )
+    say(f"  a matcher again from {REBUILT_TOKENS} tokens: {1000 * _rebuilding_s():.1f} ms")
+
+
+def _rebuilding_s() -> float:
+    """Seconds it takes to bring a sequence that comes back to where it was in its schema.
+
+    Of single bytes, which are the most tokens that an answer can be cut into.
+    """
+    vocabulary = ByteTokens(
+        texts={byte: bytes([byte]) for byte in range(256)},
+        encode=lambda text: list(text.encode()),
+    )
+    grammars = Grammars(
+        vocabulary, special={"<end>": 256}, end_tokens=(256,), size=257, clock=time.perf_counter
+    )
+    grammar = f"start: {schema.lark(LONG_LIST)}\n"
+    people = ", ".join('{"name": "somebody", "age": 42, "colour": "green"}' for _ in range(100))
+    produced = list(f"[{people}".encode())[:REBUILT_TOKENS]
+    grammars.check(grammar)
+    taken = []
+    for _ in range(REBUILDINGS):
+        began_at = time.perf_counter()
+        grammars.matcher(grammar, produced)
+        taken.append(time.perf_counter() - began_at)
+    return statistics.median(taken)
 
 
 async def mixing(setup: Setup) -> None:

@@ -13,7 +13,7 @@ from trio_worker.errors import ExitStatus
 from trio_worker.logs import set_up_logging
 
 PARTS_OF = {
-    "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing"),
+    "engine": ("batching", "bare", "prefix", "seeds", "newcomer", "mixing", "forms"),
     "scheduling": ("overhead", "priority", "preemption"),
     "ahead": ("device", "tiny", "requests"),
     "gateway": ("events", "calls", "fronts", "behind"),
@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         choices=(*PARTS_OF, *itertools.chain(*PARTS_OF.values())),
         help="batching: eight requests together against one at a time; bare: against mlx-lm's own "
         "loop; prefix: with and without reuse; seeds: half of them against none; mixing: against "
-        "greedy requests only; "
+        "greedy requests only; forms: held to a schema against free ones; "
         "newcomer: gaps beside a long prompt; engine: all of these; overhead: the core's "
         "operations; priority: an urgent request among many; preemption: what it costs; "
         "scheduling: these three; "
