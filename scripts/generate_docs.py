@@ -24,9 +24,9 @@ from trio_worker import config, errors
 from trio_worker.cli.command_line import make_parser
 from trio_worker.core import sequence
 from trio_worker.errors import WorkerError
-from trio_worker.gateway import counts, fields
+from trio_worker.gateway import counts
 from trio_worker.gateway.errors import MAY_BE_MET, Refusal, Refused, reply_to
-from trio_worker.gateway.fields import Effect, Endpoint
+from trio_worker.gateway.shapes import HARMLESS, Effect, Endpoint, effects
 from trio_worker.monitoring.metrics import Description, all_descriptions
 from trio_worker.nats import connection_life as nats_connection
 
@@ -122,17 +122,25 @@ def _life(states: Iterable[StrEnum], moves: Sequence[tuple[StrEnum, StrEnum, Str
 
 def gateway_fields() -> str:
     """Every field that the gateway knows, and what becomes of it."""
-    of_chat, of_text = fields.effects(Endpoint.CHAT), fields.effects(Endpoint.COMPLETIONS)
+    of_chat, of_text = effects(Endpoint.CHAT), effects(Endpoint.COMPLETIONS)
     rows = []
     for name in sorted(of_chat | of_text):
-        effect = of_chat.get(name) or of_text[name]
-        what = str(effect)
-        if effect is Effect.REFUSED:
-            values = [f"`{json.dumps(value)}`" for value in fields.HARMLESS[name]]
-            what = f"refused, unless it is {' or '.join(values)}" if values else "refused"
-        where = "both" if name in of_chat and name in of_text else "chat"
-        rows.append(f"| `{name}` | {where if name in of_chat else 'completions'} | {what} |")
+        where = {"chat": of_chat.get(name), "completions": of_text.get(name)}
+        if where["chat"] is where["completions"]:
+            where = {"both": of_chat[name]}
+        rows += [
+            f"| `{name}` | {endpoint} | {_what_becomes_of(name, effect)} |"
+            for endpoint, effect in where.items()
+            if effect is not None
+        ]
     return "\n".join(["| field | endpoint | what becomes of it |", "|---|---|---|", *rows, ""])
+
+
+def _what_becomes_of(name: str, effect: Effect) -> str:
+    if effect is not Effect.REFUSED:
+        return str(effect)
+    values = [f"`{json.dumps(value)}`" for value in HARMLESS[name]]
+    return f"refused, unless it is {' or '.join(values)}" if values else "refused"
 
 
 def gateway_errors() -> str:
