@@ -106,12 +106,12 @@ async def test_each_choice_says_what_its_seed_says_alone(tmp_path: Path, tiny: s
 LIST: dict[str, Any] = {
     "type": "array",
     "items": {"enum": ["red", "green", {"deep": [1, 2]}]},
-    "minItems": 30,
+    "minItems": 100,
 }
 HELD: dict[str, Any] = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "l", "schema": LIST}}
 }
-"""To a schema that an answer of 150 tokens does not come to the end of."""
+"""To a schema that an answer of 400 tokens does not come to the end of."""
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -150,7 +150,8 @@ async def test_the_death_of_the_engine_costs_a_pause_and_no_character(
 async def test_a_death_at_every_tenth_token_changes_nothing_of_an_answer_that_keeps_to_a_schema(
     tmp_path: Path, tiny: str
 ) -> None:
-    request = {**requests_of(2, max_tokens=150)[1], **HELD, "stream": True}
+    # So long that the engine is far from its end when it is killed.
+    request = {**requests_of(2, max_tokens=400)[1], **HELD, "stream": True}
     async with running_command(
         tmp_path,
         *("--set", f"worker.model={tiny}"),
