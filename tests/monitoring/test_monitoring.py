@@ -93,7 +93,7 @@ async def load(worker: RunningCommand, requests: list[dict[str, Any]]) -> AsyncI
         nursery.cancel_scope.cancel()
 
 
-PLACES = 70
+PLACES, SLOTS = 70, 8
 
 
 @pytest.fixture(name="shared", scope="module")
@@ -187,16 +187,21 @@ async def test_a_full_queue_is_visible_everywhere(shared: RunningCommand) -> Non
     refused = "rejections_total{code=QUEUE_FULL}"
     before = (await until_idle(shared))[refused]
     request = {"prompt": "a", "max_tokens": 4000, "timeout_ms": 300_000}
-    async with load(shared, [request] * (PLACES + 8)):
-        await until_ready_says(shared, f"queue: {PLACES} of {PLACES} places", within_s=20)
-        outcomes, _ = await ask_many(shared, [request] * 3)
-        assert outcomes == {"QUEUE_FULL": 3}
-        await until_metric(shared, refused, lambda value: value == before + 3)
-        found = await scrape(shared)
-        assert sum(found[f"queue_depth{{priority={level}}}"] for level in LEVELS) == PLACES
-        assert found["ready"] == 0
-        assert (await service_data(shared))["queue"]["is_full"]
-        assert (await shared.get("/livez"))[0] == 200
+    # One after the other: who comes before the slots are taken needs a place.
+    async with load(shared, [request] * SLOTS):
+        await until_metric(shared, "requests_in_flight", lambda value: value == SLOTS)
+        for level in LEVELS:
+            await until_metric(shared, f"queue_depth{{priority={level}}}", lambda depth: depth == 0)
+        async with load(shared, [request] * PLACES):
+            await until_ready_says(shared, f"queue: {PLACES} of {PLACES} places", within_s=20)
+            outcomes, _ = await ask_many(shared, [request] * 3)
+            assert outcomes == {"QUEUE_FULL": 3}
+            await until_metric(shared, refused, lambda value: value == before + 3)
+            found = await scrape(shared)
+            assert sum(found[f"queue_depth{{priority={level}}}"] for level in LEVELS) == PLACES
+            assert found["ready"] == 0
+            assert (await service_data(shared))["queue"]["is_full"]
+            assert (await shared.get("/livez"))[0] == 200
     await until_ready_says(shared, "accepting")
 
 
