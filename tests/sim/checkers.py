@@ -10,16 +10,22 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
+from support.wire_requests import ROOMY, read
+
 from trio_worker.core.memory import MB
+from trio_worker.markup.reader import AnswerReader
 from trio_worker.ports import Message
-from trio_worker.simulated.speech import answer_tokens, word
+from trio_worker.protocol.prompt import FREE, Form
+from trio_worker.simulated.forms import form_of
+from trio_worker.simulated.speech import STYLE, Speaker
 from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
 from trio_worker.wire import subjects
 
-from .plan import Call, Plan
+from .plan import FORM_FIELDS, Call, Plan
 from .record import Admitted, Published, Record
 from .world import make_config
 
@@ -183,8 +189,9 @@ def _compare_part(plan: Plan, call: Call, details: dict[str, Any]) -> Iterator[s
     if call.fields is None or "seed" not in call.fields or "stop" in call.fields:
         return
     text, _, _ = expected_answer(plan, call, call.fields["seed"], details["tokens"])
-    # The tokens are those of all choices, the text is the first one's.
-    is_whole = details["text"] == text or call.fields.get("n", 1) > 1
+    # The tokens are those of all choices, the text is the first one's; what may be a mark waits.
+    may_be_less = call.fields.get("n", 1) > 1 or "tools" in call.fields
+    is_whole = details["text"] == text or may_be_less
     if not (is_whole and text.startswith(details["text"])):
         yield f"{call.inbox} timed out with {details['text']!r} rather than {text!r}"
 
@@ -194,14 +201,43 @@ def expected_answer(plan: Plan, call: Call, seed: int, max_tokens: int) -> tuple
     assert call.fields is not None
     prompt = call.fields.get("prompt") or call.fields["messages"][0]["content"]
     tokens = tuple(zlib.crc32(each.encode()) % plan.vocabulary for each in prompt.split())
-    text, stops = "", call.fields.get("stop", [])
-    answer = answer_tokens(tokens, seed, max_tokens, plan.vocabulary)
-    for count, token in enumerate(answer, start=1):
-        text += f"{word(token)} "
+    speaker, form = _speaker_of(plan.vocabulary), _form_of(plan, call)
+    speech = speaker.speech(tokens, form, seed=seed, max_tokens=max_tokens)
+    reader = AnswerReader(STYLE, form)
+    is_read = form.finds_reasoning or bool(form.tools)
+    text, stops, finish = "", call.fields.get("stop", []), "length"
+    count = len(speech.tokens)
+    for position in range(count):
+        said, is_over = speech.text_at(position), False
+        if is_read:
+            reading = reader.feed(said)
+            said, is_over = reading.content, reading.is_over
+        text += said
+        if position + 1 == count and not is_over:
+            text += reader.finish(is_cut=not speech.ends).content if is_read else ""
+            finish = "stop" if speech.ends else "length"
         ends = [end for stop in stops if (end := text.find(stop)) >= 0]
-        if ends:
-            return text[: min(ends)], count, "stop"
-    return text, max_tokens, "length"
+        if ends or is_over:
+            text, count, finish = text[: min(ends, default=len(text))], position + 1, "stop"
+            break
+    return text, count, "tool_calls" if finish == "stop" and reader.has_called else finish
+
+
+@cache
+def _speaker_of(vocabulary: int) -> Speaker:
+    return Speaker(vocabulary)
+
+
+def _form_of(plan: Plan, call: Call) -> Form:
+    assert call.fields is not None
+    wanted = {name: value for name, value in call.fields.items() if name in FORM_FIELDS}
+    if not wanted:
+        return FREE
+    # Of the rest nothing matters but whether it is a chat.
+    asked = {"messages": call.fields["messages"]} if "messages" in call.fields else {"prompt": "a"}
+    request = read(json.dumps({**asked, **wanted}).encode(), ROOMY)
+    grammars = _speaker_of(plan.vocabulary).grammars
+    return form_of(request.wanted, grammars, is_chat=request.is_chat)
 
 
 def _told(published: Published, choice: int) -> tuple[str, str | None]:

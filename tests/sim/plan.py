@@ -34,6 +34,45 @@ RUBBISH = (
 COMES_BACK = 0.8
 """How probably a broken connection is mended before the worker is stopped."""
 
+FORMS: tuple[dict[str, Any], ...] = (
+    {"grammar": {"choice": ["one", "another", "a third"]}},
+    {"grammar": {"regex": "[a-f ]{3,40}"}},
+    {"response_format": {"type": "json_object"}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "pairs",
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "maxLength": 12},
+                        "pairs": {"type": "array", "items": {"enum": [1, None]}, "maxItems": 4},
+                    },
+                    "required": ["name", "pairs"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    },
+)
+"""What an answer may have to keep to."""
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in WORDS[:3]
+]
+"""Called by some prompts, which say their names."""
+CHAT_FORMS: tuple[dict[str, Any], ...] = (
+    *FORMS,
+    {"reasoning_effort": "low"},
+    {"reasoning_effort": "low", "max_reasoning_tokens": 2},
+    {"tools": TOOLS},
+    {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+    {"tools": TOOLS, "response_format": {"type": "json_object"}, "reasoning_effort": "high"},
+)
+
+FORM_FIELDS = frozenset(name for form in CHAT_FORMS for name in form)
+
 WAYS_TO_CANCEL = ("control", "broadcast", "reply", "vanish", "stranger")
 """`stranger`: the 503 of another caller with the same id, which must not count."""
 
@@ -136,7 +175,7 @@ def make_plan(seed: int) -> Plan:
     return Plan(
         seed=seed,
         overrides=overrides,
-        calls=tuple(_calls(rng, duration_s, levels)),
+        calls=_in_forms(_calls(rng, duration_s, levels), random.Random(f"forms {seed}")),
         happenings=tuple(_happenings(rng, duration_s, soft_mb, critical_mb)),
         faults=_faults(rng),
         load_s=rng.choice((0.0, 0.0, 0.7)),
@@ -205,6 +244,19 @@ def _calls(rng: random.Random, duration_s: float, levels: int) -> list[Call]:
         }[shape]
         calls.append(_call(rng, at, number, levels))
     return sorted(calls, key=lambda call: call.at)
+
+
+def _in_forms(calls: list[Call], rng: random.Random) -> tuple[Call, ...]:
+    """The same, of which some want more; `rng` is a source of its own, as above."""
+    share = rng.choice((0.0, 0.3, 0.6))
+    return tuple(_in_form(call, rng) if rng.random() < share else call for call in calls)
+
+
+def _in_form(call: Call, rng: random.Random) -> Call:
+    if call.fields is None:
+        return call
+    fields = {**call.fields, **rng.choice(CHAT_FORMS if "messages" in call.fields else FORMS)}
+    return replace(call, fields=fields, body=json.dumps(fields).encode())
 
 
 def _call(rng: random.Random, at: float, number: int, levels: int) -> Call:
