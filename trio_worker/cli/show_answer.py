@@ -11,9 +11,20 @@ from trio_worker.client import Client
 
 
 async def show_answer(client: Client, request: Mapping[str, Any], worker_id: str | None) -> None:
-    """The text as it comes, and a line about it at its end. Raises as `Client.ask` does."""
+    """The text as it comes, and a line about it at its end. Raises as `Client.ask` does.
+
+    What the model thinks goes to standard error.
+    """
     async with client.ask({"stream": True, **request}, worker_id=worker_id) as answer:
+        is_thinking = False
         async for chunk in answer:
+            if chunk.reasoning:
+                is_thinking = True
+                sys.stderr.write(chunk.reasoning)
+                sys.stderr.flush()
+            elif is_thinking and chunk.text:
+                is_thinking = False
+                sys.stderr.write("\n\n")
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     assert chunk.usage is not None
