@@ -282,28 +282,51 @@ def errors_have_a_cause(plan: Plan, record: Record) -> Iterator[str]:
                 "ENGINE_FAILED": _engine_may_fail(plan, call),
                 "RESOURCE_LIMIT_EXCEEDED": plan.critical_mb < 1000
                 or any(h.what == "memory" for h in plan.happenings),
-                "INVALID_REQUEST": call.fields is None or plan.faults.refuse_tokenise > 0,
+                "INVALID_REQUEST": call.fields is None
+                or plan.faults.refuse_tokenise > 0
+                or _choices_of(call) > _places_of(plan),
                 "MODEL_NOT_FOUND": call.fields is None,
                 "PAYLOAD_TOO_LARGE": call.fields is None or len(call.body) > 2000,
                 "CONTEXT_LENGTH_EXCEEDED": plan.context_length < 200 or call.fields is None,
                 "DUPLICATE_REQUEST": call.copies > 1 or request_id.startswith("same"),
-                "QUEUE_FULL": _queue_was_full(plan, record, at),
+                "QUEUE_FULL": _queue_was_full(plan, record, at, _choices_of(call)),
             }.get(code, False)
             if not cause:
                 yield f"{each.inbox} got {code} at {at:.4f} for no reason: {error['message']}"
 
 
-def _queue_was_full(plan: Plan, record: Record, at: float) -> bool:
+def _choices_of(call: Call) -> int:
+    return 1 if call.fields is None else int(call.fields.get("n", 1))
+
+
+def _slots_of(plan: Plan) -> int:
+    batching = make_config(plan.overrides).worker.continuous_batching
+    return batching.max_batch_size if batching.enabled else 1
+
+
+def _places_of(plan: Plan) -> int:
+    queueing = make_config(plan.overrides).worker.request_queue
+    return queueing.max_depth if queueing.enabled else _slots_of(plan)
+
+
+def _queue_was_full(plan: Plan, record: Record, at: float, wanted: int) -> bool:
     """As the configuration says and the ledger knows; what ended in that moment is still there."""
-    worker = make_config(plan.overrides).worker
-    batching, queueing = worker.continuous_batching, worker.request_queue
-    slots = batching.max_batch_size if batching.enabled else 1
+    queueing, slots = make_config(plan.overrides).worker.request_queue, _slots_of(plan)
     there = [each for each in record.admitted if each.at <= at <= _ended_at(each)]
+    rows = sum(len(each.sequence.rows) for each in there)
     if not queueing.enabled:
-        return len(there) >= slots
+        return rows + wanted > slots
     places = queueing.max_depth * (1 if queueing.reject_when_full else 2)
-    unserved = [each for each in there if each.entered_at is None or each.entered_at >= at]
-    return len(unserved) >= places or len(there) >= places + slots
+    # Of several choices, when the first has entered others may still wait.
+    unserved = sum(
+        len(each.sequence.rows)
+        for each in there
+        if each.entered_at is None or each.entered_at >= at or len(each.sequence.rows) > 1
+    )
+    # Whoever waits for several places is overtaken by nobody: meanwhile all but one may be free.
+    most = max((len(each.sequence.rows) for each in there), default=1)
+    kept = 0 if queueing.reject_when_full else most - 1
+    return unserved + wanted > places - kept or rows + wanted > places + slots - kept
 
 
 def _ended_at(admitted: Admitted) -> float:

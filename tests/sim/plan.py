@@ -71,6 +71,8 @@ CHAT_FORMS: tuple[dict[str, Any], ...] = (
     {"tools": TOOLS, "response_format": {"type": "json_object"}, "reasoning_effort": "high"},
 )
 
+SEVERAL = 0.3
+"""How probably one of these answers has several choices."""
 FORM_FIELDS = frozenset(name for form in CHAT_FORMS for name in form)
 
 WAYS_TO_CANCEL = ("control", "broadcast", "reply", "vanish", "stranger")
@@ -256,6 +258,8 @@ def _in_form(call: Call, rng: random.Random) -> Call:
     if call.fields is None:
         return call
     fields = {**call.fields, **rng.choice(CHAT_FORMS if "messages" in call.fields else FORMS)}
+    if rng.random() < SEVERAL:
+        fields["n"] = rng.choice((2, 3, 8))
     return replace(call, fields=fields, body=json.dumps(fields).encode())
 
 

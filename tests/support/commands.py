@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from support.ports import free_port
 from trio_worker.__main__ import main
 
 START_S = 60
+KILLED_S = 2.0
 THIS_TREE = (sys.executable, "-m", "trio_worker")
 
 
@@ -118,6 +120,17 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [each for each in processes if runs(each)]
 
 
+async def until_gone(processes: list[psutil.Process]) -> None:
+    """Return when all have ended. Those that were killed may take a busy system a moment."""
+
+    async def are_gone() -> bool:
+        return not alive(processes)
+
+    with trio.move_on_after(KILLED_S) as patience:
+        await until(are_gone, within_s=math.inf)
+    assert not patience.cancelled_caught, [each.cmdline() for each in alive(processes)]
+
+
 def _get(url: str) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
@@ -158,7 +171,7 @@ async def running_command(
             family = worker.children()
             process.send_signal(signal.SIGTERM)
             assert await worker.wait_exit(40) == 0, log.read_text()
-            assert not alive(family)
+            await until_gone(family)
     finally:
         if process.poll() is None:
             for child in worker.children():
