@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from trio_worker.errors import InvalidRequest
 from trio_worker.gateway import messages, structured
-from trio_worker.gateway.json_body import Object, read_object
+from trio_worker.gateway.json_body import Object, invalid, read_object
 from trio_worker.gateway.keys import Key
 from trio_worker.gateway.models import Limits
 from trio_worker.gateway.shapes import Chat, Common, Completion, Endpoint, UnknownFields, shaped
@@ -150,7 +149,7 @@ def _check_stream_options(asked: Common) -> set[str]:
     if options is None:
         return set()
     if not asked.stream:
-        raise _invalid("stream_options", "only together with stream: true")
+        raise invalid("stream_options", "only together with stream: true")
     unused = ("include_obfuscation", "continuous_usage_stats")
     return {f"stream_options.{name}" for name in unused if getattr(options, name) is not UNSET}
 
@@ -165,7 +164,7 @@ def _content(asked: Chat | Completion, *, ignore_unknown: bool) -> tuple[Object,
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        raise _invalid("prompt", "expected text, or an array of one text")
+        raise invalid("prompt", "expected text, or an array of one text")
     return {"prompt": prompt}, set()
 
 
@@ -195,12 +194,6 @@ def _max_tokens(asked: Common, limits: Limits) -> int | None:
     """The tokens asked for, no more than a worker allows; None is as many as it allows."""
     old, new = asked.max_tokens, asked.max_completion_tokens
     if old is not None and new is not None and old != new:
-        raise _invalid(
-            "max_tokens", "it is the old name of max_completion_tokens; send one of them"
-        )
+        raise invalid("max_tokens", "it is the old name of max_completion_tokens; send one of them")
     wanted = new if old is None else old
     return None if wanted is None else min(wanted, limits.max_tokens or _TOKENS_MAX)
-
-
-def _invalid(name: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {what}", details={"field": name})

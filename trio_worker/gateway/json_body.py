@@ -71,6 +71,11 @@ def is_too_deep(value: Any) -> bool:
     return bool(level)
 
 
+def invalid(where: str, what: str) -> InvalidRequest:
+    """What is wrong at a place in the body, which `details.field` names."""
+    return InvalidRequest(f"{where}: {what}", details={"field": where})
+
+
 def quoted(text: str) -> str:
     """The beginning of what a caller sent, fit for a message."""
     return text if len(text) <= _QUOTED_MAX else f"{text[:_QUOTED_MAX]}…"

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trio_worker.errors import InvalidRequest
-from trio_worker.gateway.json_body import Object, quoted
+from trio_worker.gateway.json_body import Object, invalid, quoted
 
 _ROLES = {
     "system": "system",
@@ -63,7 +62,7 @@ def to_wire(messages: Any, *, ignore_unknown: bool) -> tuple[list[Object], set[s
     Raises `InvalidRequest`, with the place in `details.field`.
     """
     if not isinstance(messages, list):
-        raise _invalid("messages", "expected an array of messages")
+        raise invalid("messages", "expected an array of messages")
     reader = _Reader(ignore_unknown=ignore_unknown)
     wire = [reader.message(message, f"messages[{n}]") for n, message in enumerate(messages)]
     return wire, reader.unused
@@ -78,14 +77,14 @@ class _Reader:
 
     def message(self, message: Any, where: str) -> Object:
         if not isinstance(message, dict):
-            raise _invalid(where, "expected an object with role and content")
+            raise invalid(where, "expected an object with role and content")
         role = _role(message.get("role"), where)
         beside = _beside(message, {"role", "content"})
         known = ("name", *_OF_ROLE.get(role, ()))
         others = [name for name in beside if name not in known]
         for name in others:
             if name in _UNSUPPORTED:
-                raise _invalid(f"{where}.{name}", _UNSUPPORTED[name])
+                raise invalid(f"{where}.{name}", _UNSUPPORTED[name])
         self._pass_over(others, where, _MESSAGE)
         wire: Object = {"role": role}
         # A message that calls need not say anything.
@@ -96,7 +95,7 @@ class _Reader:
             if name == "tool_calls":
                 wire[name] = self._calls(value, at)
             elif not isinstance(value, str):
-                raise _invalid(at, "expected text")
+                raise invalid(at, "expected text")
             else:
                 wire.setdefault(_REASONING[0] if name in _REASONING else name, value)
         return wire
@@ -105,30 +104,30 @@ class _Reader:
         if isinstance(content, list):
             return [self._part(each, f"{where}[{n}]") for n, each in enumerate(content)]
         if not isinstance(content, str):
-            raise _invalid(where, "expected text, or an array of parts of type text")
+            raise invalid(where, "expected text, or an array of parts of type text")
         return content
 
     def _part(self, part: Any, where: str) -> Object:
         if not isinstance(part, dict):
-            raise _invalid(where, "expected an object with type and text")
+            raise invalid(where, "expected an object with type and text")
         kind = part.get("type")
         if kind != "text":
             named = kind if isinstance(kind, str) and kind in _UNSUPPORTED_PARTS else "this type"
             only = "only those of type text are"
-            raise _invalid(where, f"parts of {named} are not supported; {only}")
+            raise invalid(where, f"parts of {named} are not supported; {only}")
         if not isinstance(part.get("text"), str):
-            raise _invalid(f"{where}.text", "expected text")
+            raise invalid(f"{where}.text", "expected text")
         self._pass_over(_beside(part, {"type", "text"}), where, _PART)
         return {"type": "text", "text": part["text"]}
 
     def _calls(self, calls: Any, where: str) -> list[Object]:
         if not isinstance(calls, list):
-            raise _invalid(where, "expected an array of calls")
+            raise invalid(where, "expected an array of calls")
         return [self._call(call, f"{where}[{n}]") for n, call in enumerate(calls)]
 
     def _call(self, call: Any, where: str) -> Object:
         if not isinstance(call, dict):
-            raise _invalid(where, "expected an object with id, type and function")
+            raise invalid(where, "expected an object with id, type and function")
         wire = self._known(call, {"id", "type", "function"}, where, _CALL)
         if isinstance(wire.get("function"), dict):
             known, at = {"name", "arguments"}, f"{where}.function"
@@ -144,7 +143,7 @@ class _Reader:
         for name in names:
             unused = f"{within}.{name}"
             if unused not in _WITHOUT_EFFECT and not self._ignore_unknown:
-                raise _invalid(f"{where}.{quoted(name)}", f"not a field of {_KINDS[within]}")
+                raise invalid(f"{where}.{quoted(name)}", f"not a field of {_KINDS[within]}")
             self.unused.add(unused)
 
 
@@ -152,7 +151,7 @@ def _role(role: Any, where: str) -> str:
     if isinstance(role, str) and role in _ROLES:
         return _ROLES[role]
     hint = "; the results of calls are sent in role tool" if role == "function" else ""
-    raise _invalid(f"{where}.role", f"expected one of {', '.join(_ROLES)}{hint}")
+    raise invalid(f"{where}.role", f"expected one of {', '.join(_ROLES)}{hint}")
 
 
 def _beside(fields: Mapping[str, Any], known: set[str]) -> Object:
@@ -162,7 +161,3 @@ def _beside(fields: Mapping[str, Any], known: set[str]) -> Object:
         for name, value in fields.items()
         if name not in known and value is not None and value not in ("", [], {})
     }
-
-
-def _invalid(where: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{where}: {what}", details={"field": where})

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from trio_worker.errors import InvalidRequest
-from trio_worker.gateway.json_body import Object, quoted
+from trio_worker.gateway.json_body import Object, invalid, quoted
 from trio_worker.wire.native import SEED_END
 
 _QUOTED_MAX = 256
@@ -165,14 +165,14 @@ def shaped(
     ignored |= _unsupported(endpoint, given)
     needed = "messages" if endpoint is Endpoint.CHAT else "prompt"
     if needed not in given:
-        raise _invalid(needed, "it is needed, and not there")
+        raise invalid(needed, "it is needed, and not there")
     try:
         return msgspec.convert(given, _SHAPES[endpoint]), ignored
     except msgspec.ValidationError as exc:
         # `Expected … - at `$.a[0].b``; the last such words, for others may be the caller's own.
         what, _, path = str(exc).rpartition(" - at `$.")
         where = path.removesuffix("`")
-        raise _invalid(quoted(where), what[:_QUOTED_MAX]) from exc
+        raise invalid(quoted(where), what[:_QUOTED_MAX]) from exc
 
 
 def _unknown(endpoint: Endpoint, given: Object, *, ignore_unknown: bool) -> set[str]:
@@ -207,14 +207,10 @@ def _unsupported(endpoint: Endpoint, given: Object) -> set[str]:
         if name in _CHOICE_OF and given.get(_CHOICE_OF[name]) == "none":
             ignored.add(name)
             continue
-        raise _invalid(name, _INSTEAD.get(name) or _not_to_be_had(name))
+        raise invalid(name, _INSTEAD.get(name) or _not_to_be_had(name))
     return ignored
 
 
 def _not_to_be_had(name: str) -> str:
     values = " or ".join(msgspec.json.encode(value).decode() for value in HARMLESS[name])
     return "this server cannot do that; leave it out" + (values and f", or send {values}")
-
-
-def _invalid(name: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {what}", details={"field": name})

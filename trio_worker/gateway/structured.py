@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from trio_worker.errors import InvalidRequest, WorkerError
-from trio_worker.gateway.json_body import Object, is_too_deep, quoted
+from trio_worker.errors import WorkerError
+from trio_worker.gateway.json_body import Object, invalid, is_too_deep, quoted
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 """vLLM's old names; the new ones are the same fields of `structured_outputs`."""
@@ -63,7 +63,7 @@ def to_wire(given: Object) -> tuple[Object, Spelled]:
     own = [name for name in ("grammar", "response_format") if _asks_for_something(given, name)]
     if others or own:
         other = own[0] if own else others[0][0]
-        raise _invalid(where, f"{other} says what the answer is to be like, too; send one of them")
+        raise invalid(where, f"{other} says what the answer is to be like, too; send one of them")
     if kind == "json_object":
         return {"response_format": {"type": "json_object"}}, Spelled({"response_format": where})
     if kind == "json":
@@ -80,12 +80,12 @@ def _said(given: Object) -> list[tuple[str, str, Any]]:
     said = [(name, name.removeprefix(_PREFIX), given[name]) for name in GUIDED if name in given]
     structured = given.get(_WITHIN, {})
     if not isinstance(structured, dict):
-        raise _invalid(_WITHIN, f"expected an object with one of {', '.join(_KINDS)}")
+        raise invalid(_WITHIN, f"expected an object with one of {', '.join(_KINDS)}")
     for name, value in structured.items():
         if value is None or value is False:
             continue
         if name not in _KINDS:
-            raise _invalid(f"{_WITHIN}.{quoted(name)}", f"not one of {', '.join(_KINDS)}")
+            raise invalid(f"{_WITHIN}.{quoted(name)}", f"not one of {', '.join(_KINDS)}")
         said.append((f"{_WITHIN}.{name}", name, value))
     return said
 
@@ -101,11 +101,7 @@ def _parsed(schema: Any, where: str) -> Any:
     try:
         parsed: Any = msgspec.json.decode(schema)
     except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
-        raise _invalid(where, f"expected a JSON Schema; {exc}") from exc
+        raise invalid(where, f"expected a JSON Schema; {exc}") from exc
     if isinstance(parsed, (dict, list)) and is_too_deep(parsed):
-        raise _invalid(where, "its brackets are nested too deep")
+        raise invalid(where, "its brackets are nested too deep")
     return parsed
-
-
-def _invalid(where: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{where}: {what}", details={"field": where})
