@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from trio_worker.markup.finding import overlap
 from trio_worker.markup.style import CallStyle
@@ -34,6 +35,8 @@ _OPENINGS = {
 }
 """Where mlx-lm's parsers begin to look for a call, or a part of one."""
 ID_LENGTH_MAX = 64
+
+_At = TypeVar("_At")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,27 @@ class Section(Protocol):
 
     def finish(self, *, is_cut: bool) -> Ended | NoCall:
         """Nothing follows; `is_cut`: because the answer may not be longer."""
+
+
+class SteppedSection(ABC, Generic[_At]):
+    """A section that is read by steps. Its state: where it is, and the text not done with."""
+
+    def __init__(self, begins_at: _At) -> None:
+        self._at = begins_at
+        self._text = ""
+
+    def feed(self, text: str) -> Ended | NoCall | None:
+        """See `Section`."""
+        self._text += text
+        while True:
+            before = self._at, len(self._text)
+            outcome = self._step()
+            if outcome is not None or before == (self._at, len(self._text)):
+                return outcome
+
+    @abstractmethod
+    def _step(self) -> Ended | NoCall | None:
+        """Take some of the text, or go elsewhere; None, and neither of these: it wants more."""
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from trio_worker.markup.calls import MOST_TO_PARSE, Calls, Ended, NoCall, known_id
+from trio_worker.markup.calls import MOST_TO_PARSE, Calls, Ended, NoCall, SteppedSection, known_id
 from trio_worker.markup.finding import may_become
 
 
@@ -47,16 +47,15 @@ class _At(Enum):
     BETWEEN = "after a call"
 
 
-class JsonSection:
+class JsonSection(SteppedSection[_At]):
     """Its state: where it is, the text that it has not done with, and the brackets before that."""
 
     def __init__(self, layout: JsonLayout, calls: Calls) -> None:
+        super().__init__(_At.HEAD)
         self._layout = layout
         self._calls = calls
         self._end = calls.style.end
         self._marks = tuple(mark for mark in (layout.end, self._end) if mark)
-        self._at = _At.HEAD
-        self._text = ""
         self._followed = 0
         self._brackets = Brackets()
         self._is_in_call = False
@@ -64,14 +63,6 @@ class JsonSection:
     @property
     def undecided(self) -> int:
         return 0 if self._at in (_At.ARGUMENTS, _At.TAIL) else len(self._text)
-
-    def feed(self, text: str) -> Ended | NoCall | None:
-        self._text += text
-        while True:
-            before = self._at, len(self._text)
-            outcome = self._step()
-            if outcome is not None or before == (self._at, len(self._text)):
-                return outcome
 
     def finish(self, *, is_cut: bool) -> Ended | NoCall:  # noqa: ARG002 - what is whole was taken
         if self._at in (_At.HEAD, _At.WHOLE):

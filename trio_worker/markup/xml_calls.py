@@ -17,6 +17,7 @@ from trio_worker.markup.calls import (
     Calls,
     Ended,
     NoCall,
+    SteppedSection,
     finished_whole,
     taken_whole,
 )
@@ -52,15 +53,14 @@ class _At(Enum):
     BETWEEN = "after a call"
 
 
-class XmlSection:
+class XmlSection(SteppedSection[_At]):
     """Its state: where it is, the text that it has not done with, and the call that it is in."""
 
     def __init__(self, layout: XmlLayout, calls: Calls) -> None:
+        super().__init__(_At.HEAD)
         self._layout = layout
         self._calls = calls
         self._end = calls.style.end
-        self._at = _At.HEAD
-        self._text = ""
         self._searched = 0
         self._name = ""
         self._arguments = 0
@@ -68,14 +68,6 @@ class XmlSection:
     @property
     def undecided(self) -> int:
         return 0 if self._at in (_At.BODY, _At.ARGUMENT) else len(self._text)
-
-    def feed(self, text: str) -> Ended | NoCall | None:
-        self._text += text
-        while True:
-            before = self._at, len(self._text)
-            outcome = self._step()
-            if outcome is not None or before == (self._at, len(self._text)):
-                return outcome
 
     def finish(self, *, is_cut: bool) -> Ended | NoCall:
         if self._at in (_At.HEAD, _At.WHOLE):
