@@ -30,6 +30,7 @@ from trio_worker.markup.tools import tool_objects
 from trio_worker.protocol.frames import Tokenise, Tokenised, TokeniseFailed
 from trio_worker.protocol.prompt import (
     GENERAL_TOOL_PROMPT,
+    NO_TEMPLATE_VARIABLES,
     Form,
     Message,
     Prompt,
@@ -41,13 +42,6 @@ from trio_worker.protocol.prompt import (
 log = logging.getLogger("trio_worker.engine")
 
 PROBE = Tool(name="a_tool_to_look_for", description="Is it told of?")
-RESERVED = frozenset(
-    {
-        *("add_generation_prompt", "chat_template", "continue_final_message", "conversations"),
-        *("messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"),
-    }
-)
-"""What a caller's variables must not be named: it is said otherwise, or belongs to the library."""
 AFTER_MARK_MOST = 8
 """Tokens of white space that a template may write after the mark that begins reasoning."""
 
@@ -207,7 +201,7 @@ def _variables(wanted: Wanted) -> dict[str, Any]:
     if not wanted.template_variables:
         return {}
     variables = json.loads(wanted.template_variables)
-    if taken := sorted(RESERVED & variables.keys()):
+    if taken := sorted(NO_TEMPLATE_VARIABLES & variables.keys()):
         message = f"{taken[0]} is no variable of templates"
         raise FormRefused("chat_template_kwargs", message)
     if "enable_thinking" in variables:

@@ -14,6 +14,14 @@ from trio_worker.protocol.value import Value
 GENERAL_TOOL_PROMPT = "general_tool_prompt"
 """The note that the model's template knows no tools, and was told of them in general words."""
 
+NO_TEMPLATE_VARIABLES = frozenset(
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversations"),
+        *("messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"),
+    }
+)
+"""What a caller's variables must not be named: it is said otherwise, or belongs to the library."""
+
 
 class ToolCall(Value, frozen=True, kw_only=True):
     """A call that an earlier answer made."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from trio_worker.protocol.prompt import ToolUse, Wanted
+from trio_worker.protocol.prompt import NO_TEMPLATE_VARIABLES, ToolUse, Wanted
 from trio_worker.wire.native.constraints import constraint_of
 from trio_worker.wire.native.faults import refused
 from trio_worker.wire.native.fields import RequestFields, RequestLimits
@@ -14,13 +14,6 @@ from trio_worker.wire.native.tools import tools_wanted
 
 _VARIABLES_BYTES_MAX = 16_384
 """Of `chat_template_kwargs` as JSON."""
-_NO_VARIABLES = frozenset(
-    {
-        *("messages", "conversations", "tools", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-    }
-)
-"""What a template is given otherwise, and what would change how it is called."""
 _OF_MESSAGES = (
     *("tools", "tool_choice", "parallel_tool_calls", "max_reasoning_tokens"),
     *("reasoning_effort", "enable_thinking", "chat_template_kwargs"),
@@ -51,7 +44,7 @@ def _template_variables(asked: RequestFields) -> str:
     """As JSON; what is given in `chat_template_kwargs` holds before what follows from others."""
     given: dict[str, Any] = asked.chat_template_kwargs or {}
     for name in given:
-        if name in _NO_VARIABLES:
+        if name in NO_TEMPLATE_VARIABLES:
             raise refused(
                 f"chat_template_kwargs: {name} is no variable of templates",
                 "chat_template_kwargs",
