@@ -17,9 +17,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from trio_worker.errors import InvalidRequest
 from trio_worker.gateway.json_body import Object, invalid, quoted
 from trio_worker.wire.native import SEED_END
-
-_QUOTED_MAX = 256
-"""Characters of a fault's description, which may quote what the caller sent."""
+from trio_worker.wire.native.faults import place_and_fault
 
 
 class Endpoint(StrEnum):
@@ -169,10 +167,8 @@ def shaped(
     try:
         return msgspec.convert(given, _SHAPES[endpoint]), ignored
     except msgspec.ValidationError as exc:
-        # `Expected … - at `$.a[0].b``; the last such words, for others may be the caller's own.
-        what, _, path = str(exc).rpartition(" - at `$.")
-        where = path.removesuffix("`")
-        raise invalid(quoted(where), what[:_QUOTED_MAX]) from exc
+        where, what = place_and_fault(exc)
+        raise invalid(quoted(where), what) from exc
 
 
 def _unknown(endpoint: Endpoint, given: Object, *, ignore_unknown: bool) -> set[str]:

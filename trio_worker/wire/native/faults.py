@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from trio_worker.errors import InvalidRequest
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 _NAME_MAX = 64
+_QUOTED_MAX = 256
+"""Characters of a fault's description, which may quote what the caller sent."""
+
+
+def place_and_fault(exc: msgspec.ValidationError) -> tuple[str, str]:
+    """Where a value is not of its type, such as `a[0].b`, and what is wrong there."""
+    # `Expected … - at `$.a[0].b``; the last such words, for others may be the caller's own.
+    what, _, path = str(exc).rpartition(" - at `$.")
+    return path.removesuffix("`"), what[:_QUOTED_MAX]
 
 
 def refused(message: str, where: str, *, limit: int | None = None) -> InvalidRequest:

@@ -19,7 +19,7 @@ from trio_worker.core.priority import NAMES, level_of
 from trio_worker.core.request import Request
 from trio_worker.errors import InvalidRequest, ModelNotFound, PayloadTooLarge
 from trio_worker.protocol.turn import RequestId, Sampling
-from trio_worker.wire.native.faults import refused
+from trio_worker.wire.native.faults import place_and_fault, refused
 from trio_worker.wire.native.fields import (
     CALLER,
     FIELD_NAMES,
@@ -47,10 +47,6 @@ WITHOUT_EFFECT = frozenset(
 )
 """OpenAI's fields that would not change the answer: whatever is in them, they are passed over."""
 _LOGIT_BIAS_MAX = 1024
-_QUOTED_MAX = 256
-"""Characters of a fault's description, which may quote what the caller sent."""
-
-
 _SAMPLING_AS_ASKED = tuple(
     name
     for name in Sampling.__annotations__
@@ -172,11 +168,8 @@ def _unknown_field(name: str) -> InvalidRequest:
 
 
 def _invalid_field(exc: msgspec.ValidationError) -> InvalidRequest:
-    """`Expected … - at $.a[0].b`, with the path first and without the dollar sign."""
-    # The last such words: those before it may be the caller's own.
-    what, _, path = str(exc).rpartition(" - at `$.")
-    where = path.removesuffix("`")
-    return refused(f"{where}: {what[:_QUOTED_MAX]}", where.removesuffix("[...]"))
+    where, what = place_and_fault(exc)
+    return refused(f"{where}: {what}", where.removesuffix("[...]"))
 
 
 def _json_name(value: object) -> str:
