@@ -169,18 +169,12 @@ class Plan:
             own,
         )
         own = own - self._frequency * self._counts - self._presence * (self._counts > 0)
-        if len(self._penalised) == len(self._rows):
-            return own
-        logits[mx.array(self._penalised)] = own
-        return logits
+        return self._with(logits, self._penalised, own)
 
     def _mask(self, logits: mx.array, masks: Masks) -> mx.array:
         own = self._of(logits, masks.rows)
         own = mx.where(mx.array(masks.allowed), own, -mx.inf)
-        if len(masks.rows) == len(self._rows):
-            return own
-        logits[mx.array(masks.rows)] = own
-        return logits
+        return self._with(logits, masks.rows, own)
 
     def _choose(self, logits: mx.array, tokens: Sequence[list[int]]) -> mx.array:
         if not self._free and not self._filtered:
@@ -228,6 +222,13 @@ class Plan:
     def _of(self, array: mx.array, indices: list[int]) -> mx.array:
         """Some rows of an array; the array itself if these are all."""
         return array if len(indices) == len(self._rows) else array[mx.array(indices)]
+
+    def _with(self, array: mx.array, indices: list[int], own: mx.array) -> mx.array:
+        """The array with some of its rows replaced by `own`."""
+        if len(indices) == len(self._rows):
+            return own
+        array[mx.array(indices)] = own
+        return array
 
     def _logprobs(self, normal: mx.array, chosen: mx.array) -> Logprobs:
         own = self._of(chosen, self._asked)[:, None]
