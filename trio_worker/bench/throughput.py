@@ -12,7 +12,7 @@ from trio_worker.bench.figures import print_comparison, say
 from trio_worker.bench.prompts import stories
 from trio_worker.bench.setup import Setup
 from trio_worker.grammar import schema
-from trio_worker.grammar.matching import ByteTokens, Grammars
+from trio_worker.grammar.matching import grammars_of_bytes
 
 CONCURRENT = 8
 REBUILT_TOKENS = 2000
@@ -115,13 +115,7 @@ def _rebuilding_s() -> float:
 
     Of single bytes, which are the most tokens that an answer can be cut into.
     """
-    vocabulary = ByteTokens(
-        texts={byte: bytes([byte]) for byte in range(256)},
-        encode=lambda text: list(text.encode()),
-    )
-    grammars = Grammars(
-        vocabulary, special={"<end>": 256}, end_tokens=(256,), size=257, clock=time.perf_counter
-    )
+    grammars = grammars_of_bytes(time.perf_counter)
     grammar = f"start: {schema.lark(LONG_LIST)}\n"
     people = ", ".join('{"name": "somebody", "age": 42, "colour": "green"}' for _ in range(100))
     produced = list(f"[{people}".encode())[:REBUILT_TOKENS]

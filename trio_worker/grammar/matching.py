@@ -194,6 +194,24 @@ class Matcher:
             bits[row] = -1
 
 
+BYTES_END = 256
+"""The end of an answer, for `grammars_of_bytes`."""
+
+
+def grammars_of_bytes(clock: Callable[[], float]) -> Grammars:
+    """Those of a vocabulary whose tokens are the 256 bytes, by their numbers, and the end."""
+    return Grammars(
+        ByteTokens(
+            texts={byte: bytes((byte,)) for byte in range(BYTES_END)},
+            encode=lambda text: list(text.encode()),
+        ),
+        special={"<end>": BYTES_END},
+        end_tokens=(BYTES_END,),
+        size=BYTES_END + 1,
+        clock=clock,
+    )
+
+
 def unset_bits(rows: int, size: int) -> Bits:
     """A mask of each row that allows every one of `size` tokens."""
     return np.full((rows, -(-size // 32)), -1, dtype=np.int32)

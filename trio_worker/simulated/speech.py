@@ -11,9 +11,10 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, islice
 
-from trio_worker.grammar.matching import ByteTokens, Grammars, allows, unset_bits
+from trio_worker.grammar.matching import BYTES_END, Grammars, allows, grammars_of_bytes, unset_bits
 from trio_worker.markup.general import GENERAL_CALLS
 from trio_worker.markup.style import Marks, Style
 from trio_worker.protocol.prompt import Form
@@ -27,7 +28,6 @@ PIECE_LENGTH = 4
 BYTES_A_TOKEN = 8
 """More are not said by so many tokens, whatever is held back."""
 _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "so", "tu")
-_END = 256
 _LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _LIKELY = b'0123456789-:,[{"]}' + _LETTERS
 """What is chosen from where it may; then white space comes where it must."""
@@ -80,23 +80,11 @@ class Speaker:
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
-        self._grammars: Grammars | None = None
 
-    @property
+    @cached_property
     def grammars(self) -> Grammars:
         """Of bytes, whatever the words are."""
-        if self._grammars is None:
-            self._grammars = Grammars(
-                ByteTokens(
-                    texts={byte: bytes((byte,)) for byte in range(_END)},
-                    encode=None,
-                ),
-                special={"<end>": _END},
-                end_tokens=(_END,),
-                size=_END + 1,
-                clock=lambda: 0.0,
-            )
-        return self._grammars
+        return grammars_of_bytes(lambda: 0.0)
 
     def token_of(self, text: str) -> int:
         return zlib.crc32(text.encode()) % self._vocabulary
@@ -160,7 +148,7 @@ def keeping_to(
     while len(said) < most_bytes and not matcher.is_stopped:
         matcher.fill(bits, 0)
         byte = _chosen(lambda token: allows(bits, 0, token), next(drawn))
-        if byte == _END:
+        if byte == BYTES_END:
             return said.decode(), True
         matcher.consume(byte)
         said.append(byte)
@@ -170,8 +158,8 @@ def keeping_to(
 
 def _chosen(allowed: Callable[[int], bool], number: int) -> int:
     """One of the bytes that are allowed, or the end: what is short and comes to an end."""
-    if allowed(_END) and number % 2:
-        return _END
+    if allowed(BYTES_END) and number % 2:
+        return BYTES_END
     letters = [byte for byte in _LETTERS if allowed(byte)]
     # Where any letter may stand, it is in a text, whose end is a quotation mark.
     in_text = len(letters) == len(_LETTERS)
@@ -179,5 +167,5 @@ def _chosen(allowed: Callable[[int], bool], number: int) -> int:
     if closing and number % 4 == 0:
         return closing[number // 4 % len(closing)]
     likely = letters if in_text else [byte for byte in _LIKELY if allowed(byte)]
-    others = likely or [byte for byte in range(_END) if allowed(byte)]
-    return others[number // 4 % len(others)] if others else _END
+    others = likely or [byte for byte in range(BYTES_END) if allowed(byte)]
+    return others[number // 4 % len(others)] if others else BYTES_END
