@@ -35,6 +35,7 @@ from trio_worker.core.memory import MB, PressureGauge
 from trio_worker.core.sequence import Ending
 from trio_worker.errors import WorkerFault
 from trio_worker.flow.door import Door
+from trio_worker.flow.reception import Reception
 from trio_worker.flow.serving import Serving, make_serving
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeats, heartbeats
@@ -111,6 +112,7 @@ class _Worker:
     world: World
     broker: Broker
     serving: Serving
+    reception: Reception
     batches: BatchCounters
     counters: RequestCounters
     beats: Heartbeats
@@ -401,6 +403,7 @@ async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
     await run_intake(
         requests,
         serving=worker.serving,
+        reception=worker.reception,
         broker=worker.broker,
         respond=partial(
             respond,
@@ -414,7 +417,6 @@ async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
         worker_id=worker.config.worker.id,
         reply_prefixes=worker.config.nats.reply_prefixes,
         counters=worker.counters,
-        rng=worker.world.rng,
         heartbeat=worker.beats.intake,
         task_status=task_status,
     )
@@ -483,6 +485,7 @@ def _make_worker(
         world=world,
         broker=broker,
         serving=serving,
+        reception=Reception(serving, counters=counters, rng=world.rng),
         batches=batches,
         counters=counters,
         beats=beats,

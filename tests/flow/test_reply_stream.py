@@ -56,6 +56,7 @@ class Wire:
 def open_reply(wire: Wire, control_subject: str | None = CONTROL) -> ReplyStream:
     return ReplyStream(
         cast("Broker", wire),
+        dialect=native,
         subject="_INBOX.me",
         control_subject=control_subject,
         request_id=RequestId("r"),

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "nats.address"},
     "ports": {"core", "errors", "protocol"},
     "flow": {*PLUMBING, "config", "exception_groups", "wire", "supervisor.restart_budget"},
+    "flow.reception": {*PLUMBING, "monitoring.counters", "wire"},
     "http": {"errors"},
     "http.messages": set(),
     "monitoring": {*PLUMBING, "config", "flow", "http"},

@@ -28,11 +28,12 @@ from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.errors import DuplicateRequest, ResourceLimitExceeded, WorkerError
 from trio_worker.flow.answer import Answer
+from trio_worker.flow.reception import Reception
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.request_channel import PrioritySendChannel
 from trio_worker.protocol.turn import Report
 from trio_worker.simulated.engine import Faults, SimulatedEngine
-from trio_worker.stages import control, intake, respond
+from trio_worker.stages import control, respond
 
 Patch = AbstractContextManager[object]
 
@@ -58,7 +59,7 @@ def terminal_message_after_an_await() -> Patch:
     async def careless(sequence: Sequence, scope: Any, reply: ReplyStream, **more: Any) -> None:
         late = _LateReply(reply)
         try:
-            await respond.respond(sequence, scope, late, **more)  # type: ignore[arg-type]
+            await respond.respond(sequence, scope, late, **more)
         finally:
             await trio.lowlevel.checkpoint()  # noqa: ASYNC102 - this is the bug
             if late.late is not None:
@@ -237,13 +238,13 @@ def refusal_names_a_control_subject() -> Patch:
 
 
 def rubbish_is_not_answered() -> Patch:
-    answer = intake._Reception._answer
+    refuse = Reception.refuse
 
-    def silent(self: Any, *arguments: Any) -> None:
-        if arguments[-1].number != 400:
-            answer(self, *arguments)
+    def silent(self: Any, arrival: Any, error: Any, *rest: Any) -> None:
+        if error.number != 400:
+            refuse(self, arrival, error, *rest)
 
-    return mock.patch.object(intake._Reception, "_answer", silent)
+    return mock.patch.object(Reception, "refuse", silent)
 
 
 def nothing_planted() -> Patch:

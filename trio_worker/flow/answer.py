@@ -15,9 +15,10 @@ from loguru import logger
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.errors import EngineFailed, InvalidRequest, WorkerError
 from trio_worker.exception_groups import sole_exceptions
-from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.flow.reply import Reply
 from trio_worker.protocol.turn import FinishReason, Output, SequenceFailure
-from trio_worker.wire.native import AnswerWriter, Usage, WholeChoice, WorkerNote
+from trio_worker.wire.dialect import AnswerWriter
+from trio_worker.wire.native import Usage, WholeChoice, WorkerNote
 
 KEEP_ALIVE_S = 5.0
 """How often at least a streaming caller hears something."""
@@ -35,7 +36,7 @@ class Answer:
     def __init__(
         self,
         sequence: Sequence,
-        reply: ReplyStream,
+        reply: Reply,
         writer: AnswerWriter,
         *,
         worker_id: str,

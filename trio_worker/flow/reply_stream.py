@@ -11,7 +11,7 @@ from __future__ import annotations
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge, WorkerError
 from trio_worker.ports import Broker
 from trio_worker.protocol.turn import RequestId
-from trio_worker.wire import native
+from trio_worker.wire.dialect import Dialect
 
 BACKLOG_BYTES_MAX = 256 * 2**10
 """What one request may hold unpublished while the broker cannot be reached."""
@@ -24,15 +24,17 @@ class ReplyStream:
         self,
         broker: Broker,
         *,
+        dialect: Dialect,
         subject: str,
         control_subject: str | None,
         request_id: RequestId,
         worker_id: str,
     ) -> None:
+        self.dialect = dialect
         self._outlet = broker.open_outlet(
             subject,
             reply=control_subject,
-            headers=native.common_headers(request_id=request_id, worker_id=worker_id),
+            headers=dialect.common_headers(request_id=request_id, worker_id=worker_id),
         )
         self._request_id = request_id
         self._sequence = 0
@@ -53,12 +55,16 @@ class ReplyStream:
     def fail(self, error: WorkerError, *, retry_after_ms: int | None = None) -> None:
         """The terminal message of a request that was not served, or not to its end."""
         try:
-            self._publish(native.error_body(error, retry_after_ms), terminal=True, error=error)
+            self._publish(
+                self.dialect.error_body(error, retry_after_ms), terminal=True, error=error
+            )
         except PayloadTooLarge as too_large:
             # The details may carry the text so far; without them the error fits.
             short = type(error)(error.message[:256], retryable=error.retryable)
             short.details["details_omitted"] = too_large.message
-            self._publish(native.error_body(short, retry_after_ms), terminal=True, error=short)
+            self._publish(
+                self.dialect.error_body(short, retry_after_ms), terminal=True, error=short
+            )
 
     def discard_unsent(self) -> None:
         """Forget what could not be published yet; numbering goes on, so the gap shows."""
@@ -69,7 +75,7 @@ class ReplyStream:
         try:
             self._outlet.publish(
                 body,
-                native.headers(sequence=self._sequence, terminal=terminal, error=error),
+                self.dialect.headers(sequence=self._sequence, terminal=terminal, error=error),
             )
         except MessageTooLarge as exc:
             raise PayloadTooLarge(

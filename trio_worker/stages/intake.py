@@ -7,8 +7,6 @@ buffer, so that a cancel message does not overtake the request it is about.
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -18,9 +16,11 @@ import trio
 from loguru import logger
 from trio_util import move_on_when
 
-from trio_worker.core.sequence import Sequence, sequences_of
+from trio_worker.core.sequence import Sequence
 from trio_worker.errors import SHUTTING_DOWN, QueueFull, WorkerDraining, WorkerError
 from trio_worker.flow.door import Door, DoorState
+from trio_worker.flow.reception import Admitted, Arrival, Reception
+from trio_worker.flow.reply import Reply
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
@@ -41,7 +41,7 @@ class Respond(Protocol):
     """Starts one request's own task: stages/respond.py with everything else filled in."""
 
     def __call__(
-        self, sequence: Sequence, scope: trio.CancelScope, reply: ReplyStream
+        self, sequence: Sequence, scope: trio.CancelScope, reply: Reply
     ) -> Awaitable[None]: ...
 
 
@@ -53,6 +53,7 @@ async def run_intake(
     requests: trio.Nursery,
     *,
     serving: Serving,
+    reception: Reception,
     broker: Broker,
     respond: Respond,
     buffer: IntakeBuffer,
@@ -60,7 +61,6 @@ async def run_intake(
     worker_id: str,
     reply_prefixes: tuple[str, ...],
     counters: RequestCounters,
-    rng: random.Random,
     heartbeat: Heartbeat,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -70,13 +70,12 @@ async def run_intake(
     drained, and everything that had arrived is answered or admitted. Cancelled: messages still
     in the buffer are lost, as they would be in the network.
     """
-    reception = _Reception(
-        serving,
+    arrivals = _Arrivals(
+        reception,
         broker=broker,
         worker_id=worker_id,
         reply_prefixes=reply_prefixes,
         counters=counters,
-        rng=rng,
     )
     send, receive = buffer
 
@@ -85,9 +84,9 @@ async def run_intake(
             send.send_nowait(message)
             heartbeat.wake(Awaited.WORK, trio.current_time())
         except trio.WouldBlock:
-            reception.refuse(message, QueueFull("more requests arrive than this worker can read"))
+            arrivals.refuse(message, QueueFull("more requests arrive than this worker can read"))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
-            reception.refuse(message, WorkerDraining(SHUTTING_DOWN))
+            arrivals.refuse(message, WorkerDraining(SHUTTING_DOWN))
 
     async with receive, trio.open_nursery() as nursery:
         await nursery.start(
@@ -102,7 +101,7 @@ async def run_intake(
             for message in _with_those_behind(first, receive):
                 if subjects.is_control(message.subject, worker_id):
                     act_on_control(message)
-                elif (admitted := reception.admit(message)) is not None:
+                elif (admitted := arrivals.admit(message)) is not None:
                     requests.start_soon(respond, *admitted)
             heartbeat.rest(Awaited.WORK)
     logger.debug("Intake ended")
@@ -175,106 +174,64 @@ async def _drain(subscriptions: Iterable[Subscription]) -> None:
             nursery.start_soon(subscription.drain)
 
 
-class _Reception:
-    """The synchronous part: reads a message, and lets the request in or answers why not."""
+class _Arrivals:
+    """Messages of the worker's own dialect as arrivals."""
 
     def __init__(
         self,
-        serving: Serving,
+        reception: Reception,
         *,
         broker: Broker,
         worker_id: str,
         reply_prefixes: tuple[str, ...],
         counters: RequestCounters,
-        rng: random.Random,
     ) -> None:
-        self._serving = serving
+        self._reception = reception
         self._broker = broker
         self._worker_id = worker_id
         self._reply_prefixes = reply_prefixes
         self._counters = counters
-        self._rng = rng
-        self._arrivals = itertools.count()
 
-    def admit(self, message: Message) -> tuple[Sequence, trio.CancelScope, ReplyStream] | None:
+    def admit(self, message: Message) -> Admitted | None:
         """What the request's task needs, or None if there will be no task.
-
-        Of a request with several choices, the sequence is that of the first.
 
         Then the caller has been answered, unless the reply subject is not one to answer to.
         """
-        reply_subject = self._reply_subject(message)
-        if reply_subject is None:
+        arrival = self._arrival(message)
+        fields = None if arrival is None else self._reception.read(arrival)
+        if arrival is None or fields is None:
             return None
-        request_id: RequestId | None = None
-        try:
-            fields = native.parse_body(message.body, self._serving.limits)
-            request_id = native.request_id_of(fields)
-            request = native.to_request(
-                fields,
-                self._serving.limits,
-                request_id=request_id or self._draw_id(),
-                draw_seed=lambda: self._rng.randrange(native.SEED_END),
-            )
-            now = trio.current_time()
-            scope = trio.CancelScope(deadline=now + request.timeout_s)
-            sequence = sequences_of(
-                request,
-                subject=message.subject,
-                reply_subject=reply_subject,
-                arrivals=self._arrivals,
-                arrived_at=now,
-                aging_s=self._serving.aging_s,
-                scope=scope,
-            )
-            self._serving.door.admit(sequence)
-        except WorkerError as error:
-            self._answer(message, reply_subject, request_id or self._draw_id(), error)
-            return None
-        logger.bind(request_id=request.request_id).debug(
-            "Request admitted: model {}, priority {}, depth {}{}",
-            self._serving.limits.model_name,
-            request.priority,
-            self._serving.door.admission.depth,
-            "" if request.caller is None else f", caller {request.caller}",
-        )
-        reply = ReplyStream(
-            self._broker,
-            subject=reply_subject,
-            control_subject=subjects.control(self._worker_id, request.request_id),
-            request_id=request.request_id,
-            worker_id=self._worker_id,
-        )
-        return sequence, scope, reply
+        return self._reception.admit(arrival, fields)
 
     def refuse(self, message: Message, error: WorkerError) -> None:
         """Answer a message that is not even read."""
-        if (subject := self._reply_subject(message)) is not None:
-            self._answer(message, subject, self._draw_id(), error)
+        if (arrival := self._arrival(message)) is not None:
+            self._reception.refuse(arrival, error)
 
-    def _reply_subject(self, message: Message) -> str | None:
-        """Where to answer. None, and counted, where the caller names nothing that is permitted."""
-        if subjects.may_reply_to(message.reply, self._reply_prefixes):
-            return message.reply
-        self._counters.dropped += 1
-        logger.debug("Message dropped: no reply subject, or one that is not permitted")
-        return None
+    def _arrival(self, message: Message) -> Arrival | None:
+        """None, and counted, where the caller names no reply subject that is permitted."""
+        reply_subject = message.reply
+        if not subjects.may_reply_to(reply_subject, self._reply_prefixes):
+            self._counters.dropped += 1
+            logger.debug("Message dropped: no reply subject, or one that is not permitted")
+            return None
 
-    def _answer(
-        self, message: Message, subject: str, request_id: RequestId, error: WorkerError
-    ) -> None:
-        self._counters.answer(message.subject, error)
-        self._counters.metrics.rejections.add(labels=(error.code.value,))
-        logger.bind(request_id=request_id, outcome=error.code.value).debug(
-            "Request refused: {}: {}", error.code, error.message
+        def open_reply(request_id: RequestId, *, is_admitted: bool) -> ReplyStream:
+            return ReplyStream(
+                self._broker,
+                dialect=native,
+                subject=reply_subject,
+                control_subject=(
+                    subjects.control(self._worker_id, request_id) if is_admitted else None
+                ),
+                request_id=request_id,
+                worker_id=self._worker_id,
+            )
+
+        return Arrival(
+            body=message.body,
+            subject=message.subject,
+            dialect=native,
+            open_reply=open_reply,
+            reply_subject=reply_subject,
         )
-        ReplyStream(
-            self._broker,
-            subject=subject,
-            control_subject=None,
-            request_id=request_id,
-            worker_id=self._worker_id,
-        ).fail(error, retry_after_ms=self._serving.door.admission.retry_after_ms())
-
-    def _draw_id(self) -> RequestId:
-        return RequestId(f"{self._rng.getrandbits(128):032x}")

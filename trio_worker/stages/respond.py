@@ -30,16 +30,15 @@ from trio_worker.errors import (
     WorkerError,
 )
 from trio_worker.flow.answer import Answer
-from trio_worker.flow.reply_stream import ReplyStream
+from trio_worker.flow.reply import Reply
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
-from trio_worker.wire.native import AnswerWriter
 
 
 async def respond(
     sequence: Sequence,
     scope: trio.CancelScope,
-    reply: ReplyStream,
+    reply: Reply,
     *,
     serving: Serving,
     counters: RequestCounters,
@@ -52,7 +51,7 @@ async def respond(
     `WORKER_DRAINING`. A fault in here is answered `INTERNAL` and logged; it stays with this
     request, whose state is released like any other's.
     """
-    writer = AnswerWriter(
+    writer = reply.dialect.AnswerWriter(
         request_id=sequence.request_id,
         model=serving.limits.model_name,
         created=int(wall_clock()),
