@@ -88,7 +88,8 @@ class Scene:
 
     @property
     def waiting(self) -> str:
-        return " ".join(each.request_id for each in self.queue._by_key.values())
+        queued = [each for each in self.sequences.values() if each in self.queue]
+        return names(sorted(queued, key=lambda each: each.key))
 
 
 def names(sequences: list[Sequence]) -> str:

@@ -79,7 +79,7 @@ def test_the_queue_passes_over_a_level_only_where_it_is_told_to() -> None:
         *(medium, low, medium),
     )
     assert queue.by_level() == {2: 1, 1: 1}
-    assert (queue.ahead_of(low.key), queue.ahead_of(medium.key)) == (1, 0)
+    assert (queue.ahead_of(low), queue.ahead_of(medium)) == (1, 0)
     assert queue.take(low) is low
     assert (queue.promotions, queue.by_level()) == (1, {1: 1})
     assert queue.take() is medium

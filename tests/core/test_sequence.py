@@ -107,6 +107,8 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
         "concluded": False,
         "prefilled": 0,
         "cached": 0,
+        "computed": 0,
+        "booked": 0,
         "queued_at": None,
         "batched_at": None,
         "first_token_at": None,

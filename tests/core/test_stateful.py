@@ -92,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
     def count_who_is_ahead(self, level: int, at: float) -> None:
         newcomer = make_sequence("newcomer", level=level, at=at)
         ahead = [each for each in self.model if each.key < newcomer.key]
-        assert self.queue.ahead_of(newcomer.key) == len(ahead)
+        assert self.queue.ahead_of(newcomer) == len(ahead)
 
     @invariant()
     def they_agree(self) -> None:

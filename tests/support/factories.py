@@ -61,10 +61,11 @@ def make_sequence(
     aging_s: float | None = 5.0,
     stage: Stage = Stage.TOKENISING,
     choices: int = 1,
+    caller: str | None = None,
 ) -> Sequence:
     """That of the first choice."""
     sequence = sequences_of(
-        make_request(request_id, priority=level, choices=choices),
+        make_request(request_id, priority=level, choices=choices, caller=caller),
         subject="",
         reply_subject="_INBOX.x",
         arrivals=_arrivals,

@@ -134,7 +134,7 @@ class Admission:
         mean_s, quickest_s = self.rate.mean_service_s, self.rate.quickest_service_s
         if mean_s is None or quickest_s is None:
             return None
-        estimate_s = self._queue.ahead_of(sequence.key) * mean_s / self.slots + quickest_s
+        estimate_s = self._queue.ahead_of(sequence) * mean_s / self.slots + quickest_s
         timeout_s = sequence.request.timeout_s
         if estimate_s <= timeout_s:
             return None

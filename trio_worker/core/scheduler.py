@@ -7,14 +7,18 @@ under way then; if it comes back, the first it gets is of the turn that admits i
 Rule 3: every running sequence holds a reservation, from when it enters until it leaves.
 Rule 4: after a loss of the engine every running sequence comes back with the tokens it has, on
 trial alone (core/trial.py) if it may be what the engine was lost for.
+Rule 5: what is computed is booked with the caller it is computed for (core/fair_shares.py), each
+token once: what a preempted sequence computes again is on nobody's account.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from trio_worker.core.fair_shares import FairShares
 from trio_worker.core.memory import ReservationLedger
 from trio_worker.core.prefill import CHUNK_MIN, PrefillBudget
 from trio_worker.core.sequence import Event, Sequence, Stage
@@ -54,9 +58,18 @@ class _Planned:
 class Scheduler:
     """All its state: the running sequences, which of them are resident, and the trial."""
 
-    def __init__(self, *, slots: int, prefill: PrefillBudget, ledger: ReservationLedger) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        prefill: PrefillBudget,
+        ledger: ReservationLedger,
+        shares: FairShares | None = None,
+    ) -> None:
         self.slots = slots
         self.ledger = ledger
+        self.shares = FairShares() if shares is None else shares
+        """The queue's: it serves by what is booked here."""
         self.shrunk = False
         """Under pressure: half the slots, half the prefill."""
         self.freed_at = float("-inf")
@@ -122,6 +135,7 @@ class Scheduler:
             sequence.batched_at = now
         self.running[sequence.request_id] = sequence
         self.ledger.reserve(sequence.request_id, self.need(sequence))
+        self._book_prompt(sequence, len(sequence.prompt) - sequence.cached)
 
     def need(self, sequence: Sequence) -> int:
         """Bytes to reserve for a sequence."""
@@ -169,7 +183,14 @@ class Scheduler:
         """It is not running any more, for whatever reason."""
         del self.running[sequence.request_id]
         self.ledger.release(sequence.request_id)
+        self._book_prompt(sequence, 0)
         self._acquit(sequence)
+
+    def _book_prompt(self, sequence: Sequence, tokens: int) -> None:
+        """Its caller is charged with so many of its prompt, or with what is computed, if more."""
+        tokens = max(tokens, sequence.computed)
+        self.shares.charge(sequence.level, sequence.caller, tokens - sequence.booked)
+        sequence.booked = tokens
 
     def plan(self, *, trim_caches: bool = False) -> Work:
         """The next turn. What it removes and admits counts as done from here on."""
@@ -222,10 +243,14 @@ class Scheduler:
             if (sequence := self._aboard(progress.request_id)) is not None:
                 sequence.prefilled = progress.done
                 sequence.cached = max(sequence.cached, progress.cached)
+                computed = min(progress.done, len(sequence.prompt)) - progress.cached
+                sequence.computed = max(sequence.computed, computed)
+                self._book_prompt(sequence, len(sequence.prompt) - sequence.cached)
         deliveries = [
             *(self._book_output(output, now) for output in report.outputs),
             *(self._book_failure(failure) for failure in report.failures),
         ]
+        self._book_answers(delivery for delivery in deliveries if delivery is not None)
         self._measure(report)
         held = planned.held_after(self._held, report)
         assert report.residents == held, (
@@ -233,6 +258,16 @@ class Scheduler:
         )
         self._held = held
         return [delivery for delivery in deliveries if delivery is not None]
+
+    def _book_answers(self, deliveries: Iterable[Delivery]) -> None:
+        """A token for each that has got one, to its caller's account."""
+        tokens = Counter(
+            (each.sequence.level, each.sequence.caller)
+            for each in deliveries
+            if isinstance(each.output, Output)
+        )
+        for (level, caller), count in tokens.items():
+            self.shares.charge(level, caller, count)
 
     def _measure(self, report: Report) -> None:
         if report.prefill_calls:

@@ -138,6 +138,10 @@ class Sequence:
     """Prompt tokens computed so far in the present prefill."""
     cached: int = 0
     """Prompt tokens taken from the prefix cache."""
+    computed: int = 0
+    """Prompt tokens computed for it, each counted once however often it was."""
+    booked: int = 0
+    """Prompt tokens that its caller's share has been charged with for it."""
 
     queued_at: float | None = None
     batched_at: float | None = None
@@ -171,6 +175,11 @@ class Sequence:
     @property
     def level(self) -> int:
         return self.request.priority
+
+    @property
+    def caller(self) -> str:
+        """Whose share of its level it is served from; all requests without a caller have one."""
+        return self.request.caller or ""
 
     @property
     def is_batchable(self) -> bool:

@@ -12,6 +12,7 @@ from trio_worker.config import WorkerConfig
 from trio_worker.core.admission import Admission
 from trio_worker.core.batching import Batching, BatchRules
 from trio_worker.core.engine_age import EngineAge
+from trio_worker.core.fair_shares import FairShares
 from trio_worker.core.formation import Formation
 from trio_worker.core.memory import PressureGauge, ReservationLedger
 from trio_worker.core.prefill import PrefillBudget
@@ -75,7 +76,9 @@ def make_serving(
     aging_s = None if queueing.aging_ms is None else queueing.aging_ms / 1000
     ledger = ReservationLedger(limit_bytes=gauge.critical_bytes)
     # Every place, and room for what leaves the batch for a while.
-    queue = RequestQueue(max_size=(queueing.max_depth if queueing.enabled else slots) + slots)
+    shares = FairShares()
+    places = queueing.max_depth if queueing.enabled else slots
+    queue = RequestQueue(max_size=places + slots, shares=shares)
     queue_in, queue_out = open_priority_channel(queue, on_put=on_queued)
     rate, arrivals = ServiceRate(), ArrivalRate()
     admission = Admission(
@@ -93,7 +96,7 @@ def make_serving(
         chunk_max=batching.prefill_chunk_tokens,
         gap_target_s=worker.engine.token_gap_target_ms / 1000,
     )
-    scheduler = Scheduler(slots=slots, prefill=prefill, ledger=ledger)
+    scheduler = Scheduler(slots=slots, prefill=prefill, ledger=ledger, shares=shares)
     rules = _batch_rules(worker, slots, aging_s)
     return Serving(
         engine=engine,
