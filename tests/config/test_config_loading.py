@@ -61,7 +61,7 @@ def test_the_name_on_the_wire_comes_from_the_model(model: str, name: str) -> Non
 def test_any_host_name_gives_a_subject_token(hostname: str) -> None:
     worker_id = load_config(None, environ={}, hostname=hostname).worker.id
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", worker_id)
-    assert worker_id not in ("model", "cancel")
+    assert worker_id not in ("model", "cancel", "by")
 
 
 @pytest.mark.parametrize(

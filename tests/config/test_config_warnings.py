@@ -21,6 +21,11 @@ def test_the_defaults_raise_no_warning_on_a_machine_that_is_large_enough() -> No
         (["worker.resource_limits.degraded_max_tokens=5000"], "degraded_max_tokens"),
         (["worker.monitoring.host=0.0.0.0"], "monitoring.host"),
         (['gateway.cors_origins=["*"]'], "gateway.cors_origins"),
+        (["worker.request_queue.max_per_caller=100"], "request_queue.max_per_caller"),
+        (
+            ["worker.request_queue.max_per_caller=3", "worker.request_queue.enabled=false"],
+            "request_queue.max_per_caller",
+        ),
         (["nats.jetstream.stream=OTHER"], "nats.jetstream.stream"),
         (["nats.jetstream.subject=jobs.>"], "nats.jetstream.subject"),
         (["nats.jetstream.max_deliver=4"], "nats.jetstream.max_deliver"),

@@ -12,7 +12,7 @@ from support.factories import make_admission, make_sequence
 from trio_worker.core.admission import Admission
 from trio_worker.core.memory import MB, MemoryReading, PressureGauge
 from trio_worker.core.request_queue import RequestQueue
-from trio_worker.core.sequence import Sequence, Stage
+from trio_worker.core.sequence import Event, Sequence, Stage
 from trio_worker.errors import (
     DuplicateRequest,
     InvalidRequest,
@@ -456,3 +456,64 @@ def test_several_choices_arrive_once() -> None:
         sequence = make_sequence(f"r{at}", at=at, choices=3)
         admission.enter(sequence)
     assert admission.arrivals.mean_gap_s == 2.5
+
+
+# --- callers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rejects", [True, False])
+def test_a_caller_at_its_bound_is_refused_in_words_of_its_own(*, rejects: bool) -> None:
+    """Also where requests may wait for a place: those that it waits for count as well."""
+    admission = make_admission(max_depth=7, max_per_caller=2, reject_when_full=rejects)
+    admission.engine_ready = True
+    first = make_sequence("a", caller="app-a")
+    admission.enter(first)
+    admission.enter(make_sequence("b", caller="app-a"))
+    refusal = admission.refusal(make_sequence("c", caller="app-a"))
+    assert isinstance(refusal, QueueFull)
+    assert str(refusal) == "Request queue full for caller app-a (2 of 2 places)"
+    assert refusal.details == {"caller": "app-a", "places": 2, "limit": 2}
+    assert refusal.retryable
+    assert admission.assess(), "others are welcome"
+    assert admission.refusal(make_sequence("d", caller="app-b")) is None
+    first.advance(Event.TOKENISED)
+    admission.batched(first)
+    assert admission.refusal(make_sequence("c", caller="app-a")) is None
+
+
+def test_requests_without_a_caller_are_together_one() -> None:
+    admission = make_admission(max_per_caller=1)
+    come(admission, "a")
+    refusal = admission.refusal(make_sequence("b"))
+    assert isinstance(refusal, QueueFull)
+    assert str(refusal) == "Request queue full for requests without a caller (1 of 1 places)"
+    assert refusal.details == {"caller": None, "places": 1, "limit": 1}
+
+
+def test_more_choices_than_one_caller_may_have_are_no_request_for_this_worker() -> None:
+    admission = make_admission(max_depth=7, max_per_caller=2)
+    refusal = admission.refusal(make_sequence("a", choices=3))
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.details == {"field": "n", "limit": 2}
+
+
+def test_without_a_queue_there_are_no_places_to_bound() -> None:
+    admission = make_admission(queue_enabled=False, slots=3, max_per_caller=1)
+    come(admission, "a", "b", "c")
+
+
+def test_a_caller_is_not_refused_for_what_another_has_waiting() -> None:
+    """`refuse_unmeetable` reckons with its own share."""
+    queue = RequestQueue(max_size=100)
+    admission = make_admission(max_depth=90, slots=1, queue=queue)
+    for _ in range(8):
+        admission.rate.record(1.0)
+    for number in range(50):
+        row = make_sequence(f"f{number}", caller="flood", at=number / 100)
+        admission.enter(row)
+        row.advance(Event.TOKENISED)
+        queue.add(row)
+    assert isinstance(
+        admission.refusal(make_sequence("late", caller="flood", at=1.0)), RequestTimeout
+    )
+    assert admission.refusal(make_sequence("guest", caller="guest", at=1.0)) is None

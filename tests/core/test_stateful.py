@@ -335,13 +335,22 @@ class AdmissionMachine(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         rejects=st.booleans(),
         queue_enabled=st.booleans(),
+        max_per_caller=st.sampled_from((None, None, 1, 2, 3)),
     )
-    def open(self, max_depth: int, slots: int, rejects: bool, queue_enabled: bool) -> None:  # noqa: FBT001 - drawn by name
+    def open(
+        self,
+        max_depth: int,
+        slots: int,
+        rejects: bool,  # noqa: FBT001 - drawn by name
+        queue_enabled: bool,  # noqa: FBT001 - drawn by name
+        max_per_caller: int | None,
+    ) -> None:
         self.gauge = PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB)
         self.queue = RequestQueue(max_size=100)
         self.admission = make_admission(
             queue_enabled=queue_enabled,
             max_depth=max_depth,
+            max_per_caller=max_per_caller,
             reject_when_full=rejects,
             slots=slots,
             refuse_unmeetable=False,
@@ -352,6 +361,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.slots = slots
         self.room_to_wait = 0 if rejects or not queue_enabled else max_depth
         self.queue_enabled = queue_enabled
+        self.per_caller = max_per_caller if queue_enabled and max_per_caller else 1000
         self.holders: dict[str, Sequence] = {}
         self.waiters: dict[str, Sequence] = {}
         self.batched: dict[str, Sequence] = {}
@@ -367,25 +377,30 @@ class AdmissionMachine(RuleBasedStateMachine):
         level=levels,
         name=st.sampled_from(["fresh", "fresh", "used"]),
         choices=st.sampled_from([1, 1, 2, 3, 7]),
+        caller=st.sampled_from([None, "a", "b"]),
     )
-    def arrive(self, level: int, name: str, choices: int) -> None:
+    def arrive(self, level: int, name: str, choices: int, caller: str | None) -> None:
         request_id = f"r{next(self.names)}"
         if name == "used" and self.in_flight:
             request_id = min(self.in_flight).partition(".")[0]
         sequence = make_sequence(
-            request_id, level=level, at=float(next(self.clock)), choices=choices
+            request_id, level=level, at=float(next(self.clock)), choices=choices, caller=caller
         )
+        unserved = {**self.holders, **self.waiters}.values()
+        claimed = sum(row.caller == sequence.caller for row in unserved)
         has_to_wait = self._has_to_wait(sequence)
         expected: type[Exception] | None = None
         if self.drained:
             expected = WorkerDraining
         elif request_id in self.in_flight:
             expected = DuplicateRequest
-        elif choices > self.places:
+        elif choices > min(self.places, self.per_caller):
             expected = InvalidRequest
         elif self.critical:
             expected = ResourceLimitExceeded
-        elif has_to_wait and len(self.waiters) + choices > self.room_to_wait:
+        elif claimed + choices > self.per_caller or (
+            has_to_wait and len(self.waiters) + choices > self.room_to_wait
+        ):
             expected = QueueFull
         refusal = self.admission.refusal(sequence)
         assert type(refusal) is (expected or type(None))
@@ -453,6 +468,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert self.admission.waiting == len(self.waiters)
         assert len(self.in_flight) <= self.places + self.slots + self.room_to_wait
         assert len(self.holders) <= self.places
+        unserved = {**self.holders, **self.waiters}.values()
+        for caller in {row.caller for row in unserved}:
+            assert sum(row.caller == caller for row in unserved) <= self.per_caller
 
 
 SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)

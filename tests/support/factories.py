@@ -86,6 +86,7 @@ def make_admission(**changes: Any) -> Admission:
     values: dict[str, Any] = {
         "queue_enabled": True,
         "max_depth": 7,
+        "max_per_caller": None,
         "reject_when_full": True,
         "slots": 2,
         "refuse_unmeetable": True,

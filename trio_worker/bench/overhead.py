@@ -102,6 +102,7 @@ def _filled(depth: int) -> tuple[Admission, RequestQueue]:
     admission = Admission(
         queue_enabled=True,
         max_depth=depth + 8,
+        max_per_caller=None,
         reject_when_full=True,
         slots=8,
         refuse_unmeetable=True,

@@ -13,7 +13,7 @@ from trio_worker.config.sections import Config, GatewayConfig, NatsConfig
 from trio_worker.errors import ConfigError
 from trio_worker.nats.address import parse_nats_url
 
-RESERVED_IDS = ("model", "cancel")
+RESERVED_IDS = ("model", "cancel", "by")
 """Subjects of their own stand where a worker's id would."""
 
 Conflict: TypeAlias = tuple[tuple[str, ...], str]

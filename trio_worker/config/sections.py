@@ -258,6 +258,18 @@ class QueueConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "for a place"
         ),
     ] = True
+    max_per_caller: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=100_000,
+                description="how many places one caller may hold or wait for, all requests without "
+                "a caller together being one; null: all of them",
+            ),
+        ]
+        | None
+    ) = None
     priority_levels: Annotated[
         int,
         Meta(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from trio_worker.config.hosts import is_loopback
 from trio_worker.config.keys import shown
 from trio_worker.config.secrets import files_with_secrets, is_readable_by_all
-from trio_worker.config.sections import Config, GatewayConfig, JetStreamConfig
+from trio_worker.config.sections import Config, GatewayConfig, JetStreamConfig, QueueConfig
 
 
 def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
@@ -34,6 +34,7 @@ def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
             f"is above max_tokens_limit ({config.worker.requests.max_tokens_limit}) "
             "and has no effect"
         )
+    found += _about_callers(config.worker.request_queue)
     found += _about_origins(config.gateway)
     found += [
         f"cluster.{path}: {shown(name)} can be read by every user of this machine; "
@@ -49,6 +50,17 @@ def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
             "machines, and the monitoring pages ask for no password"
         )
     return found
+
+
+def _about_callers(queue: QueueConfig) -> Iterator[str]:
+    most = queue.max_depth if queue.reject_when_full else 2 * queue.max_depth
+    if queue.max_per_caller is None:
+        return
+    path = f"cluster.worker.request_queue.max_per_caller: {queue.max_per_caller}"
+    if not queue.enabled:
+        yield f"{path} has no effect while cluster.worker.request_queue.enabled is false"
+    elif queue.max_per_caller >= most:
+        yield f"{path} has no effect, since there are {most} places"
 
 
 def _about_origins(gateway: GatewayConfig) -> Iterator[str]:

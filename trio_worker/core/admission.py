@@ -6,12 +6,17 @@ everything that speaks against it is one synchronous decision, so nothing can ov
 between a check and an act. Whoever has to wait for places is not overtaken by a later key, however
 few places that may need.
 
+`max_per_caller` bounds the places that one caller holds and waits for. It refuses that caller and
+nobody else: whether others should come here does not hang on it.
+
 The mapping of requests in flight is there to refuse duplicates, to find the scope a cancel
 message means, and to be looked at. Nobody waits on it and no answer goes through it: the one who
 waits for an answer is the request's own task.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from sortedcontainers import SortedDict
 
@@ -43,6 +48,7 @@ class Admission:
         *,
         queue_enabled: bool,
         max_depth: int,
+        max_per_caller: int | None,
         reject_when_full: bool,
         slots: int,
         refuse_unmeetable: bool,
@@ -52,6 +58,7 @@ class Admission:
         arrivals: ArrivalRate,
     ) -> None:
         self.max_depth = max_depth if queue_enabled else slots
+        self.max_per_caller = max_per_caller if queue_enabled else None
         self.slots = slots
         self.gauge = gauge
         self.rate = rate
@@ -69,6 +76,8 @@ class Admission:
         """One for each request."""
         self.waiting = 0
         """How many places those who wait will take."""
+        self._claimed: Counter[str] = Counter()
+        """How many places each caller holds or waits for; bound: those who do."""
         self._accepting = False
 
     @property
@@ -103,11 +112,11 @@ class Admission:
                 f"a request with the id {request_id} is in flight on this worker",
                 details={"request_id": request_id},
             )
-        if places > self.max_depth:
+        most = min(self.max_depth, self.max_per_caller or self.max_depth)
+        if places > most:
             return InvalidRequest(
-                f"n: {places} choices at a time are more than this worker has places for, "
-                f"{self.max_depth}",
-                details={"field": "n", "limit": self.max_depth},
+                f"n: {places} choices at a time are more than this worker has places for, {most}",
+                details={"field": "n", "limit": most},
             )
         if self.gauge.level is Pressure.CRITICAL:
             used_mb = round(self.gauge.used / MB)
@@ -118,12 +127,29 @@ class Admission:
                     "critical_memory_mb": round(self.gauge.critical_bytes / MB),
                 },
             )
-        if not self._gets_places(sequence) and self.waiting + places > self._max_waiting:
-            return QueueFull(
-                f"Request queue full (depth: {self.depth})",
-                details={"depth": self.depth, "max_depth": self.max_depth},
-            )
+        if (refusal := self._no_places(sequence)) is not None:
+            return refusal
         return self._unmeetable(sequence) if self._refuse_unmeetable else None
+
+    def _no_places(self, sequence: Sequence) -> QueueFull | None:
+        """Whether it neither gets places nor may wait for them, for the reason that it is told."""
+        places, claimed = len(sequence.rows), self._claimed[sequence.caller]
+        if self.max_per_caller is not None and claimed + places > self.max_per_caller:
+            who = f"caller {sequence.caller}" if sequence.caller else "requests without a caller"
+            return QueueFull(
+                f"Request queue full for {who} ({claimed} of {self.max_per_caller} places)",
+                details={
+                    "caller": sequence.request.caller,
+                    "places": claimed,
+                    "limit": self.max_per_caller,
+                },
+            )
+        if self._gets_places(sequence) or self.waiting + places <= self._max_waiting:
+            return None
+        return QueueFull(
+            f"Request queue full (depth: {self.depth})",
+            details={"depth": self.depth, "max_depth": self.max_depth},
+        )
 
     def _unmeetable(self, sequence: Sequence) -> WorkerError | None:
         """Whether the deadline would pass even if all went as well as it ever did of late.
@@ -159,23 +185,36 @@ class Admission:
                 row.stage = Stage.WAITING
             self._waiting[sequence.key] = sequence
             self.waiting += len(rows)
+        self._claimed[sequence.caller] += len(rows)
         self.in_flight.update((row.request_id, row) for row in rows)
         self.arrivals.record(sequence.arrived_at)
 
     def batched(self, row: Sequence) -> list[Sequence]:
         """A choice has entered the batch and gives its place up; returns who gets places."""
-        self._placed.discard(row.request_id)
+        self._give_up_place(row)
         return self._followers()
 
     def leave(self, sequence: Sequence) -> list[Sequence]:
         """The request has ended; returns who gets places, its own or those that it waited for."""
         for row in sequence.rows:
             del self.in_flight[row.request_id]
-            self._placed.discard(row.request_id)
+            self._give_up_place(row)
         if self._waiting.get(sequence.key) is sequence:
             del self._waiting[sequence.key]
             self.waiting -= len(sequence.rows)
+            self._claim_less(sequence.caller, len(sequence.rows))
         return self._followers()
+
+    def _give_up_place(self, row: Sequence) -> None:
+        """If it holds one: not when it comes back into the batch."""
+        if row.request_id in self._placed:
+            self._placed.remove(row.request_id)
+            self._claim_less(row.caller, 1)
+
+    def _claim_less(self, caller: str, places: int) -> None:
+        self._claimed[caller] -= places
+        if not self._claimed[caller]:
+            del self._claimed[caller]
 
     def _followers(self) -> list[Sequence]:
         """Give the free places to those who wait, the earliest first, as far as they go."""

@@ -69,8 +69,10 @@ class _Level:
         return next((each for each in firsts if each is not None), None)
 
     def ahead_of(self, sequence: Sequence) -> int:
-        """How many are surely served before this one: its caller's earlier ones, and one each of
-        the callers who have been served less."""
+        """How many of its level are served before this one, at least.
+
+        Its caller's earlier ones, and one of each caller who has been served less.
+        """
         line = self.lines.get(sequence.caller)
         own = 0 if line is None else int(line.bisect_left(sequence.key))
         return own + self.shares.ahead_of(sequence.caller, sequence.key)

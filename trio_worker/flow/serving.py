@@ -84,6 +84,7 @@ def make_serving(
     admission = Admission(
         queue_enabled=queueing.enabled,
         max_depth=queueing.max_depth,
+        max_per_caller=queueing.max_per_caller,
         reject_when_full=queueing.reject_when_full,
         slots=slots,
         refuse_unmeetable=worker.requests.refuse_unmeetable,
