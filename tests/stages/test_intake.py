@@ -19,7 +19,10 @@ BUFFER = 256
 TOGETHER_MAX = 16
 DRAIN_S = 0.5
 DIRECT = f"inference.{WORKER_ID}"
-SHARED = {"inference", "inference.model.smollm2-135m-instruct"}
+SHARED = {
+    *("inference", "inference.model.smollm2-135m-instruct"),
+    *("inference.by.*", "inference.by.*.model.smollm2-135m-instruct"),
+}
 
 
 def listening(rig: Rig) -> set[str]:

@@ -56,6 +56,10 @@ async def test_each_question_is_answered_once_by_whatever_subject(
 DIRECT = {"name": "worker", "subject": f"inference.{WORKER_ID}", "queue_group": ""}
 FLEET = {"name": "fleet", "subject": "inference", "queue_group": "trio-workers"}
 MODEL = {"name": "model", "subject": "inference.model.m", "queue_group": "trio-workers"}
+BY_CALLER = (
+    FLEET | {"name": "fleet-by-caller", "subject": "inference.by.*"},
+    MODEL | {"name": "model-by-caller", "subject": "inference.by.*.model.m"},
+)
 LIMITS = (
     "worker.continuous_batching.max_batch_size=3",
     "worker.request_queue.max_depth=5",
@@ -99,7 +103,7 @@ async def test_info_says_where_requests_go_and_what_the_worker_takes(
             "critical_memory_mb": "1000",
         },
         "description": "Serves a language model to callers on NATS.",
-        "endpoints": [each | {"metadata": {}} for each in (DIRECT, FLEET, MODEL)],
+        "endpoints": [each | {"metadata": {}} for each in (DIRECT, FLEET, MODEL, *BY_CALLER)],
     }
 
 
@@ -124,6 +128,7 @@ async def test_stats_are_of_the_same_endpoints_from_the_same_start(
         DIRECT | none_yet,
         FLEET | none_yet | {"data": None},
         MODEL | none_yet | {"data": None},
+        *(each | none_yet | {"data": None} for each in BY_CALLER),
     ]
     assert stats["started"] == later["started"] == "2023-11-14T22:13:20Z"
     one_turn_ns = 20_050_000
@@ -168,16 +173,19 @@ async def test_counts_are_those_of_each_subject(autojump_clock: MockClock) -> No
         assert (await rig.ask(prompt="a", max_tokens=0)).code == "INVALID_REQUEST"
         async with rig.client.ask({"prompt": "a", "max_tokens": 4}) as answer:
             await answer.text()
+        for caller in ("app-a", "app-b"):
+            await rig.raw(b'{"prompt": "a", "max_tokens": 1}', subject=f"inference.by.{caller}")
         (stats,) = await ask_service(rig, "$SRV.STATS.trio-worker")
-        own, fleet, model = stats["endpoints"]
+        own, fleet, model, by_caller, _ = stats["endpoints"]
         assert (own["num_requests"], own["num_errors"]) == (4, 1)
         assert own["last_error"] == "400:INVALID_REQUEST"
         assert own["processing_time"] >= 3 * 4 * 10_000_000
         assert own["average_processing_time"] == own["processing_time"] // 4
         assert (fleet["num_requests"], fleet["num_errors"], fleet["last_error"]) == (1, 0, "")
         assert (model["num_requests"], model["average_processing_time"]) == (0, 0)
-        assert own["data"]["requests"]["completed"] == 4
-        assert own["data"]["tokens"]["generated"] == 16
+        assert (by_caller["num_requests"], by_caller["num_errors"]) == (2, 0)
+        assert own["data"]["requests"]["completed"] == 6
+        assert own["data"]["tokens"]["generated"] == 18
         assert fleet["data"] is None
 
 

@@ -11,6 +11,9 @@ def test_the_subjects_of_a_worker() -> None:
     assert subjects.GROUP == "trio-workers"
     assert subjects.direct("w1") == "inference.w1"
     assert subjects.shared("m") == ("inference", "inference.model.m")
+    assert subjects.by_caller("app-a") == "inference.by.app-a"
+    assert subjects.by_caller("app-a", model="m.v1") == "inference.by.app-a.model.m.v1"
+    assert subjects.shared_by_caller("m") == ("inference.by.*", "inference.by.*.model.m")
     assert subjects.control("w1", "r1") == "inference.w1.ctl.r1"
     assert subjects.ping("w1") == "worker.w1.ping"
     assert subjects.stats("w1") == "worker.w1.stats"
@@ -41,6 +44,36 @@ def test_the_subjects_of_a_worker() -> None:
 )
 def test_where_a_request_is_sent(worker_id: str | None, model: object, expected: str) -> None:
     assert subjects.for_request(worker_id=worker_id, model=model) == expected
+
+
+@pytest.mark.parametrize(
+    ("worker_id", "model", "expected"),
+    [
+        ("w1", "m", "inference.w1"),
+        (None, "m.v1", "inference.by.app-a.model.m.v1"),
+        (None, None, "inference.by.app-a"),
+        (None, "a.*", "inference.by.app-a"),
+    ],
+)
+def test_where_a_request_is_sent_in_a_callers_name(
+    worker_id: str | None, model: object, expected: str
+) -> None:
+    assert subjects.for_request(worker_id=worker_id, model=model, caller="app-a") == expected
+
+
+@pytest.mark.parametrize(
+    ("subject", "counted", "caller"),
+    [
+        ("inference", "inference", None),
+        ("inference.w1", "inference.w1", None),
+        ("inference.model.by.x", "inference.model.by.x", None),
+        ("inference.by.app-a", "inference.by.*", "app-a"),
+        ("inference.by.app-a.model.m.v1", "inference.by.*.model.m.v1", "app-a"),
+        ("inference.by.a b", "inference.by.*", "a b"),
+    ],
+)
+def test_what_a_subject_says_of_who_asks(subject: str, counted: str, caller: str | None) -> None:
+    assert subjects.origin_of(subject) == (counted, caller)
 
 
 def test_an_answer_may_go_below_any_permitted_prefix_up_to_512_characters() -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 from typing import Any, Self
 
-from trio_worker.calling.attempts import Chunk, Exchange, Persistence, join
+from trio_worker.calling.attempts import Chunk, Exchange, Persistence, check_caller, join
 
 INBOX_MESSAGES = 8192
 """Messages of one answer that may wait to be read: more than any answer has by default."""
@@ -51,8 +51,12 @@ class AnswerOnAnyLoop(ABC):
 class ClientOnAnyLoop(ABC):
     """Asks over one connection; any number of answers at a time."""
 
-    def __init__(self, persistence: Persistence) -> None:
+    def __init__(self, persistence: Persistence, *, caller: str | None) -> None:
+        """Raises `ValueError` if `caller` is no name of one."""
+        if caller is not None:
+            check_caller(caller)
         self._persistence = persistence
+        self._caller = caller
         self._rng = Random()  # noqa: S311 - spreads retries; no secret
 
     @abstractmethod
@@ -79,4 +83,5 @@ class ClientOnAnyLoop(ABC):
             persistence=self._persistence,
             rng=self._rng,
             now=now,
+            caller=self._caller,
         )

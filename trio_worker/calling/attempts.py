@@ -66,6 +66,12 @@ class Chunk:
     headers: Mapping[str, str]
 
 
+def check_caller(caller: str) -> None:
+    """Raise `ValueError` if this cannot be the name of a caller."""
+    if not native.CALLER.match(caller):
+        raise ValueError(f"{caller!r} is no caller's name: expected up to 64 of A-Z a-z 0-9 _ -")
+
+
 def join(chunks: Sequence[Chunk]) -> Chunk:
     """The last chunk, with what all have said of the first choice."""
     of_first = [chunk for chunk in chunks if chunk.choice == 0]
@@ -98,6 +104,8 @@ class Exchange:
 
     Args:
         request: the fields of the wire format; one without a `request_id` gets `request_id`.
+        caller: in whose name it is sent, on the subject that names it; to a certain worker it
+            goes as the field, which proves nothing.
     """
 
     def __init__(
@@ -109,8 +117,11 @@ class Exchange:
         persistence: Persistence,
         rng: Random,
         now: float,
+        caller: str | None = None,
     ) -> None:
         self._request = dict(request)
+        if caller is not None:
+            self._request["caller"] = caller
         self._rng = rng
         self._attempts_left = persistence.attempts
         self._another_may_have_room = worker_id is None
@@ -123,7 +134,9 @@ class Exchange:
         self._content_was_handed_out = False
         self._at_work = False
         """A worker may have the request."""
-        self.subject = subjects.for_request(worker_id=worker_id, model=request.get("model"))
+        self.subject = subjects.for_request(
+            worker_id=worker_id, model=request.get("model"), caller=caller
+        )
         self.request_id = self._settle_id(request_id)
         self.control_subject: str | None = None
         """Known from a worker's first message on."""

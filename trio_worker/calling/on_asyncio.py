@@ -112,6 +112,8 @@ class Client(ClientOnAnyLoop):
             retried; 1 is never again.
         nobody_listens_grace_s: for how long it is sent again where no worker listens, as while
             one restarts, within the deadline; 0 is never again.
+        caller: whose requests these are; they go to the subject that names it, on which the
+            server may hold an account to one caller. None: to those of everybody.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Client(ClientOnAnyLoop):
         timeout_ms: int | None = 30_000,
         attempts: int = 3,
         nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+        caller: str | None = None,
     ) -> None:
         self._connection = connection
         super().__init__(
@@ -128,7 +131,8 @@ class Client(ClientOnAnyLoop):
                 timeout_ms=timeout_ms,
                 attempts=attempts,
                 nobody_listens_grace_s=nobody_listens_grace_s,
-            )
+            ),
+            caller=caller,
         )
 
     @asynccontextmanager
@@ -180,13 +184,14 @@ async def open_client(
     timeout_ms: int | None = 30_000,
     attempts: int = 3,
     nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+    caller: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Client]:
     """A client on a connection of its own. Raises as `nats.connect` does.
 
-    `timeout_ms`, `attempts` and `nobody_listens_grace_s` are as `Client` says; `options` go to
-    `nats.connect`: `user`, `password`, `token`, `user_credentials`, `tls`, `inbox_prefix` and so
-    on.
+    `timeout_ms`, `attempts`, `nobody_listens_grace_s` and `caller` are as `Client` says; `options`
+    go to `nats.connect`: `user`, `password`, `token`, `user_credentials`, `tls`, `inbox_prefix`
+    and so on.
     """
     connection = await nats.connect(url, **{"name": "trio-worker client", **options})
     try:
@@ -195,6 +200,7 @@ async def open_client(
             timeout_ms=timeout_ms,
             attempts=attempts,
             nobody_listens_grace_s=nobody_listens_grace_s,
+            caller=caller,
         )
     finally:
         with suppress(TimeoutError, nats_errors.Error):

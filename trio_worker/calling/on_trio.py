@@ -113,6 +113,8 @@ class Client(ClientOnAnyLoop):
             retried; 1 is never again.
         nobody_listens_grace_s: for how long it is sent again where no worker listens, as while
             one restarts, within the deadline; 0 is never again.
+        caller: whose requests these are; they go to the subject that names it, on which the
+            server may hold an account to one caller. None: to those of everybody.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Client(ClientOnAnyLoop):
         timeout_ms: int | None = 30_000,
         attempts: int = 3,
         nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+        caller: str | None = None,
     ) -> None:
         self._broker = broker
         super().__init__(
@@ -129,7 +132,8 @@ class Client(ClientOnAnyLoop):
                 timeout_ms=timeout_ms,
                 attempts=attempts,
                 nobody_listens_grace_s=nobody_listens_grace_s,
-            )
+            ),
+            caller=caller,
         )
 
     @asynccontextmanager
@@ -187,12 +191,13 @@ async def open_client(
     timeout_ms: int | None = 30_000,
     attempts: int = 3,
     nobody_listens_grace_s: float = NOBODY_LISTENS_GRACE_S,
+    caller: str | None = None,
 ) -> AsyncIterator[Client]:
     """A client on a connection of its own. Raises as `open_nats_broker` does.
 
-    `timeout_ms`, `attempts` and `nobody_listens_grace_s` are as `Client` says. Answers come to
-    subjects that begin with `inbox_prefix` and a dot: where every caller has a prefix of its own,
-    it goes with `nats.reply_prefixes` of the workers and with the server's permissions.
+    `timeout_ms`, `attempts`, `nobody_listens_grace_s` and `caller` are as `Client` says. Answers
+    come to subjects that begin with `inbox_prefix` and a dot: where every caller has a prefix of
+    its own, it goes with `nats.reply_prefixes` of the workers and with the server's permissions.
     """
     async with open_nats_broker(url, name=name, login=login, inbox_prefix=inbox_prefix) as broker:
         yield Client(
@@ -200,4 +205,5 @@ async def open_client(
             timeout_ms=timeout_ms,
             attempts=attempts,
             nobody_listens_grace_s=nobody_listens_grace_s,
+            caller=caller,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from trio_worker.calling.attempts import check_caller
 from trio_worker.cli.arguments import Commands, add_config, loaded_config
 from trio_worker.cli.exit_statuses import (
     ANSWERED_WITH_AN_ERROR,
@@ -50,6 +51,12 @@ def add_parser(commands: Commands) -> None:
         metavar="PREFIX",
         default="_INBOX",
         help="answers come below this subject (_INBOX); for accounts with inboxes of their own",
+    )
+    parser.add_argument(
+        "--caller",
+        metavar="NAME",
+        type=_caller,
+        help="ask on the subject of this caller; for accounts that may use no other",
     )
     parser.set_defaults(command=_ask)
 
@@ -104,7 +111,10 @@ async def _ask_and_show(args: argparse.Namespace, config: Config, url: str) -> N
     show = show_messages if args.json else show_answer
     with trio.fail_after(args.timeout) as connecting:
         async with open_client(
-            url, login=login_of(config.nats), inbox_prefix=args.inbox_prefix
+            url,
+            login=login_of(config.nats),
+            inbox_prefix=args.inbox_prefix,
+            caller=args.caller,
         ) as client:
             # From here on the request has its own deadline.
             connecting.deadline = math.inf
@@ -123,6 +133,14 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         "stream": args.stream,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _caller(text: str) -> str:
+    try:
+        check_caller(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _level(text: str | None) -> str | int | None:

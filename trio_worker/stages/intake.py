@@ -17,7 +17,13 @@ from loguru import logger
 from trio_util import move_on_when
 
 from trio_worker.core.sequence import Sequence
-from trio_worker.errors import SHUTTING_DOWN, QueueFull, WorkerDraining, WorkerError
+from trio_worker.errors import (
+    SHUTTING_DOWN,
+    InvalidRequest,
+    QueueFull,
+    WorkerDraining,
+    WorkerError,
+)
 from trio_worker.flow.door import Door, DoorState
 from trio_worker.flow.reception import Admitted, Arrival, Reception
 from trio_worker.flow.reply import Reply
@@ -153,7 +159,7 @@ async def _hold_shared(
     broker: Broker, model_name: str, offer: Callable[[Message], None], held: list[Subscription]
 ) -> None:
     """Join the queue group, and stay until cancelled; what stands so far is in `held`."""
-    for subject in subjects.shared(model_name):
+    for subject in (*subjects.shared(model_name), *subjects.shared_by_caller(model_name)):
         subscription = await broker.subscribe(subject, offer, group=subjects.GROUP)
         held += [subscription]
     logger.info("Joined the queue group")
@@ -198,8 +204,13 @@ class _Arrivals:
         Then the caller has been answered, unless the reply subject is not one to answer to.
         """
         arrival = self._arrival(message)
-        fields = None if arrival is None else self._reception.read(arrival)
-        if arrival is None or fields is None:
+        if arrival is None:
+            return None
+        if arrival.caller is not None and not native.CALLER.match(arrival.caller):
+            self._reception.refuse(arrival, _no_caller(message.subject))
+            return None
+        fields = self._reception.read(arrival)
+        if fields is None:
             return None
         return self._reception.admit(arrival, fields)
 
@@ -228,10 +239,20 @@ class _Arrivals:
                 worker_id=self._worker_id,
             )
 
+        origin = subjects.origin_of(message.subject)
         return Arrival(
             body=message.body,
-            subject=message.subject,
+            subject=origin.subject,
             dialect=native,
             open_reply=open_reply,
             reply_subject=reply_subject,
+            caller=origin.caller,
         )
+
+
+def _no_caller(subject: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the subject {subject} names no caller: after `inference.by.` come up to 64 of "
+        "A-Z a-z 0-9 _ -",
+        details={"subject": subject},
+    )

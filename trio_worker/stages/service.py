@@ -42,11 +42,17 @@ class Endpoint:
 
 
 def endpoints_of(worker: WorkerConfig) -> tuple[Endpoint, ...]:
-    any_model, this_model = subjects.shared(worker.model_name)
+    shared = (
+        *subjects.shared(worker.model_name),
+        *subjects.shared_by_caller(worker.model_name),
+    )
+    names = ("fleet", "model", "fleet-by-caller", "model-by-caller")
     return (
         Endpoint(name="worker", subject=subjects.direct(worker.id)),
-        Endpoint(name="fleet", subject=any_model, queue_group=subjects.GROUP),
-        Endpoint(name="model", subject=this_model, queue_group=subjects.GROUP),
+        *(
+            Endpoint(name=name, subject=subject, queue_group=subjects.GROUP)
+            for name, subject in zip(names, shared, strict=True)
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from trio_worker.protocol.turn import RequestId
 
@@ -26,13 +26,50 @@ def shared(model_name: str) -> tuple[str, str]:
     return ("inference", f"inference.model.{model_name}")
 
 
-def for_request(*, worker_id: str | None, model: object) -> str:
-    """Where a caller sends a request: to one worker, to those that serve a model, or to any."""
+_BY_CALLER = "inference.by."
+
+
+def by_caller(caller: str, *, model: str | None = None) -> str:
+    """Where requests of one caller go, whom the server's permissions hold to its own subject.
+
+    To any of the fleet, or to those that serve a model; with `*`, those of all callers.
+    """
+    return f"{_BY_CALLER}{caller}" + ("" if model is None else f".model.{model}")
+
+
+def shared_by_caller(model_name: str) -> tuple[str, str]:
+    """As `shared`, for requests whose subject names the caller: patterns."""
+    return (by_caller("*"), by_caller("*", model=model_name))
+
+
+class Origin(NamedTuple):
+    """What the subject says of a request that came in on it."""
+
+    subject: str
+    """One of few, to count it by."""
+    caller: str | None
+    """The token where a caller's name should be; None where the subject has none."""
+
+
+def origin_of(subject: str) -> Origin:
+    """Where a request came in, with the callers' own subjects taken together."""
+    if not subject.startswith(_BY_CALLER):
+        return Origin(subject, None)
+    caller, *rest = subject.removeprefix(_BY_CALLER).split(".")
+    return Origin(".".join([by_caller("*"), *rest]), caller)
+
+
+def for_request(*, worker_id: str | None, model: object, caller: str | None = None) -> str:
+    """Where a request is sent: to one worker, to those that serve a model, or to any.
+
+    With a caller, except to one worker, on the subject that names it.
+    """
     if worker_id is not None:
         return direct(worker_id)
-    if isinstance(model, str) and _CONCRETE.match(model):
-        return shared(model)[1]
-    return "inference"
+    named = model if isinstance(model, str) and _CONCRETE.match(model) else None
+    if caller is not None:
+        return by_caller(caller, model=named)
+    return "inference" if named is None else shared(named)[1]
 
 
 def control(worker_id: str, request_id: RequestId | str) -> str:

@@ -13,7 +13,7 @@ from trio_worker.wire.native.control import (
     cancelled_id,
 )
 from trio_worker.wire.native.error_reply import error_body
-from trio_worker.wire.native.fields import FIELD_NAMES, RequestLimits
+from trio_worker.wire.native.fields import CALLER, FIELD_NAMES, RequestLimits
 from trio_worker.wire.native.reply_headers import Header, common_headers, headers
 from trio_worker.wire.native.request import (
     WITHOUT_EFFECT,
@@ -25,6 +25,7 @@ from trio_worker.wire.native.request import (
 from trio_worker.wire.native.whole_choice import WholeChoice
 
 __all__ = [
+    "CALLER",
     "CANCEL_BODY",
     "FIELD_NAMES",
     "SEED_END",
