@@ -40,6 +40,7 @@ def make_exchange(
     attempts: int = 3,
     grace_s: float = math.inf,
     worker_id: str | None = "w1",
+    as_caller: str | None = None,
     **fields: Any,
 ) -> Exchange:
     return Exchange(
@@ -51,6 +52,7 @@ def make_exchange(
         ),
         rng=rng or random.Random(0),
         now=100.0,
+        caller=as_caller,
     )
 
 
@@ -105,6 +107,20 @@ def test_a_timeout_that_is_none_is_left_to_the_worker_to_refuse(wrong: object) -
     )
     assert sent(exchange, 0.0)["timeout_ms"] == wrong
     assert exchange.gives_up_at == math.inf
+
+
+def test_a_request_in_a_callers_name_goes_to_the_subject_that_names_it() -> None:
+    anybody = make_exchange(worker_id=None, as_caller="app-a", caller="another")
+    assert anybody.subject == "inference.by.app-a"
+    assert sent(anybody, 100.0)["caller"] == "app-a"
+    assert (
+        make_exchange(worker_id=None, as_caller="app-a", model="m-1.2").subject
+        == "inference.by.app-a.model.m-1.2"
+    )
+    certain = make_exchange(worker_id="w1", as_caller="app-a")
+    assert certain.subject == "inference.w1"
+    assert sent(certain, 100.0)["caller"] == "app-a"
+    assert "caller" not in sent(make_exchange(), 100.0)
 
 
 def test_a_request_goes_to_the_worker_the_model_or_anybody() -> None:

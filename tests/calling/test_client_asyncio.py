@@ -151,6 +151,22 @@ async def test_asyncio_streams_completes_and_cancels_at_a_worker(tmp_path: Path)
     assert outcomes == {"ok": 2, "INVALID_REQUEST": 1, "CANCELLED": 3}
 
 
+@pytest.mark.nats
+async def test_asyncio_asks_in_a_callers_name(tmp_path: Path) -> None:
+    async with running_command(tmp_path, "--engine", "simulated", "--log-level", "debug") as worker:
+        await worker.wait_ready()
+
+        async def work() -> None:
+            async with client_asyncio.open_client(worker.url, caller="app-a") as client:
+                assert (await client.complete({"prompt": "x", "max_tokens": 1})).text
+            with pytest.raises(ValueError, match="no caller's name"):
+                async with client_asyncio.open_client(worker.url, caller="app.a"):
+                    pass
+
+        await in_asyncio(work)
+        assert "caller app-a" in worker.log.read_text()
+
+
 @pytest.mark.process
 def test_the_asyncio_flavour_leaves_asyncio_as_it_is() -> None:
     code = (

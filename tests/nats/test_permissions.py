@@ -54,13 +54,16 @@ def server_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[NatsServer]:
 
 
 @asynccontextmanager
-async def client_of(server: NatsServer, user: str) -> AsyncIterator[Client]:
+async def client_of(
+    server: NatsServer, user: str, *, caller: str | None = None
+) -> AsyncIterator[Client]:
     async with open_client(
         server.url,
         login=Login(user=user, password=f"secret-{user}"),
         inbox_prefix=f"_INBOX.{user}",
         timeout_ms=5000,
         attempts=1,
+        caller=caller,
     ) as client:
         yield client
 
@@ -142,6 +145,42 @@ async def test_everybody_does_their_work_and_the_server_refuses_nothing(
             assert await second.wait_exit(20) == 78
         assert "worker.id" in second.log.read_text()
     assert violations(server) == []
+
+
+async def test_a_caller_who_is_held_to_its_own_subject_is_nobody_else(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    log_options = ("--log-level", "debug")
+    async with running_command(tmp_path, *WORKER_OPTIONS, *log_options, url=server.url) as worker:
+        await worker.wait_ready()
+        async with client_of(server, "app-c", caller="app-c") as client:
+            request = {"prompt": "x", "max_tokens": 2, "caller": "app-a"}
+            whole = await client.complete(request)
+            assert (await client.complete({**request, "model": whole.body["model"]})).text
+            async with client.ask(LONG) as answer:
+                await anext(answer)
+                answer.cancel()
+                with pytest.raises(RequestCancelled):
+                    await answer.text()
+        assert violations(server) == []
+        ask = await command(
+            *("ask", "hi", "--url", server.url, "--max-tokens", "2", "--caller", "app-c"),
+            *("--set", "nats.user=app-c", "--set", "nats.password=secret-app-c"),
+            *("--inbox-prefix", "_INBOX.app-c"),
+        )
+        assert ask.returncode == 0, ask.stderr
+        async with peer_of(server, "app-c") as peer:
+            body = b'{"prompt": "x"}'
+            for subject in (
+                *("inference", "inference.w1", "inference.model.x", "inference.cancel"),
+                *("inference.by.app-a", "inference.by.app-c.x", "inference.by.app-a.model.x"),
+            ):
+                await peer.say(subject, body, reply="_INBOX.app-c.x")
+        assert await outcomes(worker) == {"ok": 3, "CANCELLED": 1}
+        log = worker.log.read_text()
+    assert log.count("caller app-c") == 4
+    assert "caller app-a" not in log
+    assert [verb for verb, _, _ in violations(server)] == ["Publish"] * 7
 
 
 async def test_a_gateway_asks_and_cancels_for_whoever_calls_it(

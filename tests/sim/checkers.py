@@ -25,7 +25,7 @@ from trio_worker.simulated.speech import STYLE, Speaker
 from trio_worker.stages.intake import SUBSCRIPTION_DRAIN_S
 from trio_worker.wire import subjects
 
-from .plan import FORM_FIELDS, Call, Plan
+from .plan import FORM_FIELDS, Call, Plan, caller_of
 from .record import Admitted, Published, Record
 from .world import make_config
 
@@ -289,7 +289,8 @@ def errors_have_a_cause(plan: Plan, record: Record) -> Iterator[str]:
                 "PAYLOAD_TOO_LARGE": call.fields is None or len(call.body) > 2000,
                 "CONTEXT_LENGTH_EXCEEDED": plan.context_length < 200 or call.fields is None,
                 "DUPLICATE_REQUEST": call.copies > 1 or request_id.startswith("same"),
-                "QUEUE_FULL": _queue_was_full(plan, record, at, _choices_of(call)),
+                "QUEUE_FULL": _caller_was_full(plan, record, at, call)
+                or _queue_was_full(plan, record, at, _choices_of(call)),
             }.get(code, False)
             if not cause:
                 yield f"{each.inbox} got {code} at {at:.4f} for no reason: {error['message']}"
@@ -306,7 +307,22 @@ def _slots_of(plan: Plan) -> int:
 
 def _places_of(plan: Plan) -> int:
     queueing = make_config(plan.overrides).worker.request_queue
-    return queueing.max_depth if queueing.enabled else _slots_of(plan)
+    if not queueing.enabled:
+        return _slots_of(plan)
+    return min(queueing.max_depth, queueing.max_per_caller or queueing.max_depth)
+
+
+def _caller_was_full(plan: Plan, record: Record, at: float, call: Call) -> bool:
+    """Its other rows that had not entered the batch before; of several some may have."""
+    queueing = make_config(plan.overrides).worker.request_queue
+    if not queueing.enabled or queueing.max_per_caller is None:
+        return False
+    rows = sum(
+        len(each.sequence.rows)
+        for each in record.admitted
+        if each.sequence.caller == caller_of(call) and each.at <= at <= _ended_at(each)
+    )
+    return rows + _choices_of(call) > queueing.max_per_caller
 
 
 def _queue_was_full(plan: Plan, record: Record, at: float, wanted: int) -> bool:
@@ -377,12 +393,19 @@ def a_streaming_caller_hears_something_every_five_seconds(
 def nobody_of_the_lowest_level_is_overtaken_beyond_the_bound(
     plan: Plan, record: Record
 ) -> Iterator[str]:
-    """By who came later than (levels - 1) × aging; time that pressure holds it back apart."""
+    """By who came later than (levels - 1) × aging; time that pressure holds it back apart.
+
+    Another level may be served on the claim of any that waits there; and within the level by
+    shares.
+    """
     if plan.aging_s is None:
         return
     bound_s = (plan.levels - 1) * plan.aging_s
     for low, other in _overtakings(record):
-        if low.sequence.level == plan.levels - 1 and other.at > low.at + bound_s + SLACK_S:
+        if low.sequence.level != plan.levels - 1 or _goes_by_shares(low, other):
+            continue
+        earliest = min(each.at for each in _claimants(record, low, other))
+        if earliest > low.at + bound_s + SLACK_S:
             yield (
                 f"{low.sequence.request_id} of {low.at:.3f} was overtaken by "
                 f"{other.sequence.request_id} of {other.at:.3f}; the bound is {bound_s:g} s"
@@ -396,12 +419,70 @@ def the_queue_is_served_in_the_order_of_its_rule(plan: Plan, record: Record) -> 
         return (0.0, one.at + one.sequence.level * plan.aging_s)
 
     for waiting, other in _overtakings(record):
-        mine, its = rank(waiting), rank(other)
+        if _goes_by_shares(waiting, other):
+            continue
+        mine, its = rank(waiting), min(map(rank, _claimants(record, waiting, other)))
         if (its[0], its[1] - SLACK_S) > mine:
             yield (
                 f"{other.sequence.request_id} {its} entered the batch before "
                 f"{waiting.sequence.request_id} {mine}"
             )
+
+
+def _goes_by_shares(one: Admitted, other: Admitted) -> bool:
+    """Whether they are of two callers of one level, between whom their keys decide nothing."""
+    mine, its = one.sequence, other.sequence
+    return mine.level == its.level and mine.caller != its.caller
+
+
+def _claimants(record: Record, waiting: Admitted, other: Admitted) -> Iterator[Admitted]:
+    """On whose claim `other` may have entered before `waiting`: of another level, all who wait."""
+    yield other
+    if waiting.sequence.level == other.sequence.level:
+        return
+    assert other.entered_order is not None
+    assert other.entered_at is not None
+    for each in record.admitted:
+        rows = each.sequence.rows
+        # Rows of several, and those that left the batch, may wait after the first has entered.
+        has_left = len(rows) == 1 and not each.sequence.preempted + each.sequence.resumed
+        if (
+            each.sequence.level == other.sequence.level
+            and each.queued_order is not None
+            and each.queued_order < other.entered_order <= _left_queue_at(each, has_left=has_left)
+            and _ended_at(each) >= other.entered_at
+        ):
+            yield each
+
+
+def _left_queue_at(each: Admitted, *, has_left: bool) -> float:
+    return math.inf if each.entered_order is None or not has_left else each.entered_order
+
+
+def what_two_callers_who_wait_are_served_differs_by_the_bound(
+    _plan: Plan, record: Record
+) -> Iterator[str]:
+    """From any time on while both have requests of a level in the queue: by 2 × rows × longest."""
+    most_begun: dict[int, int] = {}
+    leads: dict[tuple[int, str, str], tuple[int, int]] = {}
+    for share in record.shares:
+        for level, begun in share.begun.items():
+            most_begun[level] = max(begun, most_begun.get(level, 0))
+        pairs = {
+            (level, one, other)
+            for level, one in share.waiting
+            for its_level, other in share.waiting
+            if level == its_level and one < other
+        }
+        for gone in leads.keys() - pairs:
+            del leads[gone]
+        for level, one, other in sorted(pairs):
+            lead = share.served.get((level, one), 0) - share.served.get((level, other), 0)
+            least, most = leads.get((level, one, other), (lead, lead))
+            leads[level, one, other] = least, most = min(least, lead), max(most, lead)
+            bound = 2 * max(1, most_begun.get(level, 0)) * record.longest_row
+            if most - least > bound:
+                yield f"{one!r} and {other!r} of level {level}: {most - least}, {bound} at most"
 
 
 def _overtakings(record: Record) -> Iterator[tuple[Admitted, Admitted]]:
@@ -512,6 +593,7 @@ CHECKS: tuple[Check, ...] = (
     a_streaming_caller_hears_something_every_five_seconds,
     nobody_of_the_lowest_level_is_overtaken_beyond_the_bound,
     the_queue_is_served_in_the_order_of_its_rule,
+    what_two_callers_who_wait_are_served_differs_by_the_bound,
     nobody_is_admitted_while_memory_is_critical,
     caches_stay_below_the_limit,
     nobody_is_admitted_after_a_stop,

@@ -31,6 +31,7 @@ RUBBISH = (
     b'{"prompt": "' + b"w " * 9000 + b'", "max_tokens": 1}',
 )
 
+CALLERS = (*["ada"] * 4, "bob", "cy")
 COMES_BACK = 0.8
 """How probably a broken connection is mended before the worker is stopped."""
 
@@ -174,10 +175,16 @@ def make_plan(seed: int) -> Plan:
         # From a source of its own: the rest of a seed's plan is what it was.
         f"worker.engine.lead_ms={random.Random(f'lead {seed}').choice((0, 0, 10, 50, 200, 1000))}",
     )
+    calls = _in_forms(_calls(rng, duration_s, levels), random.Random(f"forms {seed}"))
+    callers = random.Random(f"callers {seed}")
+    share = callers.choice((0.0, 0.5, 0.9))
+    per_caller = callers.choice(("null", "null", "null", "1", "3", "8")) if share else "null"
     return Plan(
         seed=seed,
-        overrides=overrides,
-        calls=_in_forms(_calls(rng, duration_s, levels), random.Random(f"forms {seed}")),
+        overrides=(*overrides, f"worker.request_queue.max_per_caller={per_caller}"),
+        calls=tuple(
+            _by_caller(call, callers) if callers.random() < share else call for call in calls
+        ),
         happenings=tuple(_happenings(rng, duration_s, soft_mb, critical_mb)),
         faults=_faults(rng),
         load_s=rng.choice((0.0, 0.0, 0.7)),
@@ -261,6 +268,26 @@ def _in_form(call: Call, rng: random.Random) -> Call:
     if rng.random() < SEVERAL:
         fields["n"] = rng.choice((2, 3, 8))
     return replace(call, fields=fields, body=json.dumps(fields).encode())
+
+
+def _by_caller(call: Call, rng: random.Random) -> Call:
+    """The same, with a caller; of three one sends the most."""
+    if call.fields is None:
+        return call
+    caller, way = rng.choice(CALLERS), rng.choice(("caller", "user", "subject"))
+    if way == "subject" and call.subject != f"inference.{WORKER_ID}":
+        # inference.by.{caller}, and with .model.{model} behind it.
+        return replace(call, subject=call.subject.replace("inference", f"inference.by.{caller}"))
+    fields = {**call.fields, "caller" if way == "subject" else way: caller}
+    return replace(call, fields=fields, body=json.dumps(fields).encode())
+
+
+def caller_of(call: Call) -> str:
+    """Who sends it; nobody, if it does not say."""
+    if call.subject.startswith("inference.by."):
+        return call.subject.split(".")[2]
+    fields = call.fields or {}
+    return str(fields.get("caller") or fields.get("user") or "")
 
 
 def _call(rng: random.Random, at: float, number: int, levels: int) -> Call:

@@ -77,6 +77,18 @@ class Admitted:
         return self.sequence.arrived_at + self.sequence.request.timeout_s
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What callers have been given by the time a turn was booked; accounts are of a level each."""
+
+    waiting: frozenset[tuple[int, str]]
+    """Who has had requests in the queue ever since the last turn."""
+    served: dict[tuple[int, str], int]
+    """Tokens, of prompts and answers, that have been computed for each."""
+    begun: dict[int, int]
+    """How many rows of each level have been in the batch and have not ended."""
+
+
 class Record:
     """The log, the ledgers, and the parts of the worker that are looked at."""
 
@@ -90,6 +102,9 @@ class Record:
         """Requests that reached the worker."""
         self.admitted: list[Admitted] = []
         """For each request, that of its first choice."""
+        self.shares: list[Share] = []
+        self.longest_row = 0
+        """The most tokens that a row may come to have, prompt included."""
         self.received: dict[str, list[tuple[float, Message]]] = {}
         """What callers got, by inbox."""
         self.tokenised = 0
@@ -116,6 +131,10 @@ class Record:
         self.scheduler: Scheduler | None = None
         self.queue: RequestQueue | None = None
         self._live: dict[int, Admitted] = {}
+        self._rows: list[Sequence] = []
+        self._callers: set[str] = set()
+        self._left_queue: set[tuple[int, str]] = set()
+        """Whose last request in the queue has left it since the last turn."""
         self._count = 0
         self._changed = trio.Event()
 
@@ -178,12 +197,14 @@ class Record:
     def watch_scheduler(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         hook(scheduler, "enter", after=self._entered_batch)
+        hook(scheduler, "book", after=self._booked)
         hook(scheduler, "preempt", after=self._preempted)
         hook(scheduler, "abandon", after=self._batch_loop_failed)
 
     def watch_queue(self, queue: RequestQueue) -> None:
         self.queue = queue
         hook(queue, "add", after=self._queued)
+        hook(queue, "remove", after=self._unqueued)
 
     def _batch_loop_failed(self) -> None:
         """No fault that a plan has in store makes the loop fail, though it would survive it."""
@@ -198,8 +219,44 @@ class Record:
                 order=self._next(),
                 used_bytes=self.used_bytes,
             )
+            self._rows.append(row)
+            self._callers.add(row.caller)
         self.admitted.append(self._live[id(sequence)])
+        self._look_at_places_of(sequence.caller)
         self.log(sequence.request_id, f"admitted, level {sequence.level}, {sequence.stage}")
+
+    def _look_at_places_of(self, caller: str) -> None:
+        """A row holds one, or waits for one, until it enters the batch for the first time."""
+        assert self.admission is not None
+        live = [each.sequence for each in self._live.values()]
+        count = sum(row.caller == caller and row.batched_at is None for row in live)
+        most = self.admission.max_per_caller
+        if most is not None and count > most:
+            self.violate(f"places of {caller!r}: {count}, and {most} at most")
+
+    def _unqueued(self, sequence: Sequence) -> None:
+        assert self.queue is not None
+        account = _account(sequence)
+        if not any(_account(each) == account and each in self.queue for each in self._rows):
+            self._left_queue.add(account)
+
+    def _booked(self, _report: object) -> None:
+        if self.queue is None or self.admission is None or len(self._callers) < 2:
+            return
+        waiting = {_account(each) for each in self._rows if each in self.queue}
+        served: dict[tuple[int, str], int] = {}
+        begun: dict[int, int] = {}
+        for row in self._rows:
+            account = _account(row)
+            served[account] = served.get(account, 0) + row.computed + len(row.produced)
+            self.longest_row = max(self.longest_row, len(row.prompt) + row.max_tokens)
+            if row.batched_at is not None and id(row) in self._live:
+                begun[row.level] = begun.get(row.level, 0) + 1
+        # What pressure holds back does not compete for its share.
+        is_pressed = self.admission.gauge.level is not Pressure.NORMAL
+        waiting = set() if is_pressed else waiting - self._left_queue
+        self._left_queue.clear()
+        self.shares.append(Share(frozenset(waiting), served, begun))
 
     def _left_door(self, sequence: Sequence) -> None:
         for row in sequence.rows:
@@ -266,6 +323,10 @@ class Steps(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002
         self._record.look()
+
+
+def _account(row: Sequence) -> tuple[int, str]:
+    return (row.level, row.caller)
 
 
 def hook(owner: object, name: str, *, after: Callable[..., None]) -> None:
