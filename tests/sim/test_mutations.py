@@ -23,7 +23,9 @@ from sim.world import simulate
 from trio_worker import worker as worker_module
 from trio_worker.core import sequence as sequence_module
 from trio_worker.core.admission import Admission
+from trio_worker.core.fair_shares import FairShares, LevelShares
 from trio_worker.core.memory import ReservationLedger
+from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Ending, Sequence
 from trio_worker.errors import DuplicateRequest, ResourceLimitExceeded, WorkerError
@@ -247,6 +249,38 @@ def rubbish_is_not_answered() -> Patch:
     return mock.patch.object(Reception, "refuse", silent)
 
 
+def shares_not_booked() -> Patch:
+    return mock.patch.object(FairShares, "charge", return_value=None)
+
+
+def floods_go_first() -> Patch:
+    def newest(self: LevelShares) -> Iterator[str]:
+        return iter(reversed(list(self._waiting.values())))
+
+    return mock.patch.object(LevelShares, "in_order", newest)
+
+
+def another_callers_requests_out_of_order() -> Patch:
+    first = RequestQueue.first
+
+    def last_of_its_caller(self: RequestQueue, **more: Any) -> Sequence | None:
+        head = first(self, **more)
+        if head is None:
+            return None
+        last: Sequence = self._levels[head.level].lines[head.caller].peekitem(-1)[1]
+        return last
+
+    return mock.patch.object(RequestQueue, "first", last_of_its_caller)
+
+
+def callers_not_bounded() -> Patch:
+    return mock.patch.object(Admission, "_no_places", return_value=None)
+
+
+def places_of_a_caller_leaked() -> Patch:
+    return mock.patch.object(Admission, "_claim_less", return_value=None)
+
+
 def nothing_planted() -> Patch:
     return nullcontext()
 
@@ -363,6 +397,30 @@ AGED = scene(
 """A request of the lower level has waited for longer than one level is worth."""
 
 
+TWO_CALLERS = scene(
+    ONE_SLOT,
+    calls=tuple(
+        call(at + number / 1000, f"{caller}{number}", max_tokens=10, caller=caller)
+        for at, caller in ((0.01, "ada"), (0.03, "bob"))
+        for number in range(15)
+    ),
+)
+"""Two callers send many requests each, one before the other."""
+
+BOUNDED = scene(
+    ONE_SLOT,
+    "worker.request_queue.max_per_caller=1",
+    calls=(
+        call(0.01, "running", max_tokens=20, caller="ada"),
+        call(0.10, "waiting", caller="ada"),
+        call(0.11, "refused", caller="ada"),
+        call(0.12, "another", caller="bob"),
+        call(1.00, "later", caller="ada"),
+    ),
+)
+"""One caller is at its bound for a while."""
+
+
 @dataclass(frozen=True)
 class Found:
     bug: Callable[[], Patch]
@@ -392,6 +450,11 @@ FOUND = (
     Found(reservation_never_released, PREEMPTED, "holds a reservation already"),
     Found(refusal_names_a_control_subject, CROWDED, "admitted"),
     Found(rubbish_is_not_answered, CROWDED, "were answered"),
+    Found(shares_not_booked, TWO_CALLERS, "'ada' and 'bob' of level"),
+    Found(floods_go_first, TWO_CALLERS, "'ada' and 'bob' of level"),
+    Found(another_callers_requests_out_of_order, TWO_CALLERS, "entered the batch before"),
+    Found(callers_not_bounded, BOUNDED, "places of 'ada': 2, and 1 at most"),
+    Found(places_of_a_caller_leaked, BOUNDED, "QUEUE_FULL"),
     Found(
         nothing_planted,
         replace(CANCELLED, faults=Faults(wrong_token=0.2), seed=7),
