@@ -267,8 +267,7 @@ def another_callers_requests_out_of_order() -> Patch:
         head = first(self, **more)
         if head is None:
             return None
-        last: Sequence = self._levels[head.level].lines[head.caller].peekitem(-1)[1]
-        return last
+        return list(self._levels[head.level]._of_caller(head.caller))[-1]
 
     return mock.patch.object(RequestQueue, "first", last_of_its_caller)
 

@@ -14,6 +14,7 @@ import trio
 from trio_worker.bench.figures import say
 from trio_worker.bench.setup import Setup
 from trio_worker.core.admission import Admission
+from trio_worker.core.fair_shares import FairShares
 from trio_worker.core.memory import MB, PressureGauge
 from trio_worker.core.rates import ArrivalRate, ServiceRate
 from trio_worker.core.request import Request
@@ -25,6 +26,8 @@ from trio_worker.protocol.turn import RequestId, Sampling
 DEPTHS = (0, 100, 1_000, 10_000)
 
 SAMPLES = 2_000
+CALLERS = 100
+ANSWER_TOKENS = 20
 ROWS = 8
 FAST_TURN_MS = 2.0
 """As a small model on a Mac's GPU."""
@@ -44,13 +47,15 @@ async def overhead(setup: Setup) -> None:
     """
     say("microseconds a request, median / p99, with so many requests queued:")
     for depth in DEPTHS:
-        admission, queue = _filled(depth)
-        check = _time(partial(_check, admission))
-        cycle = _time(partial(_admit_queue_take, admission, queue))
-        say(
-            f"  {depth:6d}: admission check {check}, admit + queue + take {cycle} "
-            "(required under 5000; aimed at: under 500 at p99)"
-        )
+        for callers in (1, CALLERS):
+            admission, queue, shares = _filled(depth, callers)
+            check = _time(partial(_check, admission, callers))
+            cycle = _time(partial(_admit_queue_take, admission, queue, shares, callers))
+            say(
+                f"  {depth:6d}, {callers:3d} callers: admission check {check}, "
+                f"admit + queue + take + book {cycle} "
+                "(required under 5000; aimed at: under 500 at p99)"
+            )
     gauge = PressureGauge(soft_bytes=100 * MB, critical_bytes=200 * MB)
     say(f"  memory check {_time(lambda _: gauge.level)} (required under 1000; aimed at: 10)")
     say(
@@ -93,12 +98,13 @@ def _write_a_turn(counters: RequestCounters, index: int) -> None:
     counters.throughput.add(ROWS, now=index * 0.02)
 
 
-def _check(admission: Admission, index: int) -> None:
-    assert admission.refusal(_sequence(f"check{index}")) is None
+def _check(admission: Admission, callers: int, index: int) -> None:
+    assert admission.refusal(_sequence(f"check{index}", callers)) is None
 
 
-def _filled(depth: int) -> tuple[Admission, RequestQueue]:
-    queue = RequestQueue(max_size=depth + 16)
+def _filled(depth: int, callers: int) -> tuple[Admission, RequestQueue, FairShares]:
+    shares = FairShares()
+    queue = RequestQueue(max_size=depth + 16, shares=shares)
     admission = Admission(
         queue_enabled=True,
         max_depth=depth + 8,
@@ -114,17 +120,17 @@ def _filled(depth: int) -> tuple[Admission, RequestQueue]:
     for _ in range(8):
         admission.rate.record(0.0001)
     for index in range(depth):
-        sequence = _sequence(f"queued{index}")
+        sequence = _sequence(f"queued{index}", callers)
         admission.enter(sequence)
         sequence.advance(Event.TOKENISED)
         queue.add(sequence)
-    return admission, queue
+    return admission, queue, shares
 
 
 _arrivals = itertools.count()
 
 
-def _sequence(request_id: str) -> Sequence:
+def _sequence(request_id: str, callers: int) -> Sequence:
     arrival = next(_arrivals)
     level = arrival % 3
     return Sequence(
@@ -139,7 +145,7 @@ def _sequence(request_id: str) -> Sequence:
             stream=False,
             priority=level,
             timeout_s=1e9,
-            caller=None,
+            caller=f"caller{arrival % callers}" if callers > 1 else None,
         ),
         reply_subject="_INBOX.x",
         arrival=arrival,
@@ -149,14 +155,17 @@ def _sequence(request_id: str) -> Sequence:
     )
 
 
-def _admit_queue_take(admission: Admission, queue: RequestQueue, index: int) -> None:
-    sequence = _sequence(f"new{index}")
+def _admit_queue_take(
+    admission: Admission, queue: RequestQueue, shares: FairShares, callers: int, index: int
+) -> None:
+    sequence = _sequence(f"new{index}", callers)
     assert admission.refusal(sequence) is None
     admission.enter(sequence)
     admission.assess()
     sequence.advance(Event.TOKENISED)
     queue.add(sequence)
     taken = queue.take()
+    shares.charge(taken.level, taken.caller, ANSWER_TOKENS)
     admission.batched(taken)
     admission.leave(taken)
     admission.assess()

@@ -54,6 +54,15 @@ class LevelShares:
         """Of how many callers there is a counter."""
         return len(self._served)
 
+    @property
+    def waiting(self) -> int:
+        """How many callers wait."""
+        return len(self._first)
+
+    def first_of(self, caller: str) -> QueueKey | None:
+        """The caller's earliest request in the queue; None if it has none."""
+        return self._first.get(caller)
+
     def served(self, caller: str) -> int:
         """The counter that a request of this caller's would be ranked by now."""
         served = self._served.get(caller, 0)

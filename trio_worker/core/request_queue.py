@@ -13,7 +13,7 @@ Every operation costs O(log n), except for the look past what memory pressure ho
 from __future__ import annotations
 
 import math
-from operator import itemgetter
+from collections.abc import Iterable, Iterator
 
 from sortedcontainers import SortedDict
 
@@ -26,46 +26,52 @@ class _Level:
 
     def __init__(self, shares: LevelShares) -> None:
         self.by_key: SortedDict[QueueKey, Sequence] = SortedDict()
-        self.lines: dict[str, SortedDict[QueueKey, Sequence]] = {}
-        """One for each caller that waits."""
+        self.by_caller: SortedDict[tuple[str, QueueKey], Sequence] = SortedDict()
         self.begun: SortedDict[QueueKey, Sequence] = SortedDict()
         self.shares = shares
 
     def add(self, sequence: Sequence) -> None:
         key, caller = sequence.key, sequence.caller
         self.by_key[key] = sequence
+        self.by_caller[caller, key] = sequence
         if sequence.batched_at is not None:
             self.begun[key] = sequence
-        line = self.lines.get(caller)
-        if line is None:
-            line = self.lines[caller] = SortedDict()
-        line[key] = sequence
-        if line.peekitem(0)[0] == key:
+        first = self.shares.first_of(caller)
+        if first is None or key < first:
             self.shares.wait(caller, key)
 
     def remove(self, sequence: Sequence) -> None:
         key, caller = sequence.key, sequence.caller
         del self.by_key[key]
+        del self.by_caller[caller, key]
         self.begun.pop(key, None)
-        line = self.lines[caller]
-        was_first = line.peekitem(0)[0] == key
-        del line[key]
-        if not line:
-            del self.lines[caller]
-            self.shares.leave(caller)
-        elif was_first:
-            self.shares.wait(caller, line.peekitem(0)[0])
+        if key == self.shares.first_of(caller):
+            following = next(self._of_caller(caller), None)
+            if following is None:
+                self.shares.leave(caller)
+            else:
+                self.shares.wait(caller, following.key)
+
+    def _of_caller(self, caller: str) -> Iterator[Sequence]:
+        """The earliest first."""
+        for its_caller, key in self.by_caller.irange((caller,)):
+            if its_caller != caller:
+                return
+            yield self.by_caller[caller, key]
 
     def earliest(self, until: float) -> Sequence | None:
-        return _earliest(self.by_key, until)
+        """The earliest of those that arrived by `until`."""
+        if until == math.inf:
+            return self.by_key.peekitem(0)[1] if self.by_key else None
+        return _first_by(until, self.by_key.values())
 
     def first(self, until: float) -> Sequence | None:
         """Who of this level is served next, of those that arrived by `until`."""
-        if len(self.lines) <= 1:
+        if self.shares.waiting <= 1:
             return self.earliest(until)
-        if self.begun and (begun := _earliest(self.begun, until)) is not None:
+        if self.begun and (begun := _first_by(until, self.begun.values())) is not None:
             return begun
-        firsts = (_earliest(self.lines[caller], until) for caller in self.shares.in_order())
+        firsts = (_first_by(until, self._of_caller(caller)) for caller in self.shares.in_order())
         return next((each for each in firsts if each is not None), None)
 
     def ahead_of(self, sequence: Sequence) -> int:
@@ -73,13 +79,13 @@ class _Level:
 
         Its caller's earlier ones, and one of each caller who has been served less.
         """
-        line = self.lines.get(sequence.caller)
-        own = 0 if line is None else int(line.bisect_left(sequence.key))
-        return own + self.shares.ahead_of(sequence.caller, sequence.key)
+        caller, key = sequence.caller, sequence.key
+        own = self.by_caller.bisect_left((caller, key)) - self.by_caller.bisect_left((caller,))
+        return int(own) + self.shares.ahead_of(caller, key)
 
     def claim_of(self, sequence: Sequence) -> QueueKey:
         """With which key its level may be served when its own turn comes, at the earliest."""
-        has_others = len(self.lines) > (sequence.caller in self.lines)
+        has_others = self.shares.waiting > (self.shares.first_of(sequence.caller) is not None)
         return min(sequence.key, self.by_key.peekitem(0)[0]) if has_others else sequence.key
 
 
@@ -118,17 +124,14 @@ class RequestQueue:
         self, *, hold_level: int | None = None, held_after: float = -math.inf
     ) -> Sequence | None:
         """The first, passing over those of `hold_level` that arrived after `held_after`."""
-        bounds = (
-            (level, held_after if number == hold_level else math.inf)
-            for number, level in self._levels.items()
-        )
-        claims = (
-            (earliest.key, level, until)
-            for level, until in bounds
-            if (earliest := level.earliest(until)) is not None
-        )
-        _, level, until = min(claims, key=itemgetter(0), default=(None, None, 0.0))
-        return None if level is None else level.first(until)
+        claim: QueueKey | None = None
+        served: tuple[_Level, float] | None = None
+        for number, level in self._levels.items():
+            until = held_after if number == hold_level else math.inf
+            earliest = level.earliest(until)
+            if earliest is not None and (claim is None or earliest.key < claim):
+                claim, served = earliest.key, (level, until)
+        return None if served is None else served[0].first(served[1])
 
     def take(self, sequence: Sequence | None = None) -> Sequence:
         """Remove the first, or this one, to be served. Raises `KeyError` when empty."""
@@ -165,11 +168,11 @@ class RequestQueue:
 
     def callers(self) -> int:
         """How many callers have something here; all without a name are one."""
-        return len({caller for level in self._levels.values() for caller in level.lines})
+        return len(
+            {caller for level in self._levels.values() for caller in level.shares.in_order()}
+        )
 
 
-def _earliest(sequences: SortedDict[QueueKey, Sequence], until: float) -> Sequence | None:
+def _first_by(until: float, sequences: Iterable[Sequence]) -> Sequence | None:
     """The first of these that arrived by `until`."""
-    if until == math.inf:
-        return sequences.peekitem(0)[1] if sequences else None
-    return next((each for each in sequences.values() if each.arrived_at <= until), None)
+    return next((each for each in sequences if each.arrived_at <= until), None)
