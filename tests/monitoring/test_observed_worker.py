@@ -238,6 +238,7 @@ async def test_the_snapshot_says_of_each_part_what_is_so(autojump_clock: MockClo
             "by_priority": {"high": 1, "medium": 2, "low": 3},
             "promotions": 2,
             "waiting_for_place": 2,
+            "callers": 1,
         },
         "batch": {
             "running": 2,
@@ -303,6 +304,7 @@ async def test_before_anything_has_happened_the_snapshot_says_so(
             "by_priority": {"high": 0, "medium": 0, "low": 0},
             "promotions": 0,
             "waiting_for_place": 0,
+            "callers": 0,
         },
         "batch": {
             "running": 0,

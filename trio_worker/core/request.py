@@ -34,7 +34,7 @@ class Request:
     timeout_s: float
     """From arrival to the terminal message."""
     caller: str | None
-    """Who asks, by a name of its own choice; it proves nothing."""
+    """Who asks, as the subject says or else the request, which proves nothing; None: nobody."""
     wanted: Wanted = ANYTHING
     """What the answer is to be like."""
     choices: int = 1

@@ -246,8 +246,8 @@ def queue_key(*, enqueued_at: float, level: int, aging_s: float | None, arrival:
     """The static key: with aging, waiting `aging_s` is worth one level; without, levels are strict.
 
     Both times grow alike for every waiting request, so their order never changes while they wait
-    and nothing has to be sorted again. With aging, a request of the lowest of n levels is
-    overtaken only by requests that arrive within (n - 1) × aging_s after it.
+    and nothing has to be sorted again. With aging, a request of the lowest of n levels has a later
+    key only than requests that arrive within (n - 1) × aging_s after it.
     """
     if aging_s is None:
         return (level, enqueued_at, arrival)

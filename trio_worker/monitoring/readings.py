@@ -101,6 +101,7 @@ def _queue(parts: WorkerParts) -> QueueReading:
         by_priority=depth_by_priority(parts),
         promotions=parts.queue.promotions,
         waiting_for_place=admission.waiting,
+        callers=parts.queue.callers(),
     )
 
 

@@ -26,6 +26,8 @@ class QueueReading:
     promotions: int
     waiting_for_place: int
     """Only with `reject_when_full: false`."""
+    callers: int
+    """Of whom requests are queued; all that name nobody are one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

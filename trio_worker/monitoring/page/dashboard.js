@@ -112,7 +112,7 @@ function showFigures({ snapshot }) {
     at("queue-meter"), fill, `${queue.depth} of ${queue.max_depth} places are taken`,
     queue.is_full ? "bad" : fill > 0.75 ? "warn" : "",
   );
-  text("queue-note", `wait p95 ${millis(requests.queue_wait_ms.p95)}, ${count(queue.promotions)} promoted`);
+  text("queue-note", `wait p95 ${millis(requests.queue_wait_ms.p95)}, ${count(queue.promotions)} promoted, callers waiting: ${count(queue.callers)}`);
   const first = requests.time_to_first_token_ms;
   const gap = requests.inter_token_ms;
   figure("first", millis(first.p95), "");
