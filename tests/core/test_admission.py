@@ -517,3 +517,12 @@ def test_a_caller_is_not_refused_for_what_another_has_waiting() -> None:
         admission.refusal(make_sequence("late", caller="flood", at=1.0)), RequestTimeout
     )
     assert admission.refusal(make_sequence("guest", caller="guest", at=1.0)) is None
+
+
+def test_whoever_stops_waiting_for_a_place_waits_for_it_no_more() -> None:
+    admission = make_admission(max_depth=1, max_per_caller=2, reject_when_full=False)
+    _, waiting = come(admission, "a", "b")
+    assert waiting.stage is Stage.WAITING
+    assert isinstance(admission.refusal(make_sequence("c")), QueueFull)
+    admission.leave(waiting)
+    assert admission.refusal(make_sequence("c")) is None
