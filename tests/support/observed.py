@@ -31,6 +31,7 @@ SNAPSHOT = Snapshot(
         by_priority={"high": 3, "low": 0},
         promotions=0,
         waiting_for_place=0,
+        callers=1,
     ),
     batch=BatchReading(
         running=2,
