@@ -6,7 +6,7 @@
       └ open_engine          the engine; returns while the model loads
         └ services           cancelled when `requests` is empty; a crash here cancels all below
           ├ run_batcher, run_monitor, run_readiness, run_reporter, run_control, run_service,
-          │ run_pulse, serve_http
+          │ run_pulse, run_beat, serve_http
           ├ gateway          HTTP in a process of its own: drains from the stop on, is waited for
           └ requests         at drain: deadline = now + drain_timeout
             ├ respond(r)     one per admitted request; scope = the request's deadline
@@ -35,6 +35,8 @@ from trio_worker.core.memory import MB, PressureGauge
 from trio_worker.core.sequence import Ending
 from trio_worker.errors import WorkerFault
 from trio_worker.flow.door import Door
+from trio_worker.flow.hand_on import HandOn
+from trio_worker.flow.live_set import LiveSet
 from trio_worker.flow.reception import Reception
 from trio_worker.flow.serving import Serving, make_serving
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
@@ -53,6 +55,7 @@ from trio_worker.ports import (
 )
 from trio_worker.protocol.turn import EngineInfo
 from trio_worker.stages.batcher import run_batcher
+from trio_worker.stages.beat import OwnBeat, run_beat
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import Control, run_control
 from trio_worker.stages.intake import IntakeBuffer, open_intake_buffer, run_intake
@@ -116,6 +119,8 @@ class _Worker:
     batches: BatchCounters
     counters: RequestCounters
     beats: Heartbeats
+    hand_on: HandOn
+    own_beat: OwnBeat
     observed: ObservedWorker
     standing: Standing
     stops: AsyncValue[int]
@@ -193,9 +198,11 @@ async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
     world, door = worker.world, worker.serving.door
     info = await _wait_loaded(worker)
     send, receive = open_intake_buffer()
-    control = Control(worker.broker, door, worker.config.nats.reply_prefixes)
+    reply_prefixes = worker.config.nats.reply_prefixes
+    control = Control(worker.broker, door, reply_prefixes, worker.hand_on.cancel)
     await services.start(_run_control, worker, control, send.clone())
     await services.start(_run_service, worker, info)
+    await services.start(_run_beat, worker)
     async with trio.open_nursery() as requests:
         async with trio.open_nursery() as intake:
             await intake.start(_run_intake, worker, requests, (send, receive), control)
@@ -211,6 +218,7 @@ async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
         _end_without_a_token(door)
         # What runs may finish; at the deadline the rest ends with WORKER_DRAINING.
         requests.cancel_scope.deadline = trio.current_time() + worker.drain_timeout_s
+    await worker.hand_on.settle()
     logger.info("Drained")
 
 
@@ -271,6 +279,8 @@ def _begin_drain(worker: _Worker) -> None:
     worker.standing.stopping(worker.longest_drain_s)
     logger.info("Draining: {} requests in flight", len(worker.serving.admission.in_flight))
     worker.serving.door.close()
+    # In the same section: it is the first that anybody else hears of the drain.
+    worker.own_beat.say()
 
 
 def _end_without_a_token(door: Door) -> None:
@@ -392,6 +402,21 @@ async def _run_service(  # noqa: ASYNC128 - what it runs reports the start
     )
 
 
+async def _run_beat(  # noqa: ASYNC128 - what it runs reports the start
+    worker: _Worker, *, task_status: trio.TaskStatus[None]
+) -> None:
+    await run_beat(
+        worker.own_beat,
+        broker=worker.broker,
+        door=worker.serving.door,
+        hand_on=worker.hand_on,
+        ready=worker.ready,
+        heartbeat=worker.beats.beat,
+        interval_s=worker.config.fleet.beat_interval_ms / 1000,
+        task_status=task_status,
+    )
+
+
 async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
     worker: _Worker,
     requests: trio.Nursery,
@@ -416,6 +441,7 @@ async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
         act_on_control=control.act,
         worker_id=worker.config.worker.id,
         reply_prefixes=worker.config.nats.reply_prefixes,
+        hand_on=worker.hand_on,
         counters=worker.counters,
         heartbeat=worker.beats.intake,
         task_status=task_status,
@@ -447,6 +473,7 @@ def _make_worker(
         check_interval_s=limits.check_interval_ms / 1000,
         report_interval_s=worker.monitoring.report_interval_ms / 1000,
         pulse_s=PULSE_S,
+        beat_interval_s=config.fleet.beat_interval_ms / 1000,
     )
     gauge = PressureGauge(
         soft_bytes=limits.max_memory_mb * MB, critical_bytes=limits.critical_memory_mb * MB
@@ -466,6 +493,11 @@ def _make_worker(
         limits.critical_memory_mb,
     )
     batches, counters = BatchCounters(), RequestCounters()
+    live = LiveSet(
+        own_id=worker.id,
+        model=worker.model_name,
+        forget_after_s=config.fleet.forget_after_ms / 1000,
+    )
     observed = ObservedWorker(
         WorkerParts(
             config=worker,
@@ -478,6 +510,7 @@ def _make_worker(
             engine=engine,
             broker=broker,
             heartbeats=beats,
+            live=live,
         )
     )
     return _Worker(
@@ -489,6 +522,16 @@ def _make_worker(
         batches=batches,
         counters=counters,
         beats=beats,
+        hand_on=HandOn(
+            broker,
+            serving.door,
+            live,
+            worker_id=worker.id,
+            model=worker.model_name,
+            enabled=config.fleet.hand_on,
+            metrics=counters.metrics,
+        ),
+        own_beat=OwnBeat(broker, serving.door, worker_id=worker.id, model=worker.model_name),
         observed=observed,
         standing=standing,
         stops=stops,

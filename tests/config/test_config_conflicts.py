@@ -42,6 +42,8 @@ from trio_worker.config import load_config
         (["gateway.host=0.0.0.0"], "gateway.host", "a file with keys in cluster.gateway.keys_file"),
         (["gateway.host=::"], "gateway.host", "such as 127.0.0.1"),
         (["gateway.host=chat.example"], "gateway.host", "from other machines by everybody"),
+        (["fleet.forget_after_ms=1999"], "fleet.forget_after_ms",
+         "less than twice cluster.fleet.beat_interval_ms, which is 1000"),
         (["nats.jetstream.enabled=true"], "nats.jetstream.enabled", "not built yet"),
     ],
 )  # fmt: skip
@@ -63,6 +65,7 @@ def test_values_that_do_not_go_together(overrides: list[str], path: str, words: 
         ["nats.embedded=always", "nats.url=nats://[::1]:5222"],
         ["nats.reply_prefixes=[_INBOX., _APP, app.replies.]"],
         ["nats.tls.cert_file=a", "nats.tls.key_file=b"],
+        ["fleet.forget_after_ms=2000"],
         ["gateway.host=::1"],
         ["gateway.host=localhost", "gateway.port=0"],
         ["gateway.host=0.0.0.0", "gateway.keys_file=keys"],

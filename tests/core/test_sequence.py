@@ -100,6 +100,8 @@ def test_a_new_sequence_has_done_nothing_yet() -> None:
         "stage": Stage.TOKENISING,
         "ending": None,
         "subject": "",
+        "elsewhere": None,
+        "is_opened": False,
         "max_tokens": 100,  # of the factory
         "produced": [],
         "outputs": None,

@@ -50,26 +50,43 @@ def test_a_resting_loop_owes_nothing_until_it_is_given_what_it_waits_for() -> No
 
 def test_each_loop_has_the_bound_of_what_it_does() -> None:
     beats = heartbeats(
-        100.0, turn_timeout_s=60, check_interval_s=5, report_interval_s=20, pulse_s=0.5
+        100.0,
+        turn_timeout_s=60,
+        check_interval_s=5,
+        report_interval_s=20,
+        pulse_s=0.5,
+        beat_interval_s=1,
     )
+    beats.beat.beat(100.0)
     assert {
         each.loop: (each.bound_s, each.silent_s(101.0))
-        for each in (beats.batcher, beats.intake, beats.monitor, beats.reporter, beats.pulse)
+        for each in (
+            *(beats.batcher, beats.intake, beats.monitor),
+            *(beats.reporter, beats.pulse, beats.beat),
+        )
     } == {
         "batcher": (70.0, 1.0),
         "intake": (10.0, 0.0),
         "monitor": (15.0, 1.0),
         "reporter": (30.0, 1.0),
         "pulse": (10.5, 1.0),
+        "beat": (11.0, 1.0),
     }
     assert [each.loop for each in beats.late(110.5)] == []
     assert [each.loop for each in beats.late(110.6)] == ["pulse"]
-    assert [each.loop for each in beats.late(131.0)] == ["monitor", "reporter", "pulse"]
+    assert [each.loop for each in beats.late(131.0)] == [
+        *("monitor", "reporter", "pulse", "beat"),
+    ]
 
 
 def test_a_batcher_held_back_by_memory_waits_for_the_next_reading() -> None:
     beats = heartbeats(
-        0.0, turn_timeout_s=1, check_interval_s=100, report_interval_s=1, pulse_s=0.5
+        0.0,
+        turn_timeout_s=1,
+        check_interval_s=100,
+        report_interval_s=1,
+        pulse_s=0.5,
+        beat_interval_s=1,
     )
     assert beats.batcher.bound_s == 110
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from support.factories import make_admission, make_report, make_sequence
+from support.factories import make_admission, make_beat, make_report, make_sequence
 from support.worker_rig import MB, make_config
 from trio.testing import MockClock
 
@@ -20,6 +20,7 @@ from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Event, Sequence
 from trio_worker.errors import InvalidRequest, QueueFull
 from trio_worker.flow.door import Door
+from trio_worker.flow.live_set import LiveSet
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import heartbeats
 from trio_worker.monitoring.metrics import GaugeReading
@@ -99,6 +100,7 @@ class Parts:
     def __post_init__(self) -> None:
         self.admission = make_admission(reject_when_full=False, gauge=self.gauge, queue=self.queue)
         self.door = Door(self.admission)
+        self.live = LiveSet(own_id="w1", model="tiny", forget_after_s=3)
         self.scheduler = Scheduler(
             slots=2, prefill=PrefillBudget(chunk_max=512, gap_target_s=0.2), ledger=self.ledger
         )
@@ -123,7 +125,9 @@ class Parts:
                     check_interval_s=5,
                     report_interval_s=10,
                     pulse_s=0.5,
+                    beat_interval_s=1,
                 ),
+                live=self.live,
             )
         )
 
@@ -196,6 +200,11 @@ def count(parts: Parts) -> None:
     written.degradations.add(2, labels=("trim_caches",))
     written.degradations.add(labels=("hold_low",))
     written.resumed.add(5)
+    for name, age_s in (("w2", 0.5), ("w3", 1.0)):
+        parts.live.heard(make_beat(name), trio.current_time() - age_s)
+    written.handed_on.add(3, labels=("prefix",))
+    written.taken_over.add(2)
+    written.returned.add()
     written.prompt_tokens.add(100)
     written.cached_tokens.add(30)
     written.generated_tokens.add(70)
@@ -286,6 +295,12 @@ async def test_the_snapshot_says_of_each_part_what_is_so(autojump_clock: MockClo
             "cancel_ms": {"p50": 4100.0, "p95": 4190.0, "p99": 4198.0},
         },
         "tokens": {"prompt": 100, "cached": 30, "generated": 70, "per_second": 2.5},
+        "fleet": {
+            "others": 2,
+            "handed_on": {"no_slot": 0, "prefix": 3, "no_room": 0, "draining": 0},
+            "taken_over": 2,
+            "returned": 1,
+        },
         "nats": msgspec.to_builtins(UP),
     }
 
@@ -352,6 +367,12 @@ async def test_before_anything_has_happened_the_snapshot_says_so(
             "cancel_ms": none_yet,
         },
         "tokens": {"prompt": 0, "cached": 0, "generated": 0, "per_second": 0.0},
+        "fleet": {
+            "others": 0,
+            "handed_on": {"no_slot": 0, "prefix": 0, "no_room": 0, "draining": 0},
+            "taken_over": 0,
+            "returned": 0,
+        },
         "nats": msgspec.to_builtins(DOWN),
     }
     limits = {("soft",): 1000 * MB, ("hard",): 2000 * MB}
@@ -511,3 +532,34 @@ async def test_the_resource_status_is_what_the_snapshot_has_and_one_line() -> No
         "memory pressure soft: 1300 MB in use, limits 1000 and 2000 MB; "
         "steps in force: trim_caches, hold_low"
     )
+
+
+async def test_the_fleet_is_listed_by_id_with_this_worker_as_it_is(
+    autojump_clock: MockClock,
+) -> None:
+    parts = Parts()
+    parts.ready()
+    parts.admit("one", 0, at=0)
+    now = trio.current_time()
+    parts.live.heard(make_beat("w3"), now - 3.5)
+    parts.live.heard(make_beat("w0", model="other", in_flight=5, queued=2), now - 1.25)
+    parts.live.heard(make_beat("w2", leaving=True), now - 0.5)
+    told = msgspec.to_builtins(parts.observed.fleet())
+    assert [(each["id"], each["age_s"]) for each in told] == [
+        ("w0", 1.25),
+        ("w1", 0.0),
+        ("w2", 0.5),
+    ]
+    assert told[1] == {
+        "id": "w1",
+        "model": "tiny",
+        "slots": 2,
+        "in_flight": 1,
+        "queued": 1,
+        "accepting": True,
+        "leaving": False,
+        "version": __version__,
+        "age_s": 0.0,
+    }
+    assert told[2]["leaving"]
+    assert (told[0]["model"], told[0]["in_flight"], told[0]["queued"]) == ("other", 5, 2)

@@ -183,6 +183,53 @@ async def test_a_caller_who_is_held_to_its_own_subject_is_nobody_else(
     assert [verb for verb, _, _ in violations(server)] == ["Publish"] * 7
 
 
+CONVERSATION = {"messages": [{"role": "user", "content": "why " * 400}], "max_tokens": 2}
+
+
+@asynccontextmanager
+async def two_workers(server: NatsServer, tmp_path: Path) -> AsyncIterator[list[RunningCommand]]:
+    async with (
+        running_command(tmp_path, *WORKER_OPTIONS, url=server.url) as first,
+        running_command(
+            tmp_path, *WORKER_OPTIONS, "--set", "worker.id=w2", url=server.url
+        ) as second,
+    ):
+        for worker in (first, second):
+            await worker.wait_ready()
+            await worker.until_stats(lambda stats: stats["fleet"]["others"] == 1, within_s=10)
+        yield [first, second]
+
+
+async def test_workers_may_pass_requests_on(server: NatsServer, tmp_path: Path) -> None:
+    async with two_workers(server, tmp_path) as workers, client_of(server, "app-b") as client:
+        homes = {(await client.complete(CONVERSATION)).headers["Worker-Id"] for _ in range(12)}
+        assert len(homes) == 1
+        handed_on = [(await worker.stats())["fleet"]["handed_on"]["prefix"] for worker in workers]
+        assert sum(handed_on) > 0
+    assert violations(server) == []
+
+
+async def test_who_may_not_pass_requests_on_keeps_them_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The permissions as they are, but for that one: nothing is lost for want of it."""
+    text = re.sub(r'(?m)^ *"inference\.\*" +# passes.*\n', "", CONFIG.read_text(encoding="utf-8"))
+    assert text != CONFIG.read_text(encoding="utf-8")
+    for variable in re.findall(r"(?m)^ *password: \$(\w+)$", text):
+        name = variable.removesuffix("_PASSWORD").lower().replace("_", "-")
+        monkeypatch.setenv(variable, f"secret-{name}")
+    with running_server(config=text) as server:
+        async with two_workers(server, tmp_path) as workers, client_of(server, "app-b") as client:
+            for _ in range(12):
+                assert (await client.complete(CONVERSATION)).text
+
+            async def is_said() -> bool:
+                return "does not let us publish to inference.*" in workers[0].log.read_text()
+
+            await until(is_said, within_s=5)
+        assert {(verb, user) for verb, user, _ in violations(server)} == {("Publish", "worker")}
+
+
 async def test_a_gateway_asks_and_cancels_for_whoever_calls_it(
     server: NatsServer, tmp_path: Path
 ) -> None:

@@ -204,3 +204,54 @@ async def test_leaving_is_bounded_when_nothing_moves(
         broker.publish(Message(subject="a"))
     assert trio.current_time() - began == pytest.approx(2.0)
     assert isinstance(broker, MemoryBroker)
+
+
+# --- splits, and connections that are frozen ------------------------------------------------
+
+
+async def test_the_sides_of_a_split_do_not_know_of_each_other(
+    server: MemoryServer, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with (
+        open_memory_broker(server) as asking,
+        open_memory_broker(server) as near,
+        open_memory_broker(server) as far,
+    ):
+        heard_near, heard_far, status = Inbox(), Inbox(), Inbox()
+        await near.subscribe("a", heard_near, group="g")
+        await far.subscribe("a", heard_far, group="g")
+        await far.subscribe("b", heard_far)
+        await asking.subscribe("status", status)
+        server.split(far)
+        for _ in range(20):
+            asking.publish(Message(subject="a"))
+        asking.publish(Message(subject="b", reply="status"))
+        far.publish(Message(subject="a", body=b"far"))
+        await trio.sleep(1)
+        assert len(heard_near.messages) == 20
+        assert heard_far.bodies == [b"far"]
+        assert [each.headers["Status"] for each in status.messages] == ["503"]
+        server.heal()
+        asking.publish(Message(subject="b", body=b"again"))
+        await trio.sleep(1)
+        assert heard_far.bodies == [b"far", b"again"]
+
+
+async def test_what_goes_to_a_frozen_connection_waits_for_it_and_so_does_what_it_says(
+    server: MemoryServer, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_broker(server) as asking, open_memory_broker(server) as frozen:
+        heard, status = Inbox(), Inbox()
+        await frozen.subscribe("a", heard)
+        await asking.subscribe("said", status)
+        frozen.freeze()
+        for number in range(3):
+            asking.publish(Message(subject="a", body=b"%d" % number, reply="said"))
+            frozen.publish(Message(subject="said", body=b"%d" % number))
+        await trio.sleep(10)
+        assert heard.messages == status.messages == []
+        frozen.thaw()
+        asking.publish(Message(subject="a", body=b"3"))
+        await trio.sleep(0.001)
+        assert heard.bodies == [b"0", b"1", b"2", b"3"]
+        assert status.bodies == [b"0", b"1", b"2"]

@@ -18,6 +18,7 @@ from trio_worker.core.sequence import Ending, Event
 from trio_worker.flow.door import Door
 from trio_worker.monitoring.heartbeat import Heartbeat
 from trio_worker.ports import Message
+from trio_worker.protocol.turn import RequestId
 from trio_worker.stages.control import Control, run_control
 
 MINE = "_INBOX.mine"
@@ -49,7 +50,13 @@ class Scene:
         self.meant.reply_subject, self.other.reply_subject = MINE, "_INBOX.other"
         for sequence in (self.meant, self.other):
             self.door.admit(sequence)
-        self.control = Control(self.broker, self.door, ["_INBOX."])  # type: ignore[arg-type]
+        self.on_its_way: list[RequestId] = []
+        self.control = Control(self.broker, self.door, ["_INBOX."], self._cancel_on_its_way)  # type: ignore[arg-type]
+
+    def _cancel_on_its_way(self, request_id: RequestId) -> bool:
+        """Nothing has been passed on."""
+        self.on_its_way.append(request_id)
+        return False
 
     @property
     def endings(self) -> dict[str, Ending]:

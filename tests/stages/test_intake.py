@@ -31,7 +31,7 @@ def listening(rig: Rig) -> set[str]:
         each._pattern
         for each in rig.server._subscriptions
         if each.broker is not rig.caller and each._pattern.startswith("inference")
-    } - {f"{DIRECT}.ctl.*", "inference.cancel"}
+    } - {f"{DIRECT}.ctl.*", f"{DIRECT}.fwd.*", "inference.cancel"}
 
 
 async def answers(rig: Rig, bodies: list[bytes], subject: str = DIRECT) -> list[Any]:
@@ -115,6 +115,7 @@ async def test_each_subscription_is_drained_once(
     async with running_worker(
         "worker.request_queue.max_depth=4", "worker.continuous_batching.max_batch_size=1"
     ) as rig:
+        await trio.sleep(0.1)  # it joins the group when it is ready, subject by subject
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 nursery.start_soon(partial(rig.ask, prompt="x", max_tokens=100))

@@ -22,6 +22,7 @@ from trio_worker.protocol.turn import (
     Sampling,
     SequenceFailure,
 )
+from trio_worker.wire.beats import Beat
 
 _arrivals = itertools.count()
 
@@ -51,6 +52,12 @@ def make_request(request_id: str = "r", **changes: Any) -> Request:
         "caller": None,
     }
     return Request(**{**values, **changes})
+
+
+def make_beat(worker_id: str, **changes: Any) -> Beat:
+    """Of a worker with two slots that has nothing to do."""
+    values = {"model": "tiny", "slots": 2, "in_flight": 0, "queued": 0, "accepting": True}
+    return Beat(id=worker_id, **{**values, **changes})
 
 
 def make_sequence(

@@ -8,7 +8,9 @@ from trio_worker.monitoring.observed import Health
 from trio_worker.monitoring.snapshot import (
     BatchReading,
     EngineReading,
+    FleetReading,
     InFlightReading,
+    MemberReading,
     Percentiles,
     QueueReading,
     RequestsReading,
@@ -79,6 +81,7 @@ SNAPSHOT = Snapshot(
         cancel_ms=NONE_YET,
     ),
     tokens=TokensReading(prompt=1, cached=0, generated=70, per_second=12.5),
+    fleet=FleetReading(others=2, handed_on={"no_slot": 4}, taken_over=3, returned=1),
     nats=BrokerStatistics(
         url="nats://here",
         connected=True,
@@ -116,6 +119,22 @@ class FakeWorker:
 
     def metrics(self) -> list[Any]:
         return []
+
+    def fleet(self) -> list[MemberReading]:
+        return [
+            MemberReading(
+                id=name,
+                model="m",
+                slots=8,
+                in_flight=3,
+                queued=1,
+                accepting=True,
+                leaving=False,
+                version="0.1.0",
+                age_s=age_s,
+            )
+            for name, age_s in (("w1", 0.0), ("w2", 0.4), ("w3", 1.0))
+        ]
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         reading = InFlightReading(

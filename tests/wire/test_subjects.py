@@ -17,6 +17,9 @@ def test_the_subjects_of_a_worker() -> None:
     assert subjects.control("w1", "r1") == "inference.w1.ctl.r1"
     assert subjects.ping("w1") == "worker.w1.ping"
     assert subjects.stats("w1") == "worker.w1.stats"
+    assert subjects.beat("w1") == "worker.w1.beat"
+    assert subjects.by_caller("shop") == "inference.by.shop"
+    assert subjects.forwarded("w1", 7) == "inference.w1.fwd.7"
     assert [
         subjects.is_control(each, "w1")
         for each in (

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from trio_worker.config.hosts import is_loopback
 from trio_worker.config.keys import shown
-from trio_worker.config.sections import Config, GatewayConfig, NatsConfig
+from trio_worker.config.sections import Config, FleetConfig, GatewayConfig, NatsConfig
 from trio_worker.errors import ConfigError
 from trio_worker.nats.address import parse_nats_url
 
@@ -25,6 +25,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
     yield from _pairs(config)
     yield from _nats_conflicts(config.nats)
     yield from _gateway_conflicts(config.gateway)
+    yield from _fleet_conflicts(config.fleet)
     if config.worker.id in RESERVED_IDS:
         yield (
             ("worker.id",),
@@ -81,6 +82,15 @@ def _gateway_conflicts(gateway: GatewayConfig) -> Iterator[Conflict]:
         yield (
             ("gateway.host", "gateway.keys_file"),
             f"{reach}; expected an address of this machine alone, {expected}",
+        )
+
+
+def _fleet_conflicts(fleet: FleetConfig) -> Iterator[Conflict]:
+    if fleet.forget_after_ms < 2 * fleet.beat_interval_ms:
+        twice = f"twice cluster.fleet.beat_interval_ms, which is {shown(fleet.beat_interval_ms)}"
+        yield (
+            ("fleet.forget_after_ms", "fleet.beat_interval_ms"),
+            f"{shown(fleet.forget_after_ms)} is less than {twice}",
         )
 
 

@@ -516,8 +516,29 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     )
 
 
+class FleetConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    hand_on: Annotated[
+        bool,
+        Meta(
+            description="whether a request for any worker is passed to one that has room, or knows "
+            "the beginning of its prompt"
+        ),
+    ] = True
+    beat_interval_ms: Annotated[
+        int,
+        Meta(ge=100, le=60_000, description="how often a worker says at least how it is"),
+    ] = 1_000
+    forget_after_ms: Annotated[
+        int,
+        Meta(ge=100, le=600_000, description="the silence after which a worker counts as gone"),
+    ] = 3_000
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nats: NatsConfig = NatsConfig()
+    fleet: Annotated[
+        FleetConfig, Meta(description="the workers on one NATS, and how they share the work")
+    ] = FleetConfig()
     gateway: Annotated[
         GatewayConfig, Meta(description="OpenAI's API over HTTP, beside a worker or by itself")
     ] = GatewayConfig()

@@ -87,7 +87,11 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """Whether the next request would not get a place."""
-        return self.waiting > 0 or not self._has_room(1)
+        return self.is_full_for(1)
+
+    def is_full_for(self, places: int) -> bool:
+        """Whether a request for so many places would not get them now."""
+        return self.waiting > 0 or not self._has_room(places)
 
     def _has_room(self, places: int) -> bool:
         live = len(self.in_flight) - self.waiting + places

@@ -10,7 +10,7 @@ Rule 3: what ends one sequence of a request before its answer is complete ends a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
@@ -124,6 +124,10 @@ class Sequence:
     ending: Ending | None = None
     subject: str = ""
     """Where the request came in."""
+    is_opened: bool = False
+    """Its caller has heard of it already, from another worker that has passed it on."""
+    elsewhere: Callable[[], bool] | None = None
+    """Has another worker take the request over, while it has no token; False where none will."""
 
     prompt: tuple[int, ...] = ()
     form: Form = FREE

@@ -70,7 +70,10 @@ class Answer:
         return self.choices[0].whole.text
 
     def open(self) -> None:
-        if self._stream:
+        """Tell a streaming caller that the request is here, in few words if it knows of it."""
+        if self._sequence.is_opened:
+            self.keep_alive()
+        elif self._stream:
             for choice in self.choices:
                 self.send(self._writer.opening(choice.index))
 

@@ -29,7 +29,9 @@ class ReplyStream:
         control_subject: str | None,
         request_id: RequestId,
         worker_id: str,
+        sequence: int = 0,
     ) -> None:
+        """`sequence` is the number of its first message."""
         self.dialect = dialect
         self._outlet = broker.open_outlet(
             subject,
@@ -37,7 +39,8 @@ class ReplyStream:
             headers=dialect.common_headers(request_id=request_id, worker_id=worker_id),
         )
         self._request_id = request_id
-        self._sequence = 0
+        self.sequence = sequence
+        """The number of the next message."""
         self.ended = False
 
     @property
@@ -75,7 +78,7 @@ class ReplyStream:
         try:
             self._outlet.publish(
                 body,
-                self.dialect.headers(sequence=self._sequence, terminal=terminal, error=error),
+                self.dialect.headers(sequence=self.sequence, terminal=terminal, error=error),
             )
         except MessageTooLarge as exc:
             raise PayloadTooLarge(
@@ -83,5 +86,5 @@ class ReplyStream:
                 f"the server takes {exc.limit}: ask for a stream, or for fewer tokens",
                 details={"bytes": exc.size, "limit": exc.limit},
             ) from exc
-        self._sequence += 1
+        self.sequence += 1
         self.ended = terminal

@@ -62,6 +62,7 @@ class Heartbeats:
     monitor: Heartbeat
     reporter: Heartbeat
     pulse: Heartbeat
+    beat: Heartbeat
 
     def late(self, now: float) -> Iterator[Heartbeat]:
         """The loops that have owed a beat for longer than their bound."""
@@ -78,12 +79,13 @@ def heartbeats(
     check_interval_s: float,
     report_interval_s: float,
     pulse_s: float,
+    beat_interval_s: float,
 ) -> Heartbeats:
     """Bounds from what each loop waits for at most while it does its work.
 
     The batcher waits for a turn, or, held back by memory, for the next reading. Intake waits for
-    nothing but its messages, and control messages come through it too. All but intake, which
-    begins when the model is loaded, owe their first beat from `now` on.
+    nothing but its messages, and control messages come through it too. All but intake and the
+    fleet's beat, which begin when the model is loaded, owe their first beat from `now` on.
     """
     beats = Heartbeats(
         batcher=Heartbeat("batcher", bound_s=max(turn_timeout_s, check_interval_s) + MARGIN_S),
@@ -91,6 +93,7 @@ def heartbeats(
         monitor=Heartbeat("monitor", bound_s=check_interval_s + MARGIN_S),
         reporter=Heartbeat("reporter", bound_s=report_interval_s + MARGIN_S),
         pulse=Heartbeat("pulse", bound_s=pulse_s + MARGIN_S),
+        beat=Heartbeat("beat", bound_s=beat_interval_s + MARGIN_S),
     )
     for each in (beats.batcher, beats.monitor, beats.reporter, beats.pulse):
         each.beat(now)

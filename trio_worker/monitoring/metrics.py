@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from trio_worker.core.hand_on import Reason
 from trio_worker.core.memory import DegradationStep
 from trio_worker.errors import ErrorCode
 
@@ -102,6 +103,9 @@ class Metrics:
         self.resumed = CounterMetric(RESUMED)
         self.preemptions = CounterMetric(PREEMPTIONS)
         self.batch_loop_restarts = CounterMetric(BATCH_LOOP_RESTARTS)
+        self.handed_on = CounterMetric(HANDED_ON)
+        self.taken_over = CounterMetric(TAKEN_OVER)
+        self.returned = CounterMetric(RETURNED)
         self.queue_wait = HistogramMetric(QUEUE_WAIT)
         self.cancel_latency = HistogramMetric(CANCEL_LATENCY)
         self.time_to_first_token = HistogramMetric(TIME_TO_FIRST_TOKEN)
@@ -120,7 +124,8 @@ class Metrics:
 REQUESTS = Description(
     name="requests_total",
     kind="counter",
-    meaning="Admitted requests that ended; `outcome` is `ok` or the error's code.",
+    meaning="Admitted requests that ended; `outcome` is `ok`, `handed_on` for one that another "
+    "worker goes on with, or the error's code.",
     labels=("outcome", "priority"),
     worry="The share of outcomes other than `ok` and `CANCELLED` grows.",
 )
@@ -177,6 +182,28 @@ BATCH_LOOP_RESTARTS = Description(
     kind="counter",
     meaning="Faults of this program's own batch loop: it was started again with a fresh engine.",
     worry="It grows at all: the log has the traceback; please report it.",
+)
+HANDED_ON = Description(
+    name="requests_handed_on_total",
+    kind="counter",
+    meaning="Requests that were passed to another worker, by why: no free slot here (`no_slot`), "
+    "the beginning of the prompt is better known there (`prefix`), a full queue or memory here "
+    "(`no_room`), or a drain (`draining`).",
+    labels=("reason",),
+    starts=tuple((reason.value,) for reason in Reason),
+    worry="`no_room` keeps growing: this worker is overfull while others are not, or all are.",
+)
+TAKEN_OVER = Description(
+    name="requests_taken_over_total",
+    kind="counter",
+    meaning="Requests that were admitted after another worker had passed them on.",
+)
+RETURNED = Description(
+    name="hand_ons_returned_total",
+    kind="counter",
+    meaning="Requests that were passed to a worker for which nobody listened any more, and came "
+    "back.",
+    worry="It grows steadily: workers end without a drain.",
 )
 QUEUE_WAIT = Description(
     name="queue_wait_seconds",

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trio_worker.monitoring.metrics import CounterMetric, GaugeReading, HistogramMetric
-from trio_worker.monitoring.snapshot import InFlightReading, ResourcesReading, Snapshot
+from trio_worker.monitoring.snapshot import (
+    InFlightReading,
+    MemberReading,
+    ResourcesReading,
+    Snapshot,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +44,6 @@ class Observed(Protocol):
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         """The requests in flight, the oldest first, at most `limit`; no prompts, no answers."""
+
+    def fleet(self) -> list[MemberReading]:
+        """The workers on this NATS, by id: this one as it is, others by their last beat."""

@@ -10,8 +10,13 @@ from trio_worker.monitoring.gauges import gauges_of
 from trio_worker.monitoring.health import liveness_of, readiness_of
 from trio_worker.monitoring.metrics import CounterMetric, GaugeReading, HistogramMetric
 from trio_worker.monitoring.observed import Health
-from trio_worker.monitoring.readings import in_flight_of, resources_of, snapshot_of
-from trio_worker.monitoring.snapshot import InFlightReading, ResourcesReading, Snapshot
+from trio_worker.monitoring.readings import fleet_of, in_flight_of, resources_of, snapshot_of
+from trio_worker.monitoring.snapshot import (
+    InFlightReading,
+    MemberReading,
+    ResourcesReading,
+    Snapshot,
+)
 from trio_worker.monitoring.worker_parts import WorkerParts
 
 
@@ -42,3 +47,6 @@ class ObservedWorker:
 
     def in_flight(self, limit: int | None = None) -> list[InFlightReading]:
         return in_flight_of(self.parts, now=trio.current_time(), limit=limit)
+
+    def fleet(self) -> list[MemberReading]:
+        return fleet_of(self.parts, now=trio.current_time())

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
+import msgspec
+
 from trio_worker import __version__
 from trio_worker.core.memory import MB, DegradationStep, Pressure
 from trio_worker.core.priority import name_of
+from trio_worker.flow.own_beat import own_beat
 from trio_worker.monitoring.snapshot import (
     BatchReading,
     EngineReading,
+    FleetReading,
     InFlightReading,
+    MemberReading,
     QueueReading,
     RequestsReading,
     ResourcesReading,
@@ -31,6 +36,7 @@ def snapshot_of(parts: WorkerParts, *, now: float, started_at: float) -> Snapsho
         engine=_engine(parts),
         requests=_requests(parts),
         tokens=_tokens(parts, now=now),
+        fleet=_fleet(parts, now=now),
         nats=parts.broker.statistics(),
     )
 
@@ -72,6 +78,17 @@ def in_flight_of(parts: WorkerParts, *, now: float, limit: int | None) -> list[I
             preempted=each.preempted,
         )
         for each in islice(parts.admission.in_flight.values(), limit)
+    ]
+
+
+def fleet_of(parts: WorkerParts, *, now: float) -> list[MemberReading]:
+    """The workers that are known, by id, this one among them."""
+    own = own_beat(parts.door, worker_id=parts.config.id, model=parts.config.model_name)
+    return [
+        MemberReading(**msgspec.structs.asdict(beat), age_s=round(age_s, 3))
+        for beat, age_s in sorted(
+            [(own, 0.0), *parts.live.others(now)], key=lambda known: known[0].id
+        )
     ]
 
 
@@ -159,4 +176,14 @@ def _tokens(parts: WorkerParts, *, now: float) -> TokensReading:
         cached=written.cached_tokens.total(),
         generated=written.generated_tokens.total(),
         per_second=round(parts.counters.throughput.per_second(now=now), 3),
+    )
+
+
+def _fleet(parts: WorkerParts, *, now: float) -> FleetReading:
+    written = parts.counters.metrics
+    return FleetReading(
+        others=sum(1 for _ in parts.live.others(now)),
+        handed_on={reason: count for (reason,), count in written.handed_on.values.items()},
+        taken_over=written.taken_over.total(),
+        returned=written.returned.total(),
     )

@@ -137,6 +137,36 @@ class InFlightReading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FleetReading:
+    """How this worker shares work with others."""
+
+    others: int
+    """Workers on this NATS that were heard of lately, of whatever model."""
+    handed_on: dict[str, int]
+    """Requests that were passed to another worker, by why."""
+    taken_over: int
+    """Requests admitted that another worker had passed on."""
+    returned: int
+    """Of those handed on, the ones that nobody had taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReading:
+    """One worker of the fleet, as of its last beat."""
+
+    id: str
+    model: str
+    slots: int
+    in_flight: int
+    queued: int
+    accepting: bool
+    leaving: bool
+    version: str
+    age_s: float
+    """Of the beat; 0 for the worker that says it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """Everything the worker says about itself; `/stats` and `worker.{id}.stats` carry it."""
 
@@ -147,4 +177,5 @@ class Snapshot:
     engine: EngineReading
     requests: RequestsReading
     tokens: TokensReading
+    fleet: FleetReading
     nats: BrokerStatistics

@@ -9,6 +9,7 @@ from trio_worker.core.admission import Admission
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.flow.door import Door
+from trio_worker.flow.live_set import LiveSet
 from trio_worker.monitoring.counters import BatchCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Heartbeats
 from trio_worker.ports import Broker, Engine
@@ -28,3 +29,4 @@ class WorkerParts:
     engine: Engine
     broker: Broker
     heartbeats: Heartbeats
+    live: LiveSet

@@ -10,6 +10,9 @@
    subscription.
 3. A connection that is down neither sends nor receives; its outbox waits, its subscriptions
    come back, and what was under way to it is lost.
+4. A connection that is frozen keeps its interest, as that of a process that is stopped does: what
+   goes there waits for it, and so does what it says.
+5. While the server is split, connections on different sides do not know of each other.
 """
 
 # ruff: noqa: SLF001 - the server and its connections are one mechanism
@@ -69,12 +72,25 @@ class MemoryServer:
         self.delay_s = delay_s
         self._random = random
         self._subscriptions: list[MemorySubscription] = []
+        self._cut_off: set[MemoryBroker] = set()
+        """The connections on the other side of a split."""
         self._outgoing: deque[MemoryBroker] = deque()
         """One entry per published message, in the order of publishing, whoever published."""
         self._under_way: list[_Delivery] = []
         """A heap."""
         self._numbers = itertools.count()
         self._work = trio.Event()
+
+    def split(self, *away: MemoryBroker) -> None:
+        """Cut these connections off from all others; they still know of each other."""
+        self._cut_off = set(away)
+
+    def heal(self) -> None:
+        """Everybody knows of everybody again."""
+        self._cut_off = set()
+
+    def _reaches(self, sender: MemoryBroker, taker: MemoryBroker) -> bool:
+        return (sender in self._cut_off) is (taker in self._cut_off)
 
     async def _carry(self) -> None:
         """Run until cancelled: route and deliver. Any number of tasks may do this."""
@@ -118,6 +134,8 @@ class MemoryServer:
         takers: list[MemorySubscription] = []
         for subscription in self._subscriptions:
             if not subscription.takes(message.subject):
+                continue
+            if not self._reaches(sender, subscription.broker):
                 continue
             if subscription.group is None:
                 takers.append(subscription)
@@ -173,6 +191,9 @@ class _Delivery:
 
     def arrive(self) -> None:
         subscription = self.subscription
+        if subscription.broker.is_frozen:
+            subscription.broker.held.append(self)
+            return
         subscription.under_way -= 1
         if self.line == subscription.broker.line and subscription.broker.is_up:
             self.arrival()
@@ -235,6 +256,9 @@ class MemoryBroker:
     ) -> None:
         self.subscription_limit = subscription_limit
         self.is_up = True
+        self.is_frozen = False
+        self.held: list[_Delivery] = []
+        """What has arrived while it was frozen; bounded by the limit of each subscription."""
         self.line = 0
         self.last_due = 0.0
         self.slow_consumers = 0
@@ -276,13 +300,13 @@ class MemoryBroker:
         return self._outbox.open_share(address(subject, reply, headers))
 
     def _announce(self, messages: int = 1) -> None:
-        """Line up for the server, once per message; while the line is broken, not at all."""
-        if self.is_up and messages:
+        """Line up for the server, once per message; while nothing leaves, not at all."""
+        if self.is_up and not self.is_frozen and messages:
             self._server._outgoing.extend([self] * messages)
             self._server._wake()
 
     def _next(self) -> Parcel | None:
-        if not self.is_up:
+        if not self.is_up or self.is_frozen:
             return None
         parcel = self._outbox.take()
         if parcel is not None:
@@ -357,6 +381,19 @@ class MemoryBroker:
         self._reconnects += 1
         self._up.set()
         self._announce(len(self._outbox))
+
+    def freeze(self) -> None:
+        """Stop receiving and sending, while the server keeps the interest."""
+        self.is_frozen = True
+
+    def thaw(self) -> None:
+        """Take what has come meanwhile, and say what was held back."""
+        self.is_frozen = False
+        for delivery in self.held:
+            heapq.heappush(self._server._under_way, delivery)
+        self.held = []
+        self._announce(len(self._outbox))
+        self._server._wake()
 
     def close_for_good(self, reason: str) -> None:
         """End the connection as a server does that will not have this client back."""

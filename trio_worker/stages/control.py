@@ -6,6 +6,8 @@ buffer all the same, while there is one with room: a cancel message must not ove
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 from loguru import logger
 
@@ -20,22 +22,33 @@ from trio_worker.wire import native, subjects
 class Control:
     """Acts on messages about requests in flight."""
 
-    def __init__(self, broker: Broker, door: Door, reply_prefixes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        door: Door,
+        reply_prefixes: tuple[str, ...],
+        cancel_on_its_way: Callable[[RequestId], bool],
+    ) -> None:
+        """`cancel_on_its_way` ends a request that has just been passed to another worker, if so."""
         self._broker = broker
         self._door = door
         self._reply_prefixes = reply_prefixes
+        self._cancel_on_its_way = cancel_on_its_way
 
     def act(self, message: Message) -> None:
         """End the request that the message is about, if it says so and there is one."""
         if message.subject == subjects.CANCEL:
-            if (named := native.cancelled_id(message.body)) is not None:
-                self._door.end(named, Ending.CANCELLED)
+            named = native.cancelled_id(message.body)
+            if named is not None and not self._door.end(named, Ending.CANCELLED):
+                self._cancel_on_its_way(named)
             return
         request_id = RequestId(message.subject.rpartition(".")[2])
         if message.headers.get("Status") == "503":
             self._caller_gone(request_id, message.headers.get("Nats-Subject"))
         elif message.body == native.CANCEL_BODY:
-            cancelled = self._door.end(request_id, Ending.CANCELLED)
+            cancelled = self._door.end(request_id, Ending.CANCELLED) or self._cancel_on_its_way(
+                request_id
+            )
             if subjects.may_reply_to(message.reply, self._reply_prefixes):
                 body = native.cancel_reply(request_id, cancelled=cancelled)
                 self._broker.publish(Message(subject=message.reply, body=body))

@@ -34,6 +34,9 @@ from trio_worker.flow.reply import Reply
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
 
+HANDED_ON = "handed_on"
+"""The outcome of a request that another worker has taken over: it has no terminal message here."""
+
 
 async def respond(
     sequence: Sequence,
@@ -68,11 +71,15 @@ async def respond(
         finally:
             stage = sequence.stage
             _release(sequence, serving)
-            if error is not None and not reply.ended:
-                reply.fail(error, retry_after_ms=serving.admission.retry_after_ms())
-            _count(sequence, error, counters, serving.rate, stage=stage, priority=priority)
-            _log_end(sequence, error, stage)
-            answer.trace_text()
+            if isinstance(error, WorkerDraining) and _has_left(sequence):
+                logger.debug("Request ended: another worker takes it over")
+                counters.metrics.requests.add(labels=(HANDED_ON, priority))
+            else:
+                if error is not None and not reply.ended:
+                    reply.fail(error, retry_after_ms=serving.admission.retry_after_ms())
+                _count(sequence, error, counters, serving.rate, stage=stage, priority=priority)
+                _log_end(sequence, error, stage)
+                answer.trace_text()
 
 
 async def _serve(
@@ -98,6 +105,11 @@ def _release(sequence: Sequence, serving: Serving) -> None:
         serving.queue_in.withdraw(row)
         serving.scheduler.withdraw(row)
     serving.door.leave(sequence)
+
+
+def _has_left(sequence: Sequence) -> bool:
+    """Whether a request that this worker's end finds without a token goes on at another one."""
+    return not _produced(sequence) and sequence.elsewhere is not None and sequence.elsewhere()
 
 
 def _log_end(sequence: Sequence, error: WorkerError | None, stage: Stage) -> None:

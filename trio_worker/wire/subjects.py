@@ -90,6 +90,24 @@ def stats(worker_id: str) -> str:
     return f"worker.{worker_id}.stats"
 
 
+def beat(worker_id: str) -> str:
+    """Where a worker says how it is; with `*`, where all do."""
+    return f"worker.{worker_id}.beat"
+
+
+def forwarded(worker_id: str, number: int | str) -> str:
+    """The reply subject of a request that a worker has handed on: the server's word comes there.
+
+    With `*`, of all that it has handed on.
+    """
+    return f"inference.{worker_id}.fwd.{number}"
+
+
+def is_forwarded(subject: str, worker_id: str) -> bool:
+    """Whether a message there is the server's word about a request that was handed on."""
+    return subject.startswith(forwarded(worker_id, ""))
+
+
 def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> TypeGuard[str]:
     """Whether an answer may go there: one concrete subject below a permitted prefix."""
     return (
