@@ -18,7 +18,8 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from trio_worker import config
 from trio_worker.cli.command_line import make_parser
@@ -147,11 +148,16 @@ def _dotted() -> frozenset[str]:
     snapshot = {
         f"{section.name}.{field}"
         for section in dataclasses.fields(Snapshot)
-        for field in dataclasses.fields(get_type_hints(Snapshot)[section.name])
+        for field in dataclasses.fields(_present(get_type_hints(Snapshot)[section.name]))
     }
     return frozenset(
         ends | snapshot | {f"worker.{field}" for field in WorkerNote.__struct_fields__}
     )
+
+
+def _present(section: Any) -> Any:
+    """The type of a part of the snapshot that may be left out."""
+    return next((each for each in get_args(section) if each is not NoneType), section)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from trio.testing import MockClock
 
 from trio_worker import launch
 from trio_worker.errors import EngineLost
+from trio_worker.nats.embedded_server import default_store
 from trio_worker.protocol.turn import Work
 from trio_worker.simulated.engine import SimulatedEngine
 
@@ -61,3 +63,19 @@ def test_what_is_there_when_the_worker_is_ready_is_not_looked_at_again() -> None
     finally:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], None),
+        (["nats.jetstream.store_dir=/x"], None),
+        (["nats.jetstream.enabled=true", "nats.jetstream.store_dir=/x"], Path("/x")),
+        (["nats.jetstream.enabled=true", "nats.jetstream.store_dir=~/x"], Path.home() / "x"),
+        (["nats.jetstream.enabled=true"], default_store("nats://127.0.0.1:4222")),
+    ],
+)
+def test_an_embedded_server_keeps_streams_where_they_are_wanted(
+    overrides: list[str], expected: Path | None
+) -> None:
+    assert launch._store_of(make_config(*overrides).nats) == expected

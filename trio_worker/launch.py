@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from trio_worker.config import Config, NatsConfig
@@ -23,7 +24,12 @@ from trio_worker.monitoring.http_server import serve_http
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.prometheus import exposition
 from trio_worker.monitoring.stack_sampler import open_stack_sampler
-from trio_worker.nats.embedded_server import is_loopback, open_nats_server, somebody_listens
+from trio_worker.nats.embedded_server import (
+    default_store,
+    is_loopback,
+    open_nats_server,
+    somebody_listens,
+)
 from trio_worker.ports import Broker, Engine, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
@@ -103,11 +109,22 @@ async def _open_broker(config: Config) -> AsyncIterator[Broker]:
     """A connection to NATS, and around it the embedded server where one is needed."""
     nats, name = config.nats, f"trio-worker {config.worker.id}"
     if await _needs_embedded_server(nats):
-        async with open_nats_server(nats.url), connect(nats, name=name) as broker:
+        store = _store_of(nats)
+        async with open_nats_server(nats.url, store=store), connect(nats, name=name) as broker:
             yield broker
     else:
         async with connect(nats, name=name) as broker:
             yield broker
+
+
+def _store_of(nats: NatsConfig) -> Path | None:
+    """Where an embedded server keeps its streams; None: it has none."""
+    jetstream = nats.jetstream
+    if not jetstream.enabled:
+        return None
+    if jetstream.store_dir is None:
+        return default_store(nats.url)
+    return Path(jetstream.store_dir).expanduser()
 
 
 async def _needs_embedded_server(nats: NatsConfig) -> bool:

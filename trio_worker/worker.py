@@ -10,8 +10,10 @@
           ├ gateway          HTTP in a process of its own: drains from the stop on, is waited for
           └ requests         at drain: deadline = now + drain_timeout
             ├ respond(r)     one per admitted request; scope = the request's deadline
+            ├ do_job(j)      one per durable job, from its delivery to the stored answer
             └ intake         left when everything that had arrived is answered or admitted
-              └ run_intake   subscribes when the engine is ready
+              ├ run_intake   subscribes when the engine is ready
+              └ run_jobs     takes durable jobs, one for each free slot
 
 Whatever ends the worker, everything below goes first, and the terminal messages that the requests
 put into the outbox while they end are delivered by the broker's close.
@@ -36,10 +38,13 @@ from trio_worker.core.sequence import Ending
 from trio_worker.errors import WorkerFault
 from trio_worker.flow.door import Door
 from trio_worker.flow.hand_on import HandOn
+from trio_worker.flow.job import JobsHeld, JobStreams
 from trio_worker.flow.live_set import LiveSet
 from trio_worker.flow.reception import Reception
 from trio_worker.flow.serving import Serving, make_serving
-from trio_worker.monitoring.counters import BatchCounters, RequestCounters
+from trio_worker.flow.troubles import Troubles
+from trio_worker.jetstream.client import JetStream, open_jetstream
+from trio_worker.monitoring.counters import BatchCounters, JobCounters, RequestCounters
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeats, heartbeats
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.observed_worker import ObservedWorker
@@ -58,7 +63,9 @@ from trio_worker.stages.batcher import run_batcher
 from trio_worker.stages.beat import OwnBeat, run_beat
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import Control, run_control
-from trio_worker.stages.intake import IntakeBuffer, open_intake_buffer, run_intake
+from trio_worker.stages.intake import IntakeBuffer, Respond, open_intake_buffer, run_intake
+from trio_worker.stages.job import JobMeans, do_job
+from trio_worker.stages.jobs import run_jobs
 from trio_worker.stages.monitor import read_memory, run_monitor
 from trio_worker.stages.notify import Standing, run_notify
 from trio_worker.stages.pulse import PULSE_S, run_pulse
@@ -66,6 +73,7 @@ from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
 from trio_worker.stages.service import run_service
+from trio_worker.wire import subjects
 
 
 class ServeHttp(Protocol):
@@ -127,6 +135,8 @@ class _Worker:
     """How often the worker has been asked to stop."""
     ready: trio.Event
     """Requests reach the worker."""
+    jobs_held: JobsHeld
+    jobs_troubles: Troubles
 
     @property
     def drain_timeout_s(self) -> float:
@@ -203,9 +213,11 @@ async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
     await services.start(_run_control, worker, control, send.clone())
     await services.start(_run_service, worker, info)
     await services.start(_run_beat, worker)
-    async with trio.open_nursery() as requests:
+    async with _jetstream(worker) as jetstream, trio.open_nursery() as requests:
         async with trio.open_nursery() as intake:
             await intake.start(_run_intake, worker, requests, (send, receive), control)
+            if jetstream is not None:
+                await intake.start(_run_jobs, worker, requests, jetstream)
             services.start_soon(worker.standing.follow, door.state)
             _say_ready(worker, info)
             if world.greet is not None:
@@ -240,6 +252,14 @@ def _say_ready(worker: _Worker, info: EngineInfo) -> None:
     worker.standing.serving(worker.observed)
     if worker.world.on_ready is not None:
         worker.world.on_ready(worker.observed)
+
+
+def _jetstream(worker: _Worker) -> AbstractAsyncContextManager[JetStream | None]:
+    if not worker.config.nats.jetstream.enabled:
+        return nullcontext()
+    broker = worker.broker
+    life = broker.new_inbox().rpartition(".")[2]
+    return open_jetstream(broker, inbox=subjects.jetstream_inbox(worker.config.worker.id, life))
 
 
 def _gateway(worker: _Worker) -> AbstractAsyncContextManager[None]:
@@ -430,13 +450,7 @@ async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
         serving=worker.serving,
         reception=worker.reception,
         broker=worker.broker,
-        respond=partial(
-            respond,
-            serving=worker.serving,
-            counters=worker.counters,
-            worker_id=worker.config.worker.id,
-            wall_clock=worker.world.wall_clock,
-        ),
+        respond=_respond(worker),
         buffer=buffer,
         act_on_control=control.act,
         worker_id=worker.config.worker.id,
@@ -444,6 +458,54 @@ async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
         hand_on=worker.hand_on,
         counters=worker.counters,
         heartbeat=worker.beats.intake,
+        task_status=task_status,
+    )
+
+
+def _respond(worker: _Worker) -> Respond:
+    return partial(
+        respond,
+        serving=worker.serving,
+        counters=worker.counters,
+        worker_id=worker.config.worker.id,
+        wall_clock=worker.world.wall_clock,
+    )
+
+
+async def _run_jobs(  # noqa: ASYNC128 - what it runs reports the start
+    worker: _Worker,
+    requests: trio.Nursery,
+    jetstream: JetStream,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    config = worker.config.nats.jetstream
+    names = JobStreams(jobs=config.stream, results=config.results, dead=config.dead)
+    counters = JobCounters(worker.counters.metrics)
+    means = JobMeans(
+        jetstream=jetstream,
+        streams=names,
+        serving=worker.serving,
+        reception=worker.reception,
+        respond=_respond(worker),
+        held=worker.jobs_held,
+        counters=counters,
+        troubles=worker.jobs_troubles,
+        worker_id=worker.config.worker.id,
+        max_deliver=config.max_deliver,
+        ack_wait_s=config.ack_wait_ms / 1000,
+    )
+    await run_jobs(
+        requests,
+        jetstream=jetstream,
+        names=names,
+        keep_results_s=config.keep_results_s,
+        ack_wait_s=means.ack_wait_s,
+        serving=worker.serving,
+        held=worker.jobs_held,
+        do_job=partial(do_job, means=means),
+        counters=counters,
+        troubles=worker.jobs_troubles,
         task_status=task_status,
     )
 
@@ -498,6 +560,8 @@ def _make_worker(
         model=worker.model_name,
         forget_after_s=config.fleet.forget_after_ms / 1000,
     )
+    held, troubles = JobsHeld(), Troubles("Durable jobs")
+    takes_jobs = config.nats.jetstream.enabled
     observed = ObservedWorker(
         WorkerParts(
             config=worker,
@@ -511,6 +575,8 @@ def _make_worker(
             broker=broker,
             heartbeats=beats,
             live=live,
+            jobs_held=held if takes_jobs else None,
+            jobs_troubles=troubles if takes_jobs else None,
         )
     )
     return _Worker(
@@ -536,4 +602,6 @@ def _make_worker(
         standing=standing,
         stops=stops,
         ready=ready,
+        jobs_held=held,
+        jobs_troubles=troubles,
     )

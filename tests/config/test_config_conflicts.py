@@ -44,7 +44,8 @@ from trio_worker.config import load_config
         (["gateway.host=chat.example"], "gateway.host", "from other machines by everybody"),
         (["fleet.forget_after_ms=1999"], "fleet.forget_after_ms",
          "less than twice cluster.fleet.beat_interval_ms, which is 1000"),
-        (["nats.jetstream.enabled=true"], "nats.jetstream.enabled", "not built yet"),
+        (["nats.jetstream.results=INFERENCE"], "nats.jetstream.results", "a stream of its own"),
+        (["nats.jetstream.dead=RESULTS"], "nats.jetstream.dead", "nats.jetstream.results, too"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_go_together(overrides: list[str], path: str, words: str) -> None:

@@ -96,7 +96,7 @@ def test_any_host_name_gives_a_subject_token(hostname: str) -> None:
         ("nats.reply_prefixes", ["_INBOX.", "_INBOX."], "twice"),
         ("nats.reply_prefixes", ["_INBOX.", 3], "has an entry 3 that is a whole number"),
         ("nats.dialects", ["klingon"], "is not one of"),
-        ("nats.jetstream.subject", "jobs..x", "a NATS subject"),
+        ("nats.jetstream.ack_wait_ms", 999, "is not in 1000…"),
         ("nats.jetstream.stream", "A.B", "without blanks"),
         ("worker.id", "model", "is a subject of its own"),
         ("worker.id", "cancel", "is a subject of its own"),

@@ -27,9 +27,13 @@ def test_the_defaults_raise_no_warning_on_a_machine_that_is_large_enough() -> No
             "request_queue.max_per_caller",
         ),
         (["nats.jetstream.stream=OTHER"], "nats.jetstream.stream"),
-        (["nats.jetstream.subject=jobs.>"], "nats.jetstream.subject"),
+        (["nats.jetstream.store_dir=/x"], "nats.jetstream.store_dir"),
         (["nats.jetstream.max_deliver=4"], "nats.jetstream.max_deliver"),
-        (["nats.jetstream.ack_wait_ms=1"], "nats.jetstream.ack_wait_ms"),
+        (["nats.jetstream.ack_wait_ms=1000"], "nats.jetstream.ack_wait_ms"),
+        (
+            ["nats.jetstream.enabled=true", "nats.jetstream.ack_wait_ms=4999"],
+            "nats.jetstream.ack_wait_ms: 4999 is below 5000",
+        ),
     ],
 )
 def test_what_is_probably_not_meant_is_a_warning(overrides: list[str], path: str) -> None:

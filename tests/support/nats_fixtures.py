@@ -25,7 +25,9 @@ from trio_worker.nats.embedded_server import find_nats_server
 class NatsServer:
     """One nats-server on a port of its own, which it keeps over restarts."""
 
-    def __init__(self, *, config: str = "", extra: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *, config: str = "", extra: tuple[str, ...] = (), jetstream: bool = False
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nats-"))
         self.port = 0
         """The kernel's choice at the first start."""
@@ -35,6 +37,8 @@ class NatsServer:
             *("-c", str(self.folder / "nats.conf"), "--ports_file_dir", str(self.folder)),
             *extra,
         ]
+        if jetstream:
+            self._command += ["-js", "-sd", str(self.folder / "store")]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -79,8 +83,10 @@ class NatsServer:
 
 
 @contextmanager
-def running_server(*, config: str = "", extra: tuple[str, ...] = ()) -> Iterator[NatsServer]:
-    server = NatsServer(config=config, extra=extra)
+def running_server(
+    *, config: str = "", extra: tuple[str, ...] = (), jetstream: bool = False
+) -> Iterator[NatsServer]:
+    server = NatsServer(config=config, extra=extra, jetstream=jetstream)
     try:
         server.start()
         yield server

@@ -107,3 +107,24 @@ def test_an_answer_may_go_below_any_permitted_prefix_up_to_512_characters() -> N
 )
 def test_which_reply_subjects_may_be_answered(subject: str | None, *, permitted: bool) -> None:
     assert subjects.may_reply_to(subject, ["_INBOX."]) is permitted
+
+
+def test_a_jobs_subject_says_how_urgent_it_is_and_for_whom_and_for_which_model() -> None:
+    subject = subjects.job(level="low", caller="me", model="qwen2.5-7b")
+    assert subject == "jobs.inference.low.me.qwen2.5-7b"
+    assert subjects.read_job(subject) == ("low", "me", "qwen2.5-7b")
+    assert subjects.read_job(subjects.job(level="high", caller=None, model="m")) == (
+        "high",
+        None,
+        "m",
+    )
+    assert subjects.jobs_of("low", "qwen2.5-7b") == "jobs.inference.low.*.qwen2.5-7b"
+    assert subjects.dead(subject) == "dead.inference.low.me.qwen2.5-7b"
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["jobs.inference.low.me", "jobs.inference.urgent.me.m", "jobs.other.low.me.m", "x", ""],
+)
+def test_what_is_no_jobs_subject_is_none(subject: str) -> None:
+    assert subjects.read_job(subject) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from trio.testing import MockClock
 
 from trio_worker.errors import ErrorCode
 from trio_worker.ports import Message
+from trio_worker.simulated.broker import MemoryServer
+from trio_worker.simulated.jetstream import MemoryJetStream
 from trio_worker.wire import native
 
 PAGE = (DOCS / "wire.md").read_text(encoding="utf-8")
@@ -92,14 +95,18 @@ def as_sent(shown: dict[str, Any]) -> Message:
 
 async def test_the_worker_answers_as_the_page_says(autojump_clock: MockClock) -> None:
     received: dict[str, deque[Message]] = defaultdict(deque)
+    server = MemoryServer(random=random.Random(0))
+    MemoryJetStream(server)
     async with running_worker(
-        "worker.model_name=demo", "worker.monitoring.report_interval_ms=600000"
+        *("worker.model_name=demo", "worker.monitoring.report_interval_ms=600000"),
+        "nats.jetstream.enabled=true",
+        server=server,
     ) as rig:
 
         def take(message: Message) -> None:
             received[message.subject].append(message)
 
-        for subject in ("_INBOX.me.>", "worker.w1.stats"):
+        for subject in ("_INBOX.me.>", "answers.inference.*", "worker.w1.stats"):
             await rig.caller.subscribe(subject, take)
         found = []
         for example in examples(PAGE):

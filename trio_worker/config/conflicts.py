@@ -9,7 +9,13 @@ from msgspec import Struct
 
 from trio_worker.config.hosts import is_loopback
 from trio_worker.config.keys import shown
-from trio_worker.config.sections import Config, FleetConfig, GatewayConfig, NatsConfig
+from trio_worker.config.sections import (
+    Config,
+    FleetConfig,
+    GatewayConfig,
+    JetStreamConfig,
+    NatsConfig,
+)
 from trio_worker.errors import ConfigError
 from trio_worker.nats.address import parse_nats_url
 
@@ -68,11 +74,17 @@ def _nats_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
         yield ("nats.tls.key_file", "nats.tls.cert_file"), "needs cluster.nats.tls.cert_file, too"
     if "mlx-serving" in nats.dialects:
         yield ("nats.dialects",), "mlx-serving is not built yet in this version; expected [native]"
-    if nats.jetstream.enabled:
-        yield (
-            ("nats.jetstream.enabled",),
-            "true is not built yet: this version takes no jobs from JetStream; expected false",
-        )
+    yield from _jetstream_conflicts(nats.jetstream)
+
+
+def _jetstream_conflicts(jetstream: JetStreamConfig) -> Iterator[Conflict]:
+    names = ("stream", "results", "dead")
+    for number, name in enumerate(names):
+        for other in names[:number]:
+            if getattr(jetstream, name) == getattr(jetstream, other):
+                what = f"{shown(getattr(jetstream, name))} is cluster.nats.jetstream.{other}, too"
+                keys = (f"nats.jetstream.{name}", f"nats.jetstream.{other}")
+                yield keys, f"{what}; expected a stream of its own"
 
 
 def _gateway_conflicts(gateway: GatewayConfig) -> Iterator[Conflict]:

@@ -14,7 +14,6 @@ from msgspec import Meta, Struct
 from trio_worker.config.keys import (
     ORIGIN,
     STREAM_NAME,
-    SUBJECT,
     SUBJECT_PREFIX,
     SUBJECT_TOKEN,
     without_login,
@@ -25,7 +24,6 @@ _Megabytes: TypeAlias = Annotated[int, Meta(ge=1, le=16_777_216)]
 _Tokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 _Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]
 _SubjectToken: TypeAlias = Annotated[str, Meta(pattern=SUBJECT_TOKEN)]
-_Subject: TypeAlias = Annotated[str, Meta(pattern=SUBJECT, max_length=255)]
 _Prefix: TypeAlias = Annotated[str, Meta(pattern=SUBJECT_PREFIX, max_length=255)]
 _StreamName: TypeAlias = Annotated[str, Meta(pattern=STREAM_NAME)]
 _Origin: TypeAlias = Annotated[str, Meta(pattern=ORIGIN, max_length=255)]
@@ -41,15 +39,49 @@ class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class JetStreamConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    enabled: Annotated[bool, Meta(description="whether jobs are taken from a stream, too")] = False
+    enabled: Annotated[
+        bool, Meta(description="whether durable jobs are taken from a stream, too")
+    ] = False
+    store_dir: (
+        Annotated[
+            _Text,
+            Meta(
+                description="the folder of the embedded server's streams; null: `trio-worker` in "
+                "the user's data"
+            ),
+        ]
+        | None
+    ) = None
     stream: Annotated[_StreamName, Meta(description="the stream that holds the jobs")] = "INFERENCE"
-    subject: Annotated[_Subject, Meta(description="the subjects of jobs")] = "jobs.inference.>"
+    results: Annotated[_StreamName, Meta(description="the stream that keeps the answers")] = (
+        "RESULTS"
+    )
+    dead: Annotated[_StreamName, Meta(description="the stream of jobs that were given up")] = "DEAD"
     max_deliver: Annotated[
-        int, Meta(ge=1, le=1000, description="how often a job is tried before it is given up")
+        int,
+        Meta(
+            ge=1,
+            le=1000,
+            description="how often a job is given to a worker before it is given up",
+        ),
     ] = 3
     ack_wait_ms: Annotated[
-        _Duration, Meta(description="the time after which an unacknowledged job is tried again")
+        int,
+        Meta(
+            ge=1_000,
+            le=3_600_000,
+            description="how long after the last sign of life of its worker a job is given to "
+            "another one; decided when the consumers are made",
+        ),
     ] = 30_000
+    keep_results_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=31_536_000,
+            description="how long an answer is kept; decided when the stream is made",
+        ),
+    ] = 86_400
 
 
 class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,8 +139,8 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     jetstream: Annotated[
         JetStreamConfig,
         Meta(
-            description="not built yet: `enabled: true` is refused, and the other keys have no "
-            "effect"
+            description="durable jobs, which survive the death of who does them; the other keys "
+            "need `enabled: true`"
         ),
     ] = JetStreamConfig()
 

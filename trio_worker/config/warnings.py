@@ -9,6 +9,9 @@ from trio_worker.config.keys import shown
 from trio_worker.config.secrets import files_with_secrets, is_readable_by_all
 from trio_worker.config.sections import Config, GatewayConfig, JetStreamConfig, QueueConfig
 
+LEASE_LEAST_MS = 5_000
+"""Below this, what a server loses of a lease by rounding matters."""
+
 
 def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
     """What is allowed but probably not meant, one sentence each."""
@@ -43,6 +46,7 @@ def warnings_about(config: Config, *, total_memory_bytes: int) -> list[str]:
         if is_readable_by_all(name)
     ]
     found += _without_effect(config.nats.jetstream)
+    found += _about_leases(config.nats.jetstream)
     monitoring = config.worker.monitoring
     if monitoring.port is not None and not is_loopback(monitoring.host):
         found.append(
@@ -68,6 +72,15 @@ def _about_origins(gateway: GatewayConfig) -> Iterator[str]:
         yield (
             'cluster.gateway.cors_origins: "*" without cluster.gateway.keys_file lets every page '
             "that a user of this machine looks at ask the model"
+        )
+
+
+def _about_leases(jetstream: JetStreamConfig) -> Iterator[str]:
+    if jetstream.enabled and jetstream.ack_wait_ms < LEASE_LEAST_MS:
+        yield (
+            f"cluster.nats.jetstream.ack_wait_ms: {jetstream.ack_wait_ms} is below "
+            f"{LEASE_LEAST_MS}: a restart of nats-server, which keeps such times in whole seconds, "
+            "may give a job to a second worker while the first is at it"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 
 from trio_worker.errors import WorkerError
-from trio_worker.monitoring.metrics import HistogramMetric, Metrics
+from trio_worker.monitoring.metrics import JOB_EVENTS, HistogramMetric, Metrics
 from trio_worker.monitoring.snapshot import Percentiles
 from trio_worker.protocol.turn import EngineMemory
 
@@ -107,6 +107,22 @@ class RequestCounters:
         if error is not None:
             of_subject.failed += 1
             of_subject.last_error = f"{error.number}:{error.code}"
+
+
+class JobCounters:
+    """What became of the durable jobs that were given to this worker, by level."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metric = metrics.jobs
+
+    def count(self, what: str, level: str) -> None:
+        """`what` is one of `JOB_EVENTS`."""
+        assert what in JOB_EVENTS, what
+        self._metric.add(labels=(what, level))
+
+    def total(self, what: str) -> int:
+        """Over all levels."""
+        return sum(count for (event, _), count in self._metric.values.items() if event == what)
 
 
 class BatchCounters:

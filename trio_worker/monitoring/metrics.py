@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from trio_worker.core.hand_on import Reason
+from trio_worker.core.jobs import LEVELS
 from trio_worker.core.memory import DegradationStep
 from trio_worker.errors import ErrorCode
 
@@ -106,6 +107,7 @@ class Metrics:
         self.handed_on = CounterMetric(HANDED_ON)
         self.taken_over = CounterMetric(TAKEN_OVER)
         self.returned = CounterMetric(RETURNED)
+        self.jobs = CounterMetric(JOBS)
         self.queue_wait = HistogramMetric(QUEUE_WAIT)
         self.cancel_latency = HistogramMetric(CANCEL_LATENCY)
         self.time_to_first_token = HistogramMetric(TIME_TO_FIRST_TOKEN)
@@ -204,6 +206,17 @@ RETURNED = Description(
     meaning="Requests that were passed to a worker for which nobody listened any more, and came "
     "back.",
     worry="It grows steadily: workers end without a drain.",
+)
+JOB_EVENTS = ("taken", "redelivered", "answered", "found answered", "given back", "dead")
+JOBS = Description(
+    name="jobs_total",
+    kind="counter",
+    meaning="Durable jobs: `taken` for the first time, `redelivered` to this worker, `answered` "
+    "and stored, `found answered` already, `given back` to the stream, and `dead`: given up.",
+    labels=("what", "level"),
+    starts=tuple((what, level) for what in JOB_EVENTS for level in LEVELS),
+    worry="`dead` grows at all: look into the stream of dead letters. `redelivered` grows: workers "
+    "die, or hang for longer than `ack_wait_ms`.",
 )
 QUEUE_WAIT = Description(
     name="queue_wait_seconds",

@@ -16,6 +16,7 @@ from trio_worker.monitoring.snapshot import (
     EngineReading,
     FleetReading,
     InFlightReading,
+    JobsReading,
     MemberReading,
     QueueReading,
     RequestsReading,
@@ -38,6 +39,7 @@ def snapshot_of(parts: WorkerParts, *, now: float, started_at: float) -> Snapsho
         tokens=_tokens(parts, now=now),
         fleet=_fleet(parts, now=now),
         nats=parts.broker.statistics(),
+        jobs=_jobs(parts),
     )
 
 
@@ -106,6 +108,19 @@ def _worker(parts: WorkerParts, *, uptime_s: float) -> WorkerReading:
         version=__version__,
         state="draining" if draining else parts.engine.statistics().state,
         uptime_s=round(uptime_s, 3),
+    )
+
+
+def _jobs(parts: WorkerParts) -> JobsReading | None:
+    if parts.jobs_held is None or parts.jobs_troubles is None:
+        return None
+    events = Counter[str]()
+    for (what, _), count in parts.counters.metrics.jobs.values.items():
+        events[what] += count
+    return JobsReading(
+        beside=parts.jobs_held.beside,
+        events=dict(events),
+        trouble=parts.jobs_troubles.line,
     )
 
 

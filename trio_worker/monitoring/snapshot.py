@@ -121,6 +121,18 @@ class TokensReading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobsReading:
+    """Of durable jobs."""
+
+    beside: int
+    """Those that are looked up, or whose answer is being stored: no requests in flight."""
+    events: dict[str, int]
+    """What has become of them, by the `what` of `jobs_total`."""
+    trouble: str | None
+    """What stands in the way, for people; requests that come directly go on all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InFlightReading:
     """One request in flight, without anything of its content."""
 
@@ -179,3 +191,5 @@ class Snapshot:
     tokens: TokensReading
     fleet: FleetReading
     nats: BrokerStatistics
+    jobs: JobsReading | None = None
+    """None where none are taken."""

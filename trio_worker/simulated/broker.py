@@ -26,7 +26,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 from loguru import logger
@@ -37,6 +37,8 @@ from trio_worker.nats.parcel import Parcel, address
 from trio_worker.ports import BrokerStatistics, Message, Outlet
 
 Sink = Callable[[Message], None]
+Service = Callable[[Message], bool]
+"""Takes a message, and says whether it was for it."""
 
 _BATCH = 256
 """Messages carried between two chances for the other tasks to run."""
@@ -71,12 +73,14 @@ class MemoryServer:
         self.max_payload = max_payload
         self.delay_s = delay_s
         self._random = random
+        self.services: list[Service] = []
+        """Parts of the server itself that take messages: they count as listeners."""
         self._subscriptions: list[MemorySubscription] = []
         self._cut_off: set[MemoryBroker] = set()
         """The connections on the other side of a split."""
         self._outgoing: deque[MemoryBroker] = deque()
         """One entry per published message, in the order of publishing, whoever published."""
-        self._under_way: list[_Delivery] = []
+        self._under_way: list[_Delivery | _Timer] = []
         """A heap."""
         self._numbers = itertools.count()
         self._work = trio.Event()
@@ -89,7 +93,7 @@ class MemoryServer:
         """Everybody knows of everybody again."""
         self._cut_off = set()
 
-    def _reaches(self, sender: MemoryBroker, taker: MemoryBroker) -> bool:
+    def _reaches(self, sender: MemoryBroker | None, taker: MemoryBroker) -> bool:
         return (sender in self._cut_off) is (taker in self._cut_off)
 
     async def _carry(self) -> None:
@@ -130,10 +134,21 @@ class MemoryServer:
             reply=parcel.envelope.reply or None,
             headers=parcel.envelope.headers | parcel.headers,
         )
+        is_heard = self.hand_out(message.subject, message, sender)
+        served_by = () if sender in self._cut_off else self.services
+        is_served = [service(message) for service in served_by]
+        if not is_heard and not any(is_served) and message.reply is not None:
+            self._report_no_responders(message.subject, message.reply, sender)
+
+    def hand_out(self, subject: str, message: Message, sender: MemoryBroker | None = None) -> bool:
+        """Send a message to who listens on `subject`, whatever its own; False: nobody does.
+
+        What has no sender comes from the server itself, which no split cuts off.
+        """
         groups: dict[str, list[MemorySubscription]] = {}
         takers: list[MemorySubscription] = []
         for subscription in self._subscriptions:
-            if not subscription.takes(message.subject):
+            if not subscription.takes(subject):
                 continue
             if not self._reaches(sender, subscription.broker):
                 continue
@@ -144,8 +159,20 @@ class MemoryServer:
         takers += [self._random.choice(members) for members in groups.values()]
         for subscription in takers:
             self._send(subscription, message)
-        if not takers and message.reply is not None:
-            self._report_no_responders(message.subject, message.reply, sender)
+        return bool(takers)
+
+    def interest_in(self, subject: str) -> Callable[[], bool]:
+        """Whether who listens on `subject` now still does, on the same line."""
+        takers = [(each, each.broker.line) for each in self._subscriptions if each.takes(subject)]
+        return lambda: any(
+            each in self._subscriptions and each.broker.is_up and each.broker.line == line
+            for each, line in takers
+        )
+
+    def call_at(self, due: float, call: Callable[[], object]) -> None:
+        """Have something done then, while any connection is open."""
+        heapq.heappush(self._under_way, _Timer(due=due, number=next(self._numbers), arrive=call))
+        self._wake()
 
     def _report_no_responders(self, subject: str, reply: str, sender: MemoryBroker) -> None:
         """As the real one: to the sender's own subscription on the reply subject, if any."""
@@ -178,16 +205,30 @@ class MemoryServer:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class _Delivery:
-    """Something on its way to a connection."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Due:
+    """Something that happens at a moment; what was put first happens first."""
 
     due: float
     number: int
-    subscription: MemorySubscription = field(compare=False)
-    line: int = field(compare=False)
+
+    def __lt__(self, other: _Due) -> bool:
+        return (self.due, self.number) < (other.due, other.number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timer(_Due):
+    arrive: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Delivery(_Due):
+    """Something on its way to a connection."""
+
+    subscription: MemorySubscription
+    line: int
     """Which of the connection's successive lines it is on; on a broken one it is lost."""
-    arrival: Callable[[], None] = field(compare=False)
+    arrival: Callable[[], None]
 
     def arrive(self) -> None:
         subscription = self.subscription

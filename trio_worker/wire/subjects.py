@@ -6,10 +6,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
+from trio_worker.core.jobs import LEVELS
 from trio_worker.protocol.turn import RequestId
 
 GROUP = "trio-workers"
 CANCEL = "inference.cancel"
+JOBS = "jobs.inference.>"
+"""Every durable job."""
+DEAD = "dead.inference.>"
+"""Every job that was given up."""
+NOBODY = "-"
+"""Where a job's caller would stand."""
 REPLY_SUBJECT_MAX = 512
 """Longer ones would not leave room for the control subject on the server's line of 4096 bytes."""
 
@@ -106,6 +113,64 @@ def forwarded(worker_id: str, number: int | str) -> str:
 def is_forwarded(subject: str, worker_id: str) -> bool:
     """Whether a message there is the server's word about a request that was handed on."""
     return subject.startswith(forwarded(worker_id, ""))
+
+
+def job(*, level: str, caller: str | None, model: str) -> str:
+    """Where a durable job is published; the model is last, for its name may have dots."""
+    return f"jobs.inference.{level}.{caller or NOBODY}.{model}"
+
+
+def jobs_counted_as(level: str) -> str:
+    """What stands for all of one level's jobs where requests are counted by subject."""
+    return f"jobs.inference.{level}"
+
+
+def jobs_of(level: str, model: str) -> str:
+    """One level's jobs for one model, whoever asks."""
+    return f"jobs.inference.{level}.*.{model}"
+
+
+def dead(job_subject: str) -> str:
+    """Where a job goes that is given up."""
+    return f"dead.{job_subject.partition('.')[2]}"
+
+
+def result(request_id: str) -> str:
+    """Where a job's answer is stored."""
+    return f"results.inference.{request_id}"
+
+
+def answer(request_id: str) -> str:
+    """Where a job's answer is said when it is stored."""
+    return f"answers.inference.{request_id}"
+
+
+class JobSubject(NamedTuple):
+    level: str
+    caller: str | None
+    model: str
+
+
+def read_job(subject: str) -> JobSubject | None:
+    """What a job's subject says; None if it is none."""
+    tokens = subject.split(".", 4)
+    if len(tokens) < 5 or tokens[:2] != ["jobs", "inference"] or tokens[2] not in LEVELS:
+        return None
+    _, _, level, caller, model = tokens
+    return JobSubject(level, None if caller == NOBODY else caller, model)
+
+
+def jetstream_inbox(worker_id: str, life: str) -> str:
+    """Where JetStream answers a worker; `life` tells it from an earlier one of this id.
+
+    Below its own subject, where it may listen and callers may not speak.
+    """
+    return f"inference.{worker_id}.js.{life}"
+
+
+def can_be_in_one(name: str) -> bool:
+    """Whether a name, such as a model's, may stand in a subject."""
+    return _CONCRETE.match(name) is not None
 
 
 def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> TypeGuard[str]:

@@ -1,0 +1,1 @@
+"""JetStream over the broker port: streams, receipts, pulls and acknowledgements."""
