@@ -54,6 +54,10 @@ test *args:
 @chaos *options="seconds=120":
     cd tests && "{{ uv }}" run python -m chaos "$@"
 
+# a worker and mlx-serving's real controller, from a checkout with its packages: just try-controller checkout=FOLDER engine=mlx
+@try-controller *args:
+    cd tests && "{{ uv }}" run python -m real_controller "$@"
+
 # one-line bugs planted one at a time, and which of them no test finds: just mutate trio_worker/core
 @mutate *paths:
     cd tests && "{{ uv }}" run python -m mutate "$@"

@@ -28,6 +28,7 @@ from trio_worker.errors import ErrorCode
 from trio_worker.gateway import counts
 from trio_worker.monitoring.metrics import PREFIX, Description, all_descriptions
 from trio_worker.monitoring.snapshot import Snapshot
+from trio_worker.wire import subjects
 from trio_worker.wire.native import WorkerNote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,9 +151,9 @@ def _dotted() -> frozenset[str]:
         for section in dataclasses.fields(Snapshot)
         for field in dataclasses.fields(_present(get_type_hints(Snapshot)[section.name]))
     }
-    return frozenset(
-        ends | snapshot | {f"worker.{field}" for field in WorkerNote.__struct_fields__}
-    )
+    note = {f"worker.{field}" for field in WorkerNote.__struct_fields__}
+    told = {subjects.REGISTER, subjects.HEARTBEAT, subjects.DEREGISTER}
+    return frozenset(ends | snapshot | note | told)
 
 
 def _present(section: Any) -> Any:

@@ -18,19 +18,21 @@ from typing import Literal, TypeAlias
 from trio_worker.config import Config, NatsConfig
 from trio_worker.core.memory import MB
 from trio_worker.launch_nats import connect
+from trio_worker.machine.host import find_host
 from trio_worker.machine.memory_probe import PsutilProbe
 from trio_worker.machine.service_manager import open_service_manager
 from trio_worker.monitoring.http_server import serve_http
 from trio_worker.monitoring.observed import Observed
 from trio_worker.monitoring.prometheus import exposition
 from trio_worker.monitoring.stack_sampler import open_stack_sampler
+from trio_worker.nats.address import parse_nats_url
 from trio_worker.nats.embedded_server import (
     default_store,
     is_loopback,
     open_nats_server,
     somebody_listens,
 )
-from trio_worker.ports import Broker, Engine, ProgressSink
+from trio_worker.ports import Broker, Engine, Host, ProgressSink
 from trio_worker.simulated.engine import open_simulated_engine
 from trio_worker.stages.notify import Standing
 from trio_worker.supervisor.engine_life import ENGINE_PROGRAM
@@ -85,6 +87,7 @@ async def launch(
             # Callers see what is drawn; from a generator of ours they could work out the rest.
             rng=random.SystemRandom(),
             wall_clock=time.time,
+            host=await _find_host(config.nats),
             serve_http=partial(serve_http, exposition=exposition),
             open_gateway=None if gateway is None else gateway.running,
             greet=greet,
@@ -102,6 +105,13 @@ def settle_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+
+
+async def _find_host(nats: NatsConfig) -> Host | None:
+    if "mlx-serving" not in nats.dialects:
+        return None
+    address = parse_nats_url(nats.url)
+    return await find_host(address.host, address.port)
 
 
 @asynccontextmanager

@@ -232,6 +232,17 @@ class MemoryProbe(Protocol):
         """Read now; costs some milliseconds at most. A vanished process counts nothing."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine, as others on the network may know it."""
+
+    hostname: str
+    address: str
+    """An IP address of it, v4 or v6."""
+    cpu_percent: Callable[[], float]
+    """How busy its processors have been since the last call."""
+
+
 # --- who looks on -------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@
             ├ do_job(j)      one per durable job, from its delivery to the stored answer
             └ intake         left when everything that had arrived is answered or admitted
               ├ run_intake   subscribes when the engine is ready
-              └ run_jobs     takes durable jobs, one for each free slot
+              ├ run_jobs     takes durable jobs, one for each free slot
+              └ run_controller  a member of mlx-serving's clusters, where that is spoken
 
 Whatever ends the worker, everything below goes first, and the terminal messages that the requests
 put into the outbox while they end are delivered by the broker's close.
@@ -36,11 +37,10 @@ from trio_worker.config import Config
 from trio_worker.core.memory import MB, PressureGauge
 from trio_worker.core.sequence import Ending
 from trio_worker.errors import WorkerFault
-from trio_worker.flow.door import Door
 from trio_worker.flow.hand_on import HandOn
 from trio_worker.flow.job import JobsHeld, JobStreams
 from trio_worker.flow.live_set import LiveSet
-from trio_worker.flow.reception import Reception
+from trio_worker.flow.reception import Reception, Respond
 from trio_worker.flow.serving import Serving, make_serving
 from trio_worker.flow.troubles import Troubles
 from trio_worker.jetstream.client import JetStream, open_jetstream
@@ -52,6 +52,7 @@ from trio_worker.monitoring.worker_parts import WorkerParts
 from trio_worker.ports import (
     Broker,
     Engine,
+    Host,
     MemoryProbe,
     Message,
     ProgressSink,
@@ -63,7 +64,8 @@ from trio_worker.stages.batcher import run_batcher
 from trio_worker.stages.beat import OwnBeat, run_beat
 from trio_worker.stages.claim import claim_id
 from trio_worker.stages.control import Control, run_control
-from trio_worker.stages.intake import IntakeBuffer, Respond, open_intake_buffer, run_intake
+from trio_worker.stages.controller import Departure, run_controller
+from trio_worker.stages.intake import IntakeBuffer, open_intake_buffer, run_intake
 from trio_worker.stages.job import JobMeans, do_job
 from trio_worker.stages.jobs import run_jobs
 from trio_worker.stages.monitor import read_memory, run_monitor
@@ -72,8 +74,9 @@ from trio_worker.stages.pulse import PULSE_S, run_pulse
 from trio_worker.stages.readiness import run_readiness
 from trio_worker.stages.reporter import run_reporter
 from trio_worker.stages.respond import respond
-from trio_worker.stages.service import run_service
+from trio_worker.stages.service import Endpoint, run_service
 from trio_worker.wire import subjects
+from trio_worker.wire.mlx_serving import Member, member_id
 
 
 class ServeHttp(Protocol):
@@ -98,6 +101,8 @@ class World:
     """Draws request ids and seeds, which callers see."""
     wall_clock: Callable[[], float]
     """Seconds since the epoch, for people to read."""
+    host: Host | None = None
+    """Has to be there where mlx-serving's dialect is spoken: its controllers are told of it."""
     serve_http: ServeHttp | None = None
     open_gateway: Callable[[AsyncValue[int]], AbstractAsyncContextManager[None]] | None = None
     """What takes requests over HTTP beside the worker, for as long as the block. It is given how
@@ -211,13 +216,20 @@ async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
     reply_prefixes = worker.config.nats.reply_prefixes
     control = Control(worker.broker, door, reply_prefixes, worker.hand_on.cancel)
     await services.start(_run_control, worker, control, send.clone())
-    await services.start(_run_service, worker, info)
-    await services.start(_run_beat, worker)
+    speaks_native = "native" in worker.config.nats.dialects
+    if speaks_native:
+        # Whoever asks for workers in this way goes on to ask them in the native dialect.
+        await services.start(_run_service, worker, info)
+        await services.start(_run_beat, worker)
     async with _jetstream(worker) as jetstream, trio.open_nursery() as requests:
         async with trio.open_nursery() as intake:
-            await intake.start(_run_intake, worker, requests, (send, receive), control)
+            if speaks_native:
+                await intake.start(_run_intake, worker, requests, (send, receive), control)
+            else:
+                receive.close()  # so control messages are acted on at once
             if jetstream is not None:
                 await intake.start(_run_jobs, worker, requests, jetstream)
+            departure = await _join_controllers(worker, intake, requests)
             services.start_soon(worker.standing.follow, door.state)
             _say_ready(worker, info)
             if world.greet is not None:
@@ -225,9 +237,12 @@ async def _serve_requests(worker: _Worker, services: trio.Nursery) -> None:
             await worker.stops.wait_value(_once)
             # To cancel a nursery that has been left changes nothing.
             services.start_soon(_cut_short, worker.stops, requests.cancel_scope)  # noqa: ASYNC111
-            _begin_drain(worker)
+            try:
+                await _leave_controllers(departure)
+            finally:
+                _begin_drain(worker)
         # Intake has ended: nothing comes in any more. What has no token yet goes.
-        _end_without_a_token(door)
+        _end_without_a_token(worker)
         # What runs may finish; at the deadline the rest ends with WORKER_DRAINING.
         requests.cancel_scope.deadline = trio.current_time() + worker.drain_timeout_s
     await worker.hand_on.settle()
@@ -295,6 +310,13 @@ async def _stop_while_loading(
             run.cancel(reason="stopped before the worker was ready")
 
 
+async def _leave_controllers(departure: Departure | None) -> None:
+    """Return when no controller sends anything any more; what it has sent is served as ever."""
+    if departure is not None:
+        departure.asked.set()
+        await departure.done.wait()
+
+
 def _begin_drain(worker: _Worker) -> None:
     worker.standing.stopping(worker.longest_drain_s)
     logger.info("Draining: {} requests in flight", len(worker.serving.admission.in_flight))
@@ -303,9 +325,11 @@ def _begin_drain(worker: _Worker) -> None:
     worker.own_beat.say()
 
 
-def _end_without_a_token(door: Door) -> None:
-    for sequence in list(door.admission.in_flight.values()):
-        if not any(row.produced for row in sequence.rows):
+def _end_without_a_token(worker: _Worker) -> None:
+    """Whose caller asks another worker, that is: mlx-serving's controllers ask nobody again."""
+    for sequence in list(worker.serving.admission.in_flight.values()):
+        is_asked_again = sequence.subject != _from_controllers(worker)
+        if is_asked_again and not any(row.produced for row in sequence.rows):
             sequence.end(Ending.DRAINING)
 
 
@@ -418,6 +442,7 @@ async def _run_service(  # noqa: ASYNC128 - what it runs reports the start
         snapshot=worker.observed.snapshot,
         reply_prefixes=worker.config.nats.reply_prefixes,
         started_at=worker.world.wall_clock(),
+        also=_controllers_endpoint(worker),
         task_status=task_status,
     )
 
@@ -435,6 +460,16 @@ async def _run_beat(  # noqa: ASYNC128 - what it runs reports the start
         interval_s=worker.config.fleet.beat_interval_ms / 1000,
         task_status=task_status,
     )
+
+
+def _controllers_endpoint(worker: _Worker) -> tuple[Endpoint, ...]:
+    if "mlx-serving" not in worker.config.nats.dialects:
+        return ()
+    return (Endpoint(name="controller", subject=_from_controllers(worker)),)
+
+
+def _from_controllers(worker: _Worker) -> str:
+    return subjects.from_controllers(member_id(worker.config.worker.id))
 
 
 async def _run_intake(  # noqa: ASYNC128 - what it runs reports the start
@@ -508,6 +543,43 @@ async def _run_jobs(  # noqa: ASYNC128 - what it runs reports the start
         troubles=worker.jobs_troubles,
         task_status=task_status,
     )
+
+
+async def _join_controllers(
+    worker: _Worker, intake: trio.Nursery, requests: trio.Nursery
+) -> Departure | None:
+    """Run the membership in `intake`, where the dialect is spoken; returns how to end it."""
+    if "mlx-serving" not in worker.config.nats.dialects:
+        return None
+    world, config, serving = worker.world, worker.config.worker, worker.serving
+    assert world.host is not None, "who speaks mlx-serving's dialect says where it runs"
+    departure = Departure()
+    await intake.start(
+        partial(
+            run_controller,
+            member=Member(
+                id=member_id(config.id),
+                hostname=world.host.hostname,
+                ip=world.host.address,
+                port=config.monitoring.port,
+                model_name=config.model_name,
+                model=config.model,
+                loaded_at=world.wall_clock(),
+            ),
+            reception=worker.reception,
+            door=serving.door,
+            broker=worker.broker,
+            respond=_respond(worker),
+            worker_id=config.id,
+            counters=worker.counters,
+            memory_bytes=lambda: serving.gauge.used,
+            cpu_percent=world.host.cpu_percent,
+            wall_clock=world.wall_clock,
+            departure=departure,
+        ),
+        requests,
+    )
+    return departure
 
 
 async def _watch_broker(broker: Broker) -> None:

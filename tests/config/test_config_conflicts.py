@@ -38,7 +38,7 @@ from trio_worker.config import load_config
         (["nats.reply_prefixes=[infer]"], "nats.reply_prefixes", "begin with inference"),
         (["nats.reply_prefixes=[$SYS.]"], "nats.reply_prefixes", "begin with $"),
         (["nats.reply_prefixes=[w]"], "nats.reply_prefixes", "begin with worker."),
-        (["nats.dialects=[native, mlx-serving]"], "nats.dialects", "not built yet"),
+        (["gateway.port=1", "nats.dialects=[mlx-serving]"], "gateway.port", "expected null"),
         (["gateway.host=0.0.0.0"], "gateway.host", "a file with keys in cluster.gateway.keys_file"),
         (["gateway.host=::"], "gateway.host", "such as 127.0.0.1"),
         (["gateway.host=chat.example"], "gateway.host", "from other machines by everybody"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ from support.commands import RunningCommand, command, running_command, until
 from support.gateway_commands import address_in, ask, running_gateway
 from support.jobs_rig import JOBS_ON, jobs_caller
 from support.nats_fixtures import NatsServer, running_server
+from support.nats_rig import wait_until
 from support.paths import DOCS
+from support.scripted_controller import running_controller
 
 from trio_worker.client import Client, Login, open_client
 from trio_worker.core.jobs import LEVELS
@@ -433,4 +437,23 @@ async def test_whoever_has_used_an_id_may_cancel_the_next_request_with_it(
                 await stranger.say("inference.w1.ctl.nightly", b"cancel")
                 with pytest.raises(RequestCancelled):
                     await answer.text()
+    assert violations(server) == []
+
+
+async def test_a_controller_knows_the_workers_and_asks_them(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    both = ("--set", "nats.dialects=[native, mlx-serving]")
+    async with (
+        peer_of(server, "controller") as peer,
+        running_controller(peer.broker, wall_clock=time.time) as controller,
+        running_command(tmp_path, *WORKER_OPTIONS, *both, url=server.url) as worker,
+    ):
+        await worker.wait_ready()
+        await controller.until(lambda: bool(controller.members))
+        assert (await controller.ask(maxTokens=0)).last["type"] == "error"
+        running = await controller.begin(maxTokens=1000)
+        await wait_until(lambda: len(running.messages) > 2)
+        worker.process.send_signal(signal.SIGTERM)
+        await controller.until(lambda: not controller.members)
     assert violations(server) == []

@@ -18,7 +18,7 @@ from trio_worker.core.memory import MemoryReading
 from trio_worker.errors import WorkerError
 from trio_worker.monitoring.observed_worker import ObservedWorker
 from trio_worker.monitoring.snapshot import Snapshot
-from trio_worker.ports import Broker, Message, ProgressSink, ServiceManager
+from trio_worker.ports import Broker, Host, Message, ProgressSink, ServiceManager
 from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
 from trio_worker.simulated.engine import Faults, SimulatedEngine, open_simulated_engine
 from trio_worker.wire import subjects
@@ -155,6 +155,7 @@ async def running_worker(
     rng: random.Random | None = None,
     server: MemoryServer | None = None,
     worker_id: str = WORKER_ID,
+    wall_clock: Callable[[], float] = lambda: 1_700_000_000.0,
 ) -> AsyncIterator[Rig]:
     """A worker that serves; at the end it is stopped, and must have left nothing behind.
 
@@ -202,7 +203,8 @@ async def running_worker(
                 open_engine=open_engine,
                 probe=probe,
                 rng=rng or random.Random(1),
-                wall_clock=lambda: 1_700_000_000.0,
+                wall_clock=wall_clock,
+                host=Host(hostname="host", address="192.0.2.1", cpu_percent=lambda: 12.5),
                 on_ready=on_ready,
                 on_progress=on_progress,
                 service_manager=service_manager,

@@ -29,6 +29,7 @@ Conflict: TypeAlias = tuple[tuple[str, ...], str]
 def conflicts(config: Config) -> Iterator[Conflict]:
     """What is wrong with values that are each allowed."""
     yield from _pairs(config)
+    yield from _dialect_conflicts(config)
     yield from _nats_conflicts(config.nats)
     yield from _gateway_conflicts(config.gateway)
     yield from _fleet_conflicts(config.fleet)
@@ -57,6 +58,14 @@ def _pairs(config: Config) -> Iterator[Conflict]:
             )
 
 
+def _dialect_conflicts(config: Config) -> Iterator[Conflict]:
+    if config.gateway.port is not None and "native" not in config.nats.dialects:
+        yield (
+            ("gateway.port", "nats.dialects"),
+            "a gateway asks in the native dialect; expected null, or native among the dialects",
+        )
+
+
 def _value_at(config: Struct, path: str) -> Any:
     value: Any = config
     for name in path.split("."):
@@ -72,8 +81,6 @@ def _nats_conflicts(nats: NatsConfig) -> Iterator[Conflict]:
         yield ("nats.tls.cert_file", "nats.tls.key_file"), "needs cluster.nats.tls.key_file, too"
     if nats.tls is not None and nats.tls.key_file is not None and nats.tls.cert_file is None:
         yield ("nats.tls.key_file", "nats.tls.cert_file"), "needs cluster.nats.tls.cert_file, too"
-    if "mlx-serving" in nats.dialects:
-        yield ("nats.dialects",), "mlx-serving is not built yet in this version; expected [native]"
     yield from _jetstream_conflicts(nats.jetstream)
 
 

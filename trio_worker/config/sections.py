@@ -134,7 +134,12 @@ class NatsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ("_INBOX.",)
     dialects: Annotated[
         tuple[Literal["native", "mlx-serving"], ...],
-        Meta(min_length=1, max_length=2, description="the request formats that are understood"),
+        Meta(
+            min_length=1,
+            max_length=2,
+            description="the request formats that are understood; `mlx-serving` makes the worker "
+            "a member of the clusters of its controllers, and without `native` it is nothing else",
+        ),
     ] = ("native",)
     jetstream: Annotated[
         JetStreamConfig,

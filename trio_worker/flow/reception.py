@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 from loguru import logger
@@ -46,6 +47,14 @@ class Admitted(NamedTuple):
     """Of a request with several choices, that of the first."""
     scope: trio.CancelScope
     reply: Reply
+
+
+class Respond(Protocol):
+    """Runs as one request's own task: stages/respond.py with everything else filled in."""
+
+    def __call__(
+        self, sequence: Sequence, scope: trio.CancelScope, reply: Reply
+    ) -> Awaitable[None]: ...
 
 
 class Reception:

@@ -8,8 +8,11 @@ delivers it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge, WorkerError
-from trio_worker.ports import Broker
+from trio_worker.ports import Outlet
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire.dialect import Dialect
 
@@ -17,12 +20,21 @@ BACKLOG_BYTES_MAX = 256 * 2**10
 """What one request may hold unpublished while the broker cannot be reached."""
 
 
+class OpensOutlets(Protocol):
+    """The broker, or who stands before it."""
+
+    def open_outlet(
+        self, subject: str, *, reply: str | None = None, headers: Mapping[str, str]
+    ) -> Outlet:
+        """As `Broker.open_outlet`."""
+
+
 class ReplyStream:
     """The messages of one answer."""
 
     def __init__(
         self,
-        broker: Broker,
+        broker: OpensOutlets,
         *,
         dialect: Dialect,
         subject: str,
@@ -48,8 +60,12 @@ class ReplyStream:
         return self._outlet.unpublished_bytes > BACKLOG_BYTES_MAX
 
     def send(self, body: bytes) -> None:
-        """One message that is not the last. Raises `PayloadTooLarge`; then nothing was sent."""
-        self._publish(body, terminal=False)
+        """One message that is not the last. Raises `PayloadTooLarge`; then nothing was sent.
+
+        An empty body is what a dialect has no words for: there is no message.
+        """
+        if body:
+            self._publish(body, terminal=False)
 
     def finish(self, body: bytes) -> None:
         """The terminal message of a request that was served. Raises `PayloadTooLarge`."""

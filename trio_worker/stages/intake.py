@@ -8,17 +8,16 @@ buffer, so that a cancel message does not overtake the request it is about.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import trio
 from loguru import logger
 from trio_util import move_on_when
 
-from trio_worker.core.sequence import Sequence
 from trio_worker.errors import (
     SHUTTING_DOWN,
     InvalidRequest,
@@ -29,8 +28,7 @@ from trio_worker.errors import (
 )
 from trio_worker.flow.door import Door, DoorState
 from trio_worker.flow.hand_on import HandOn
-from trio_worker.flow.reception import Admitted, Arrival, Reception
-from trio_worker.flow.reply import Reply
+from trio_worker.flow.reception import Admitted, Arrival, Reception, Respond
 from trio_worker.flow.reply_stream import ReplyStream
 from trio_worker.flow.serving import Serving
 from trio_worker.monitoring.counters import RequestCounters
@@ -47,14 +45,6 @@ TOGETHER_MAX = 16
 SUBSCRIPTION_DRAIN_S = 0.5
 
 IntakeBuffer: TypeAlias = tuple[trio.MemorySendChannel[Message], trio.MemoryReceiveChannel[Message]]
-
-
-class Respond(Protocol):
-    """Starts one request's own task: stages/respond.py with everything else filled in."""
-
-    def __call__(
-        self, sequence: Sequence, scope: trio.CancelScope, reply: Reply
-    ) -> Awaitable[None]: ...
 
 
 def open_intake_buffer() -> IntakeBuffer:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 from loguru import logger
 from trio_util import move_on_when
 
 from trio_worker.core import jobs
-from trio_worker.core.sequence import Sequence
 from trio_worker.errors import InternalError, InvalidRequest, MessageTooLarge, PayloadTooLarge
 from trio_worker.flow.door import DoorState
 from trio_worker.flow.job import Job, JobsHeld, JobStreams, Replies
 from trio_worker.flow.kept_reply import KeptReply
-from trio_worker.flow.reception import Arrival, Reception
-from trio_worker.flow.reply import Reply
+from trio_worker.flow.reception import Arrival, Reception, Respond
 from trio_worker.flow.serving import Serving
 from trio_worker.flow.troubles import Troubles
 from trio_worker.jetstream import api
@@ -40,14 +38,6 @@ LAST_TRY_S = 2.0
 PUBLISH_TRIES = 3
 
 _T = TypeVar("_T")
-
-
-class Respond(Protocol):
-    """Serves one admitted request: stages/respond.py with everything else filled in."""
-
-    def __call__(
-        self, sequence: Sequence, scope: trio.CancelScope, reply: Reply
-    ) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,15 +65,22 @@ async def run_service(
     snapshot: Callable[[], Snapshot],
     reply_prefixes: tuple[str, ...],
     started_at: float,
+    also: tuple[Endpoint, ...] = (),
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer until cancelled. Started when the subscriptions stand.
 
-    `started_at` is by the wall clock, in seconds since 1970. Cancelled: the subscriptions stay,
+    `also` are subjects of other dialects that requests come in on. `started_at` is by the wall
+    clock, in seconds since 1970. Cancelled: the subscriptions stay,
     and answers are given until the connection ends.
     """
     service = _Service(
-        worker=worker, info=info, counters=counters, snapshot=snapshot, started_at=started_at
+        worker=worker,
+        info=info,
+        counters=counters,
+        snapshot=snapshot,
+        started_at=started_at,
+        also=also,
     )
 
     def answer(compute: _Compute, recent: Recent[_Bodies], message: Message) -> None:
@@ -123,8 +130,9 @@ class _Service:
         counters: RequestCounters,
         snapshot: Callable[[], Snapshot],
         started_at: float,
+        also: tuple[Endpoint, ...],
     ) -> None:
-        self._endpoints = endpoints_of(worker)
+        self._endpoints = (*endpoints_of(worker), *also)
         self._counters = counters
         self._snapshot = snapshot
         self._started = datetime.fromtimestamp(started_at, UTC).isoformat().replace("+00:00", "Z")

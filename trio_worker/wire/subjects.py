@@ -181,3 +181,25 @@ def may_reply_to(subject: str | None, prefixes: Sequence[str]) -> TypeGuard[str]
         and subject.startswith(tuple(prefixes))
         and _CONCRETE.match(subject) is not None
     )
+
+
+def probe(worker_id: str, token: str) -> str:
+    """Where the server says that a message met nobody; with `*`, of all of this worker's."""
+    return f"inference.{worker_id}.probe.{token}"
+
+
+# --- those of mlx-serving's controller ------------------------------------------------------
+
+REGISTER = "worker.register"
+HEARTBEAT = "worker.heartbeat"
+DEREGISTER = "worker.deregister"
+
+
+def from_controllers(member_id: str) -> str:
+    """Where controllers send a worker's requests."""
+    return f"worker.{member_id}.inference"
+
+
+def to_controllers(request_id: RequestId) -> str:
+    """Where a controller waits for an answer."""
+    return f"response.{request_id}"
