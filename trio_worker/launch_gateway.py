@@ -89,23 +89,31 @@ async def launch_gateway(
                     inbox_prefix=config.nats.reply_prefixes[0].rstrip("."),
                     subscription_limit=INBOX_MESSAGES,
                 ) as broker:
-                    await _serve(broker, config.gateway, listeners, course, service_manager)
+                    await _serve(broker, config, listeners, course, service_manager)
             root.cancel_scope.cancel(reason="the gateway has ended")
 
 
 async def _serve(
     broker: Broker,
-    config: GatewayConfig,
+    whole: Config,
     given: Sequence[trio.SocketListener],
     course: _Course,
     service_manager: ServiceManager,
 ) -> None:
+    config = whole.gateway
     port = DEFAULT_PORT if config.port is None else config.port
     listeners = list(given) or await open_listeners(config.host, port, section="cluster.gateway")
     address = address_of(config.host, listeners)
     async with trio.open_nursery() as nursery:
         await nursery.start(
-            partial(serve_gateway, broker, listeners, config=config, drain=course.drain)
+            partial(
+                serve_gateway,
+                broker,
+                listeners,
+                config=config,
+                jetstream=whole.nats.jetstream,
+                drain=course.drain,
+            )
         )
         course.is_serving = True
         logger.info("OpenAI's API on {}/v1", address)

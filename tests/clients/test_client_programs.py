@@ -18,6 +18,7 @@ from support.client_programs import (
     python_environment,
 )
 from support.clients_rig import MODEL, open_front
+from support.jobs_rig import JOBS_ON
 from support.paths import REPOSITORY
 from support.written_answers import obliging, open_written
 
@@ -43,8 +44,8 @@ def packages(place: str) -> list[str]:
 
 def test_every_program_has_its_output_and_the_address_that_is_replaced() -> None:
     found = programs()
-    assert len(found) == PAGE.count('```text title="output"\n') == 9
-    assert sum(PAGE.count(f"```{each}\n") for each in ("python", "js")) == 7
+    assert len(found) == PAGE.count('```text title="output"\n') == 10
+    assert sum(PAGE.count(f"```{each}\n") for each in ("python", "js")) == 8
     assert all(program.code.count(ROOT) == 1 for program in found)
     assert {each.place for each in found} == {"here", "venv", "npm", "shell"}
 
@@ -70,7 +71,7 @@ async def run(environment: Environment, program: Program) -> None:
         async with open_written(obliging) as (root, _):
             await environment.run(root, program)
     else:
-        async with open_front() as front:
+        async with open_front(*([JOBS_ON] if program.has_batches else [])) as front:
             await environment.run(front.root, program)
 
 

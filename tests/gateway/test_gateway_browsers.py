@@ -130,7 +130,7 @@ def test_what_a_page_asks_to_send_is_granted_by_name() -> None:
     }
     headers = preflight_headers(asked, origins=[PAGE])
     assert headers["access-control-allow-headers"] == asked["access-control-request-headers"]
-    assert headers["access-control-allow-methods"] == "GET, POST"
+    assert headers["access-control-allow-methods"] == "GET, POST, DELETE"
     assert headers["vary"] == "Origin, Access-Control-Request-Headers"
     assert headers["access-control-max-age"] == "600"
     assert "access-control-allow-private-network" not in headers

@@ -47,6 +47,10 @@ EVERY_ERROR: dict[str, tuple[int, str, str]] = {
     "method_not_allowed": (405, "invalid_request_error", "false"),
     "unsupported_media_type": (415, "invalid_request_error", "false"),
     "too_many_requests": (429, "rate_limit_error", "true"),
+    "no_such_object": (404, "invalid_request_error", "false"),
+    "batch_is_over": (409, "conflict_error", "false"),
+    "batches_not_enabled": (501, "server_error", "false"),
+    "jobs_unavailable": (503, "server_error", "true"),
 }
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import trio
+from openai import AsyncOpenAI
+from support.batch_rig import line, text_of
+from support.clients_rig import MODEL
 from support.commands import RunningCommand, command, running_command, until
 from support.gateway_commands import address_in, ask, running_gateway
 from support.jobs_rig import JOBS_ON, jobs_caller
@@ -278,6 +281,52 @@ async def test_durable_jobs_are_submitted_done_and_read_and_the_server_refuses_n
         ("Publish", "batch", "results.inference.x"),
         ("Publish", "batch", "inference"),
     ]
+
+
+async def test_a_file_of_jobs_and_a_batch_are_done_and_the_server_refuses_nothing(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    gateway = ("--set", "nats.user=gateway", "--set", "nats.password=secret-gateway")
+    inboxes = ("--set", "nats.reply_prefixes=[_INBOX.gateway.]")
+    batch = ("--set", "nats.user=batch", "--set", "nats.password=secret-batch")
+    file = tmp_path / "night.jsonl"
+    async with (
+        running_command(tmp_path, *WORKER_OPTIONS, "--set", JOBS_ON, url=server.url) as worker,
+        running_gateway(tmp_path, server.url, *gateway, *inboxes, "--set", JOBS_ON) as (_, log),
+    ):
+        await worker.wait_ready()
+        model = MODEL
+        file.write_bytes(text_of([line(f"c{n}", model=model, max_tokens=2) for n in range(5)]))
+        base_url = f"{await address_in(log)}/v1"
+        with trio.fail_after(60):
+            async with AsyncOpenAI(base_url=base_url, api_key="any") as client:
+                sent = await client.files.create(file=file, purpose="batch")
+                begun = await client.batches.create(
+                    input_file_id=sent.id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                )
+                while begun.status != "completed":
+                    await trio.sleep(0.1)
+                    begun = await client.batches.retrieve(begun.id)
+                    assert begun.status in {"validating", "in_progress", "completed"}, begun
+                content = await client.files.content(str(begun.output_file_id))
+                assert len(content.text.splitlines()) == 5
+                await client.files.delete(sent.id)
+        assert violations(server) == []
+
+        ours = ("--url", server.url, *batch, "--inbox-prefix", "_INBOX.batch")
+        done = await command("jobs", "submit", str(file), "--wait", "--caller", "batch", *ours)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 5
+        others = await command("jobs", "submit", str(file), "--batch", "other", *ours)
+        assert others.returncode == 69
+        assert b"jobs.inference.low.-." in others.stderr
+    refused = {(user, subject) for _, user, subject in violations(server)}
+    assert refused == {
+        ("batch", "$JS.API.DIRECT.GET.INFERENCE"),
+        ("batch", f"jobs.inference.low.-.{model}"),
+    }
 
 
 async def test_a_worker_without_the_rights_to_make_streams_does_the_jobs_of_others(

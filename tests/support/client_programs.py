@@ -55,6 +55,10 @@ class Program:
         return self.installer or "shell"
 
     @property
+    def has_batches(self) -> bool:
+        return "/v1/batches" in self.code or ".batches." in self.code
+
+    @property
     def is_an_agent(self) -> bool:
         """Whether it has tools called, or wants an answer in a form of its own."""
         words = ("tools", "output_type", "structured_output", "toolChoice")

@@ -97,8 +97,12 @@ class Front:
 
 @asynccontextmanager
 async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
-    """Enters when the gateway knows of the worker. `gateway` is fields of its configuration."""
-    with running_server() as server, sole_exceptions():
+    """Enters when the gateway knows of the worker. `gateway` is fields of its configuration.
+
+    With `JOBS_ON` among `overrides` there is a JetStream, for both.
+    """
+    jetstream = make_config(*overrides).nats.jetstream
+    with running_server(jetstream=jetstream.enabled) as server, sole_exceptions():
         async with (
             _running_worker(server, *overrides) as (worker, engine),
             open_nats_broker(server.url, name="gateway", reconnect_wait_s=0.05) as broker,
@@ -108,7 +112,14 @@ async def open_front(*overrides: str, **gateway: Any) -> AsyncIterator[Front]:
             port = listener.socket.getsockname()[1]
             config, drain = replace(GatewayConfig(), **gateway), Drain()
             await nursery.start(
-                partial(serve_gateway, broker, [listener], config=config, drain=drain)
+                partial(
+                    serve_gateway,
+                    broker,
+                    [listener],
+                    config=config,
+                    jetstream=jetstream,
+                    drain=drain,
+                )
             )
             front = Front(f"http://127.0.0.1:{port}", server, broker, worker, engine, drain)
             with trio.fail_after(PATIENCE_S):

@@ -202,7 +202,7 @@ class Exchange:
             self._at_work = False
         try:
             if terminal == "error":
-                self._fail(_error(msgspec.json.decode(body, type=dict[str, Any])), now)
+                self._fail(error_of(msgspec.json.decode(body, type=dict[str, Any])), now)
                 return False
             sequence = int(headers.get(native.Header.SEQUENCE, -1))
         except _NO_ANSWER as exc:
@@ -312,7 +312,8 @@ class Exchange:
         return request_id
 
 
-def _error(body: Mapping[str, Any]) -> WorkerError:
+def error_of(body: Mapping[str, Any]) -> WorkerError:
+    """The error that an error reply's body tells of. Raises as reading what is none does."""
     fields = body["error"]
     cls = BY_CODE.get(fields["code"], InternalError)
     error = cls(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trio_worker.config import Config, Loaded, load_with_sources
+from trio_worker.gateway.keys import CALLER
 from trio_worker.logs import FORMATS, LEVELS
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
@@ -41,6 +42,13 @@ def loaded_with_sources(args: argparse.Namespace) -> Loaded:
         overrides=args.overrides,
         hostname=socket.gethostname(),
     )
+
+
+def caller_name(text: str) -> str:
+    """An argument that names a caller."""
+    if not CALLER.match(text):
+        raise argparse.ArgumentTypeError("expected 1 to 64 of A-Z a-z 0-9 _ -")
+    return text
 
 
 def add_engine(parser: argparse.ArgumentParser, *, explanation: str | None = None) -> None:

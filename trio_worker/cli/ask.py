@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
+from functools import partial
 from typing import Any
 
 import trio
 
-from trio_worker.calling.attempts import check_caller
-from trio_worker.cli.arguments import Commands, add_config, loaded_config
+from trio_worker.cli.arguments import Commands, add_config, caller_name, loaded_config
+from trio_worker.cli.ask_durable import ask_durable
 from trio_worker.cli.exit_statuses import (
     ANSWERED_WITH_AN_ERROR,
     INTERRUPTED,
     status_without_reader,
 )
+from trio_worker.cli.interrupting import until_interrupted
+from trio_worker.cli.job_files import with_jetstream
 from trio_worker.cli.show_answer import show_answer, show_messages
 from trio_worker.client import open_client
 from trio_worker.config import Config
 from trio_worker.errors import ExitStatus, NoWorker, WorkerError
-from trio_worker.exception_groups import sole_exceptions
+from trio_worker.gateway.batch_jobs import level_name
 from trio_worker.launch_nats import login_of
 from trio_worker.logs import set_up_logging
 
@@ -38,6 +40,24 @@ def add_parser(commands: Commands) -> None:
         default=True,
         help="show the answer while it is made",
     )
+    parser.add_argument(
+        "--durable",
+        action="store_true",
+        help="as a job that is kept and done even if its worker dies, or this command ends; needs "
+        "nats.jetstream.enabled",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a worker that serves this one; without it any worker, or with --durable one that "
+        "serves the configuration's",
+    )
+    parser.add_argument(
+        "--caller",
+        type=caller_name,
+        metavar="NAME",
+        help="in whose name, and on the subject of that caller; for accounts that may use no other",
+    )
     parser.add_argument("--priority", help="high, medium, low, or the number of a level")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="the longest answer")
     parser.add_argument("--seed", type=int, metavar="N", help="makes the answer repeatable")
@@ -52,21 +72,20 @@ def add_parser(commands: Commands) -> None:
         default="_INBOX",
         help="answers come below this subject (_INBOX); for accounts with inboxes of their own",
     )
-    parser.add_argument(
-        "--caller",
-        metavar="NAME",
-        type=_caller,
-        help="ask on the subject of this caller; for accounts that may use no other",
-    )
     parser.set_defaults(command=_ask)
 
 
 def _ask(args: argparse.Namespace) -> int:
     set_up_logging(log_format="human", level="error")
     config = loaded_config(args)
-    url = args.url or config.nats.url
+    ask = _ask_durably if args.durable else _ask_now
+    return ask(args, config, args.url or config.nats.url)
+
+
+def _ask_now(args: argparse.Namespace, config: Config, url: str) -> int:
     try:
-        if not trio.run(_ask_until_interrupted, args, config, url):
+        # Leaving the answer cancels it at the worker.
+        if not trio.run(until_interrupted, partial(_ask_and_show, args, config, url)):
             sys.stderr.write("\nCancelled.\n")
             return INTERRUPTED
     except NoWorker as error:
@@ -90,21 +109,23 @@ def _ask(args: argparse.Namespace) -> int:
     return ExitStatus.OK
 
 
-async def _ask_until_interrupted(args: argparse.Namespace, config: Config, url: str) -> bool:
-    """Ask and show; False if Ctrl-C ended it. Leaving the answer cancels it at the worker."""
-    answered = False
-    with sole_exceptions(), trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def cancel_at_signal() -> None:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel(reason="interrupted")
-
-            nursery.start_soon(cancel_at_signal)
-            await _ask_and_show(args, config, url)
-            answered = True
-            nursery.cancel_scope.cancel(reason="answered")
-    return answered
+def _ask_durably(args: argparse.Namespace, config: Config, url: str) -> int:
+    if args.worker is not None:
+        sys.stderr.write("--worker: a durable job is for whichever worker has room; leave it out\n")
+        return ANSWERED_WITH_AN_ERROR
+    model = args.model or config.worker.model_name
+    priority = _level(args.priority) or "medium"
+    request = {**_request(args), "model": model, "stream": False, "caller": args.caller}
+    # The job's own time begins when it is done, and is the worker's to say.
+    del request["timeout_ms"]
+    ask = partial(
+        ask_durable,
+        request={name: value for name, value in request.items() if value is not None},
+        level=level_name(priority, config.worker.request_queue.priority_levels),
+        caller=args.caller,
+        as_json=args.json,
+    )
+    return with_jetstream(args, config, url, ask)
 
 
 async def _ask_and_show(args: argparse.Namespace, config: Config, url: str) -> None:
@@ -125,6 +146,8 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the wire format; those that were not asked for are left out."""
     fields = {
         "messages": [{"role": "user", "content": args.prompt}],
+        "model": args.model,
+        "caller": args.caller,
         "max_tokens": args.max_tokens,
         "priority": _level(args.priority),
         "seed": args.seed,
@@ -133,14 +156,6 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         "stream": args.stream,
     }
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _caller(text: str) -> str:
-    try:
-        check_caller(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _level(text: str | None) -> str | int | None:

@@ -7,7 +7,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from trio_worker.cli.exit_statuses import ANSWERED_WITH_AN_ERROR
 from trio_worker.client import Client
+from trio_worker.errors import ExitStatus
+from trio_worker.jetstream.api import Stored
+from trio_worker.wire import native
 
 
 async def show_answer(client: Client, request: Mapping[str, Any], worker_id: str | None) -> None:
@@ -42,3 +46,27 @@ async def show_messages(client: Client, request: Mapping[str, Any], worker_id: s
         async for chunk in answer:
             sys.stdout.write(json.dumps(chunk.body, ensure_ascii=False) + "\n")
             sys.stdout.flush()
+
+
+def show_stored(answer: Stored) -> int:
+    """A job's answer as it is stored; returns the status of the command.
+
+    What the model thought goes to standard error, and so does the error that an answer may be.
+    """
+    body = json.loads(answer.body)
+    if answer.headers.get(native.Header.TERMINAL) == "error":
+        error = body["error"]
+        sys.stderr.write(f"{error['code']}: {error['message']}\n")
+        return ANSWERED_WITH_AN_ERROR
+    for choice in body["choices"]:
+        message = choice.get("message") or {}
+        if reasoning := message.get("reasoning_content"):
+            sys.stderr.write(f"{reasoning}\n\n")
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            sys.stdout.write(f"{function['name']}({function['arguments']})\n")
+        text = choice.get("text") or message.get("content") or ""
+        sys.stdout.write(f"{text}\n")
+    tokens, worker = body["usage"]["completion_tokens"], body["worker"]
+    sys.stdout.write(f"({tokens} tokens, seed {worker['seed']}, worker {worker['id']})\n")
+    return ExitStatus.OK

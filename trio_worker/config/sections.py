@@ -196,6 +196,15 @@ class GatewayConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_body_bytes: Annotated[
         int, Meta(ge=1, le=67_108_864, description="the largest body of a request that is read")
     ] = 900_000
+    max_file_bytes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=536_870_912,
+            description="the largest file of requests for a batch; a few of them are in memory at "
+            "a time",
+        ),
+    ] = 33_554_432
     max_connections: Annotated[
         int, Meta(ge=1, le=100_000, description="how many connections may be open at a time")
     ] = 1_000

@@ -46,6 +46,21 @@ def require_json(headers: Mapping[str, str]) -> None:
         )
 
 
+def require_own_page(headers: Mapping[str, str], *, origins: Sequence[str]) -> None:
+    """For calls that a browser lets any page make, such as with a form. Raises `Refused`.
+
+    Programs say no origin, and a page of this very server may.
+    """
+    origin = headers.get("origin")
+    if origin is None or origin.partition("://")[2] == headers.get("host"):
+        return
+    if _allowed_origin(headers, origins) is None:
+        raise Refused(
+            Refusal.HOST_NOT_ALLOWED,
+            "pages of this origin may not call here; list it in gateway.cors_origins",
+        )
+
+
 def cors_headers(headers: Mapping[str, str], *, origins: Sequence[str]) -> dict[str, str]:
     """What lets a page of one of `origins` read the reply; nothing for a call from elsewhere."""
     if not origins:
@@ -68,7 +83,7 @@ def preflight_headers(headers: Mapping[str, str], *, origins: Sequence[str]) -> 
     granted = cors_headers(headers, origins=origins)
     if "access-control-allow-origin" not in granted:
         return granted
-    granted["access-control-allow-methods"] = "GET, POST"
+    granted["access-control-allow-methods"] = "GET, POST, DELETE"
     granted["access-control-max-age"] = str(_ASKED_AGAIN_AFTER_S)
     granted["vary"] = "Origin, Access-Control-Request-Headers"
     if asked := headers.get("access-control-request-headers"):

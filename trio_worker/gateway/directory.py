@@ -16,6 +16,9 @@ FORGET_AFTER_S = 7.0
 """Whoever has not answered three times is not there."""
 WORKERS_MAX = 1000
 """More are not remembered."""
+ANSWER_S = 0.5
+"""For who asks once: more than workers take to answer."""
+LEAVE_S = 1.0
 INFO_SUBJECT = "$SRV.INFO.trio-worker"
 
 
@@ -70,6 +73,28 @@ class Directory:
             # Since when it has been there is what it was first heard of.
             offer = replace(offer, since=known.offer.since)
         known.offer, known.at = offer, trio.current_time()
+
+    async def ask_once(self, broker: Broker) -> None:
+        """Ask who there is, for whoever does not `keep` asking.
+
+        Returns `ANSWER_S` later at the latest; before, if somebody has answered and what came
+        together with it is read. Cancelled: nothing is left.
+        """
+        inbox, is_heard = broker.new_inbox(), trio.Event()
+
+        def take(message: Message) -> None:
+            self.take(message)
+            is_heard.set()
+
+        subscription = await broker.subscribe(inbox, take)
+        try:
+            broker.publish(Message(subject=INFO_SUBJECT, reply=inbox))
+            with trio.move_on_after(ANSWER_S):
+                await is_heard.wait()
+                await broker.flush()
+        finally:
+            with trio.move_on_after(LEAVE_S, shield=True):
+                await subscription.drain()
 
     def _forget(self) -> None:
         since = trio.current_time() - FORGET_AFTER_S

@@ -19,6 +19,7 @@ from loguru import logger
 from trio_worker.errors import InvalidRequest, NoWorker, QueueFull, RequestTimeout, WorkerError
 from trio_worker.gateway import browsers
 from trio_worker.gateway.answers import STREAM_HEADERS, WHOLE_HEADERS, AnswerWriter
+from trio_worker.gateway.batch_pages import BatchPages
 from trio_worker.gateway.counts import GatewayCounts
 from trio_worker.gateway.directory import Directory
 from trio_worker.gateway.errors import Refused, method_not_allowed, reply_to, unknown_path
@@ -54,6 +55,7 @@ class Api:
     running: RunningRequests
     counts: GatewayCounts
     rules: Rules
+    batches: BatchPages
     exposition: Exposition
     page: Files
     page_headers: Mapping[str, str]
@@ -87,6 +89,8 @@ class Api:
             methods, page = ("POST",), self._complete
         elif path == MODELS or path.startswith(f"{MODELS}/"):
             methods, page = ("GET", "HEAD"), self._models
+        elif self.batches.takes(path):
+            return self.batches
         elif path in _PROBES or path in self.page:
             methods, page = ("GET", "HEAD"), self._read
         else:

@@ -32,6 +32,10 @@ class Refusal(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     TOO_MANY_REQUESTS = "too_many_requests"
+    NO_SUCH_OBJECT = "no_such_object"
+    BATCH_IS_OVER = "batch_is_over"
+    BATCHES_NOT_ENABLED = "batches_not_enabled"
+    JOBS_UNAVAILABLE = "jobs_unavailable"
 
 
 class Refused(Exception):
@@ -102,6 +106,10 @@ BY_CODE: Mapping[ErrorCode | Refusal, Form] = {
     Refusal.METHOD_NOT_ALLOWED: Form(405, ErrorType.INVALID_REQUEST, Retry.NEVER),
     Refusal.UNSUPPORTED_MEDIA_TYPE: Form(415, ErrorType.INVALID_REQUEST, Retry.NEVER),
     Refusal.TOO_MANY_REQUESTS: Form(429, ErrorType.RATE_LIMIT, Retry.ALWAYS),
+    Refusal.NO_SUCH_OBJECT: Form(404, ErrorType.INVALID_REQUEST, Retry.NEVER),
+    Refusal.BATCH_IS_OVER: Form(409, ErrorType.CONFLICT, Retry.NEVER),
+    Refusal.BATCHES_NOT_ENABLED: Form(501, ErrorType.SERVER, Retry.NEVER),
+    Refusal.JOBS_UNAVAILABLE: Form(503, ErrorType.SERVER, Retry.ALWAYS),
 }
 _NOTHING_WAS_COMPUTED = Form(503, ErrorType.SERVER, Retry.ALWAYS)
 """Of a deadline: nobody listened until then, or it was refused as unmeetable."""
@@ -160,7 +168,10 @@ def form_of(error: WorkerError | Refused) -> Form:
 def unknown_path(path: str) -> Refused:
     """What to answer where there is no such page; clients' other endpoints get a hint."""
     beginning = path[:64].rstrip("/")
-    hint = "the requests there are: POST /v1/chat/completions, POST /v1/completions, GET /v1/models"
+    hint = (
+        "the requests there are: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, "
+    )
+    hint += "and those of /v1/files and /v1/batches"
     if beginning.endswith(("/responses", "/messages")):
         hint = "tell your client to use chat completions: POST /v1/chat/completions"
     elif beginning in {"/chat/completions", "/completions", "/models"}:

@@ -43,12 +43,14 @@ class Exchange:
         """Whether nothing more is to be sent."""
         return self._is_cut or self._line.is_broken
 
-    async def read_body(self) -> bytes:
-        """The body of the request, within the server's limits; empty if there is none."""
+    async def read_body(
+        self, *, limit_bytes: int | None = None, within_s: float | None = None
+    ) -> bytes:
+        """The body of the request, empty if there is none; within the server's bounds, or these."""
         if not self.request.has_body:
             return b""
         try:
-            body = await self._line.read_body()
+            body = await self._line.read_body(limit_bytes=limit_bytes, within_s=within_s)
         except Refused as refused:
             self.refusal = refused.answer
             self._scope.cancel(reason="the body cannot be read")

@@ -107,21 +107,26 @@ class Line:
             self._next_event()
         return request_of(event.method, event.target, event.headers, has_body=has_body)
 
-    async def read_body(self) -> bytes:
+    async def read_body(
+        self, *, limit_bytes: int | None = None, within_s: float | None = None
+    ) -> bytes:
         """The body of the request, all of it. Cancelled: a part of it is lost.
+
+        Without other bounds the server's hold.
 
         Raises:
             CallerGone: if the caller has reset the connection.
             Refused: if it is too long, comes too slowly, or ends early.
         """
-        limit_bytes = self._limits.body_bytes
+        limit_bytes = self._limits.body_bytes if limit_bytes is None else limit_bytes
+        within_s = self._limits.body_s if within_s is None else within_s
         too_large = f"the body is larger than the {limit_bytes} bytes that are taken here"
         if self._body_declared_bytes > limit_bytes:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
         if self._h11.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
         body = bytearray()
-        with trio.move_on_after(self._limits.body_s):
+        with trio.move_on_after(within_s):
             while not self._is_request_read:
                 event = self._next_event()
                 if event is h11.NEED_DATA:
@@ -133,7 +138,7 @@ class Line:
             return bytes(body)
         raise Refused(
             HTTPStatus.REQUEST_TIMEOUT,
-            f"the body did not come within {self._limits.body_s:g} seconds",
+            f"the body did not come within {within_s:g} seconds",
         )
 
     async def wait_closed(self) -> None:

@@ -42,6 +42,8 @@ def jobs_stream(name: str) -> Json:
         "max_bytes": JOBS_BYTES_MAX,
         "duplicate_window": DUPLICATES_S * NS,
         "allow_msg_ttl": True,
+        # Who goes on with a file of jobs looks which of them are there.
+        "allow_direct": True,
     }
 
 
