@@ -99,6 +99,32 @@ async def test_the_page_shows_what_the_worker_does(tmp_path: Path) -> None:
         assert await browser.complaints() == []
 
 
+async def test_the_other_workers_are_seen_and_how_full_they_are(tmp_path: Path) -> None:
+    port = free_port()
+    async with (
+        running_worker() as rig,
+        serving(rig, port),
+        open_browser(tmp_path, f"http://127.0.0.1:{port}/") as browser,
+    ):
+        await browser.until_says("connection", lambda text: text == "live")
+        await browser.until_says("fleet-count", lambda text: text == "1")
+        assert await browser.text("fleet-note") == "No other worker has been heard of."
+        assert "w1 (this one)" in await browser.text("members")
+        async with running_worker(server=rig.server, worker_id="w2") as other, load(other, 12):
+            await browser.until_says("fleet-count", lambda text: text == "2")
+            await browser.until_says("members", lambda text: "8/8" in text)
+            ours, _, theirs = (await browser.text("members")).partition("w2")
+            assert ours.startswith("w1 (this one)")
+            assert "0/8" in ours
+            assert "accepting" in theirs
+            other.stop()
+            await browser.until_says("members", lambda text: "draining" in text)
+            other.kill()
+        await browser.until_says("fleet-count", lambda text: text == "1")
+        assert "w2" not in await browser.text("members")
+        assert await browser.complaints() == []
+
+
 async def test_a_lost_engine_is_seen_and_so_is_its_return(tmp_path: Path) -> None:
     port = free_port()
     async with (

@@ -50,6 +50,19 @@ async def test_the_snapshot_is_json() -> None:
     assert json.loads(body)["queue"]["by_priority"] == {"high": 3, "low": 0}
 
 
+async def test_the_fleet_is_json_each_worker_with_the_age_of_its_word() -> None:
+    async with loopback.serving(FakeWorker()) as port:
+        status, body = await loopback.get(port, "/fleet")
+    assert status == 200
+    members = json.loads(body)
+    assert [(each["id"], each["age_s"]) for each in members] == [
+        *(("w1", 0.0), ("w2", 0.4), ("w3", 1.0))
+    ]
+    assert members[0]["slots"] == 8
+    assert members[0]["accepting"]
+    assert not members[0]["leaving"]
+
+
 def test_the_index_names_every_page_but_the_dashboards_parts() -> None:
     """What it names has to be in the documentation, too."""
     readings = http_pages.readings_of(FakeWorker(), fake_exposition).keys()
@@ -162,7 +175,9 @@ async def test_a_page_that_failed_is_computed_again(
     assert texts(errors) == ["the page /stats failed"]
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/healthz", "/stats", "/metrics", "/"])
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/healthz", "/stats", "/fleet", "/metrics", "/"]
+)
 async def test_nothing_that_changes_is_kept_or_guessed_at(
     autojump_clock: MockClock, path: str
 ) -> None:
@@ -172,7 +187,7 @@ async def test_nothing_that_changes_is_kept_or_guessed_at(
     assert headers["cache-control"] == "no-store"
     assert headers["x-content-type-options"] == "nosniff"
     assert "server" not in headers
-    json_pages = {"/healthz", "/stats", "/"}
+    json_pages = {"/healthz", "/stats", "/fleet", "/"}
     assert (headers["content-type"] == "application/json") == (path in json_pages)
     assert (headers.get("vary") == "accept") == (path in json_pages)
 

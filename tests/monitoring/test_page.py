@@ -55,6 +55,7 @@ def named_in(state: Said, history: Said) -> Said:
         "live": state["live"],
         "ready": state["ready"],
         "request": request,
+        "member": state["fleet"][0],
         "a": request,
         "b": request,
         "first": percentiles,

@@ -147,6 +147,12 @@ async def test_everybody_does_their_work_and_the_server_refuses_nothing(
                 return bool(stats and answers)
 
             await until(both_came, within_s=5)
+        seen = await command(
+            *("fleet", "--json", "--url", server.url, "--set", "nats.user=operator"),
+            env={"TRIO_WORKER__NATS__PASSWORD": "secret-operator"},
+        )
+        assert seen.returncode == 0, seen.stderr
+        assert json.loads(seen.stdout)["id"] == "w1"
         snapshot: Any = json.loads(stats[0].body)
         assert snapshot["requests"]["completed"] == 5
         assert json.loads(answers[0].body)["id"] == "w1"

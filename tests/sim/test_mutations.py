@@ -190,9 +190,9 @@ def keep_alive_numbers_reused() -> Patch:
     keep_alive = Answer.keep_alive
 
     def reusing(self: Any) -> None:
-        before = self.reply._sequence
+        before = self.reply.sequence
         keep_alive(self)
-        self.reply._sequence = before
+        self.reply.sequence = before
 
     return mock.patch.object(Answer, "keep_alive", reusing)
 

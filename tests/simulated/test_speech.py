@@ -18,7 +18,7 @@ from trio_worker.protocol.turn import (
     Work,
 )
 from trio_worker.simulated.batch import SimulatedBatch
-from trio_worker.simulated.speech import THOUGHTS_MAX, Speaker, answer_tokens, word
+from trio_worker.simulated.speech import THOUGHTS_MAX, Speaker, answer_tokens, token_said, word
 
 VOCABULARY = 1000
 TOOLS = (Tool(name="look_up"), Tool(name="add"))
@@ -168,3 +168,19 @@ def test_an_answer_that_may_be_anything_is_its_words() -> None:
     prompt = (Speaker(VOCABULARY).token_of("hello"),)
     assert said.tokens == answer_tokens(prompt, 7, 5, VOCABULARY)
     assert said.text == "".join(f"{word(token)} " for token in said.tokens)
+
+
+def test_what_it_has_said_is_read_as_the_tokens_it_was() -> None:
+    """So a conversation that goes on begins with what is in the cache."""
+    said = heard(form=Form(), max_tokens=50, seed=7)
+    speaker = Speaker(VOCABULARY)
+    assert [speaker.token_of(each) for each in said.text.split()] == said.tokens
+
+
+def test_only_its_own_words_are_read_so() -> None:
+    assert token_said(word(0)) == 0
+    assert token_said(word(907)) == 907
+    for text in ("", "b", "hello", "bab", word(0) + word(7), "Debago", "de" * 10_000):
+        assert token_said(text) is None
+    assert Speaker(100).token_of(word(907)) < 100
+    assert Speaker(100).token_of("de" * 10_000) < 100

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from trio_worker.bench.ahead import device, requests
 from trio_worker.bench.baseline import bare
+from trio_worker.bench.fleet import alike, unlike
 from trio_worker.bench.gateway import behind, calls, events, fronts
 from trio_worker.bench.latency import newcomer, prefix
 from trio_worker.bench.overhead import overhead
@@ -21,5 +22,6 @@ PARTS: Mapping[str, Part] = {
         *(overhead, priority, preemption),
         *(device, tiny, requests),
         *(events, calls, fronts, behind),
+        *(alike, unlike),
     )
 }

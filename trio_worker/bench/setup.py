@@ -29,6 +29,8 @@ class Setup:
     """Of an answer whose length is not what is measured."""
     rounds: int
     """How often each measurement is repeated."""
+    conversations: int = 200
+    """With a fleet."""
     engine_program: Sequence[str] = ENGINE_PROGRAM
     """What serves as the engine's process, unless it is simulated."""
     open_worker: OpenWorker = open_measured_worker

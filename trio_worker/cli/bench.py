@@ -17,6 +17,7 @@ PARTS_OF = {
     "scheduling": ("overhead", "priority", "preemption"),
     "ahead": ("device", "tiny", "requests"),
     "gateway": ("events", "calls", "fronts", "behind"),
+    "fleet": ("alike", "unlike"),
 }
 """What is measured together under one name."""
 
@@ -40,12 +41,27 @@ def add_parser(commands: Commands) -> None:
         "nothing; ahead: these three, with engines of their own; "
         "events: streams through a gateway against its worker alone; calls: the same of requests "
         "of one token, and first bytes; fronts: a tiny model behind a gateway, against mlx-lm's "
-        "server; behind: the model behind a gateway; gateway: these four",
+        "server; behind: the model behind a gateway; gateway: these four; "
+        "alike: four simulated workers that hand requests on, against the queue group alone, in "
+        "virtual time; unlike: one of them slow; fleet: these two",
     )
     add_engine(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", default=64)
     parser.add_argument("--rounds", type=int, metavar="N", default=3)
+    parser.add_argument(
+        "--conversations",
+        type=_at_least_one,
+        metavar="N",
+        default=200,
+        help="with a fleet (200)",
+    )
     parser.set_defaults(command=_bench)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -58,6 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
         engine=args.engine,
         max_tokens=args.max_tokens,
         rounds=args.rounds,
+        conversations=args.conversations,
     )
     names = PARTS_OF.get(args.what, (args.what,))
     status: int = ExitStatus.OK

@@ -7,10 +7,21 @@ from collections.abc import Callable
 from functools import partial
 
 from trio_worker import __version__
-from trio_worker.cli import ask, bench, check_config, gateway, jobs, model, run, schema, unit
+from trio_worker.cli import (
+    ask,
+    bench,
+    check_config,
+    fleet,
+    gateway,
+    jobs,
+    model,
+    run,
+    schema,
+    unit,
+)
 from trio_worker.cli.exit_statuses import exit_status_of
 
-COMMANDS = (run, gateway, ask, jobs, check_config, schema, unit, model, bench)
+COMMANDS = (run, gateway, ask, jobs, fleet, check_config, schema, unit, model, bench)
 """In the order of `--help`. Each adds its parser, and sets there `command`, which runs it."""
 
 

@@ -13,6 +13,8 @@ from trio_worker.errors import ConfigError, ExitStatus, StopWorker
 
 ANSWERED_WITH_AN_ERROR = 1
 """Of `ask`."""
+NOBODY_THERE = ExitStatus.UNAVAILABLE
+"""Of `fleet`, when it has listened for a beat's time and no worker was heard."""
 INTERRUPTED = 128 + signal.SIGINT
 """As a shell reports it; the next one, too."""
 READER_LEFT = 128 + signal.SIGPIPE

@@ -23,6 +23,7 @@ SAMPLE_S = 1.0
 HISTORY = 180
 """Samples that a new stream begins with: three minutes."""
 IN_FLIGHT_SHOWN = 50
+FLEET_SHOWN = 100
 STREAMS_MAX = 8
 """Event streams at a time; the other connections stay free for probes."""
 STREAM_S = 45.0
@@ -94,6 +95,7 @@ class EventFeed:
                 "ready": self._observed.readiness(),
                 "snapshot": snapshot,
                 "in_flight": self._observed.in_flight(IN_FLIGHT_SHOWN),
+                "fleet": self._observed.fleet()[:FLEET_SHOWN],
                 "sample": _sample_of(snapshot),
             }
         )

@@ -23,7 +23,9 @@ ENDPOINTS = {
     "/healthz": "both as JSON",
     "/metrics": "for Prometheus; OpenMetrics if asked for",
     "/stats": "the statistics snapshot",
-    "/events": "the same and the requests in flight, every second, as server-sent events",
+    "/fleet": "the workers on this NATS, each by its last word",
+    "/events": "the snapshot, the fleet and the requests in flight, every second, as server-sent "
+    "events",
 }
 
 Exposition: TypeAlias = Callable[[Observed, str], tuple[bytes, str]]
@@ -82,7 +84,8 @@ def _compute(page: Page, request: Request) -> Answer:
 
 def readings_of(observed: Observed, exposition: Exposition) -> Mapping[str, Page]:
     """What says how things are, by path."""
-    recent_stats, recent_metrics = Recent[bytes](), Recent[tuple[bytes, str]]()
+    recent_stats, recent_fleet = Recent[bytes](), Recent[bytes]()
+    recent_metrics = Recent[tuple[bytes, str]]()
 
     def livez(_: Request) -> Answer:
         return _probe(observed.liveness())
@@ -99,6 +102,9 @@ def readings_of(observed: Observed, exposition: Exposition) -> Mapping[str, Page
     def stats(_: Request) -> Answer:
         return _json(recent_stats.get(lambda: msgspec.json.encode(observed.snapshot())))
 
+    def fleet(_: Request) -> Answer:
+        return _json(recent_fleet.get(lambda: msgspec.json.encode(observed.fleet())))
+
     def metrics(request: Request) -> Answer:
         accept = request.headers.get("accept", "*/*")
         body, content_type = recent_metrics.get(lambda: exposition(observed, accept), of=accept)
@@ -110,6 +116,7 @@ def readings_of(observed: Observed, exposition: Exposition) -> Mapping[str, Page
         "/healthz": healthz,
         "/metrics": metrics,
         "/stats": stats,
+        "/fleet": fleet,
     }
 
 

@@ -50,11 +50,16 @@ class KeptCaches:
         return length
 
     def keep(self, tokens: tuple[int, ...]) -> None:
+        """As the real one does: of what begins alike and goes on, the longest."""
         if not SHORTEST_PREFIX <= len(tokens) <= self._limit:
             return
-        if tokens in self._entries:
-            self._entries.move_to_end(tokens)
-            return
+        for entry in [each for each in self._entries if each[0] == tokens[0]]:
+            length = len(entry)
+            if entry[: len(tokens)] == tokens:
+                return
+            if tokens[:length] == entry:
+                del self._entries[entry]
+                self.tokens -= length
         self._entries[tokens] = None
         self.tokens += len(tokens)
         while self.tokens > self._limit:
@@ -67,10 +72,15 @@ class KeptCaches:
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    return next(at for at in range(length) if one[at] != other[at])
+    """How many tokens both begin with, by halves: slices are compared much faster than tokens."""
+    alike, length = 0, min(len(one), len(other))
+    while alike < length:
+        end = (alike + length + 1) // 2
+        if one[alike:end] == other[alike:end]:
+            alike = end
+        else:
+            length = end - 1
+    return alike
 
 
 class Resident:
@@ -213,10 +223,12 @@ class SimulatedBatch:
 
     def tokens_of(self, text: str) -> tuple[int, ...]:
         """At least one, also for no words at all."""
-        return tuple(self.token_of(each) for each in text.split()) or (0,)
+        return tuple(map(self._speaker.token_of, text.split())) or (0,)
 
     def with_a_word_of(self, words: frozenset[str]) -> list[RequestId]:
         """The sequences whose prompt holds one of them."""
+        if not words:
+            return []
         tokens = {self.token_of(each) for each in words}
         return [
             request_id

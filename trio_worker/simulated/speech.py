@@ -11,7 +11,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count, islice
 
 from trio_worker.grammar.matching import BYTES_END, Grammars, allows, grammars_of_bytes, unset_bits
@@ -25,9 +25,12 @@ THOUGHTS_MAX = 8
 """Words that it thinks."""
 PIECE_LENGTH = 4
 """Characters of a token that is no word."""
+WORD_MAX = 32
+"""Characters of the longest word that may be one of its own, and that is remembered."""
 BYTES_A_TOKEN = 8
 """More are not said by so many tokens, whatever is held back."""
 _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "so", "tu")
+_DIGITS = {syllable: str(digit) for digit, syllable in enumerate(_SYLLABLES)}
 _LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _LIKELY = b'0123456789-:,[{"]}' + _LETTERS
 """What is chosen from where it may; then white space comes where it must."""
@@ -38,6 +41,25 @@ Draws = Iterator[int]
 def word(token: int) -> str:
     """The word of a token: its digits as syllables."""
     return "".join(_SYLLABLES[int(digit)] for digit in str(token))
+
+
+def token_said(text: str) -> int | None:
+    """The token whose word this is; None if it is nobody's."""
+    if len(text) > WORD_MAX:
+        return None
+    digits = [_DIGITS.get(text[at : at + 2]) for at in range(0, len(text), 2)]
+    if not digits or None in digits or (digits[0] == "0" and len(digits) > 1):
+        return None
+    return int("".join(map(str, digits)))
+
+
+@lru_cache(maxsize=2**14)
+def _token_of_word(text: str, vocabulary: int) -> int:
+    """A word that it says itself is the token it was: a conversation goes on as it is cached."""
+    said = token_said(text)
+    if said is not None and said < vocabulary:
+        return said
+    return zlib.crc32(text.encode()) % vocabulary
 
 
 def draws(prompt: tuple[int, ...], seed: int) -> Draws:
@@ -87,7 +109,9 @@ class Speaker:
         return grammars_of_bytes(lambda: 0.0)
 
     def token_of(self, text: str) -> int:
-        return zlib.crc32(text.encode()) % self._vocabulary
+        # A longer one comes once, and is not worth being remembered.
+        token_of = _token_of_word if len(text) <= WORD_MAX else _token_of_word.__wrapped__
+        return token_of(text, self._vocabulary)
 
     def speech(self, prompt: tuple[int, ...], form: Form, *, seed: int, max_tokens: int) -> Speech:
         """What is answered to `prompt`."""

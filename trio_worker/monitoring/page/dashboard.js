@@ -6,6 +6,7 @@ const REOPEN_MS = 1000;
 const WINDOW_S = 180;
 const STEPS = ["trim_caches", "hold_low", "shrink_batch", "cap_tokens"];
 const STAGES = ["waiting", "tokenising", "queued", "prefill", "decode", "resuming", "ended"];
+const MEMBER_TONES = { accepting: "good", "not accepting": "warn", draining: "bad" };
 const ENGINE_TONES = { ready: "good", loading: "warn", restarting: "bad", stopped: "bad" };
 
 const at = (id) => document.getElementById(id);
@@ -203,6 +204,48 @@ function showEngine({ snapshot }) {
   ]);
 }
 
+function showFleet({ fleet: members, snapshot }) {
+  const { fleet, worker } = snapshot;
+  const total = fleet.others + 1;
+  text("fleet-count", total > members.length ? `${count(total)}, ${count(members.length)} shown` : count(total));
+  const passedOn = Object.values(fleet.handed_on).reduce((sum, number) => sum + number, 0);
+  text(
+    "fleet-note",
+    fleet.others || passedOn || fleet.taken_over
+      ? `${count(passedOn)} handed on, ${count(fleet.taken_over)} taken over, ${count(fleet.returned)} came back`
+      : "No other worker has been heard of.",
+  );
+  at("members").replaceChildren(...members.map((member) => memberRow(member, worker.id)));
+}
+
+function memberRow(member, ownId) {
+  const row = document.createElement("tr");
+  const cell = (value, className = "") => {
+    const node = row.insertCell();
+    node.className = className;
+    node.append(value);
+    return node;
+  };
+  cell(member.id === ownId ? `${member.id} (this one)` : member.id).title = member.id;
+  cell(member.model).title = member.model;
+  const running = member.in_flight - member.queued;
+  const bar = document.createElement("span");
+  bar.className = "meter";
+  bar.setAttribute("aria-hidden", "true");
+  meter(bar, running / member.slots, "");
+  cell(bar).append(`${count(running)}/${count(member.slots)}`);
+  cell(count(member.queued), "number");
+  const says = member.leaving ? "draining" : member.accepting ? "accepting" : "not accepting";
+  const pill = document.createElement("span");
+  pill.className = "pill";
+  pill.textContent = says;
+  tone(pill, MEMBER_TONES[says]);
+  cell(pill);
+  cell(member.version);
+  cell(duration(member.age_s), "number");
+  return row;
+}
+
 function showRequests({ in_flight: requests, snapshot }) {
   const total = snapshot.requests.in_flight;
   const shown = total > requests.length ? `${count(total)}, the oldest ${requests.length} shown` : count(total);
@@ -321,6 +364,7 @@ function show(state) {
   showMemory(state);
   showQueue(state);
   showEngine(state);
+  showFleet(state);
   showRequests(state);
   drawCharts();
 }
