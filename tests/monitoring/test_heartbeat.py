@@ -11,12 +11,12 @@ import trio
 from support.worker_rig import Rig, running_worker
 from trio.testing import MockClock
 
-from trio_worker import worker as worker_module
 from trio_worker.flow import request_channel as priority_channel
 from trio_worker.monitoring.heartbeat import Awaited, Heartbeat, heartbeats
 from trio_worker.simulated.engine import Faults, SimulatedEngine
 from trio_worker.simulated.service_manager import MemoryServiceManager
 from trio_worker.stages import intake
+from trio_worker.worker import tasks, tree
 
 MARGIN_S = 10.0
 
@@ -122,7 +122,7 @@ async def stuck(*_: Any, **__: Any) -> None:
 async def test_a_loop_that_never_comes_round_is_named(
     autojump_clock: MockClock, stage: str, loop: str, bound_s: float
 ) -> None:
-    with mock.patch.object(worker_module, stage, stuck):
+    with mock.patch.object(tasks, stage, stuck):
         async with running_worker() as rig:
             await becomes_late(rig, loop, bound_s=bound_s)
 
@@ -205,7 +205,7 @@ async def test_an_intake_that_does_not_read_what_arrives_is_noticed(
         send, receive = intake.open_intake_buffer()
         return send, Deaf(receive)
 
-    with mock.patch.object(worker_module, "open_intake_buffer", open_deaf_buffer):
+    with mock.patch.object(tree, "open_intake_buffer", open_deaf_buffer):
         async with running_worker() as rig, trio.open_nursery() as nursery:
             await trio.sleep(300)
             assert rig.observed.liveness().ok
@@ -266,7 +266,7 @@ async def test_the_watchdog_hears_nothing_of_a_worker_with_a_stuck_loop(
     autojump_clock: MockClock,
 ) -> None:
     manager = MemoryServiceManager(watchdog_s=30)
-    with mock.patch.object(worker_module, "run_monitor", stuck):
+    with mock.patch.object(tasks, "run_monitor", stuck):
         async with running_worker(service_manager=manager) as rig:
             await trio.sleep(10)
             assert manager.notices[-1].alive

@@ -20,7 +20,6 @@ from sim.plan import Happening, Plan, make_plan
 from sim.scenes import call, rubbish, scene
 from sim.sweep import one_request, sweep, whole_run
 from sim.world import simulate
-from trio_worker import worker as worker_module
 from trio_worker.core import sequence as sequence_module
 from trio_worker.core.admission import Admission
 from trio_worker.core.fair_shares import FairShares, LevelShares
@@ -36,6 +35,7 @@ from trio_worker.flow.request_channel import PrioritySendChannel
 from trio_worker.protocol.turn import Report
 from trio_worker.simulated.engine import Faults, SimulatedEngine
 from trio_worker.stages import control, respond
+from trio_worker.worker import tasks, tree
 
 Patch = AbstractContextManager[object]
 
@@ -67,7 +67,7 @@ def terminal_message_after_an_await() -> Patch:
             if late.late is not None:
                 late.late()
 
-    return mock.patch.object(worker_module, "respond", careless)
+    return mock.patch.object(tasks, "respond", careless)
 
 
 def scheduler_withdraw_forgotten() -> Patch:
@@ -126,7 +126,7 @@ def deadline_ignored_in_the_queue() -> Patch:
         enter(self, sequence, now=now)
 
     return _both(
-        mock.patch.object(worker_module, "respond", patient),
+        mock.patch.object(tasks, "respond", patient),
         mock.patch.object(Scheduler, "enter", restoring),
     )
 
@@ -198,7 +198,7 @@ def keep_alive_numbers_reused() -> Patch:
 
 
 def drain_forgets_the_waiting() -> Patch:
-    return mock.patch.object(worker_module, "_end_without_a_token")
+    return mock.patch.object(tree, "_end_without_a_token")
 
 
 def preempted_loses_its_tokens() -> Patch:

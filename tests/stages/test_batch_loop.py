@@ -14,7 +14,6 @@ from support.metric_values import counter_of, histogram_of
 from support.worker_rig import Reply, Rig, running_worker
 from trio.testing import MockClock
 
-from trio_worker import worker as worker_module
 from trio_worker.core.batching import Batching
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.errors import WorkerFault
@@ -26,6 +25,7 @@ from trio_worker.ports import Turn
 from trio_worker.protocol.turn import Work
 from trio_worker.simulated.engine import SimulatedEngine
 from trio_worker.stages.batcher import _Batcher, run_batcher
+from trio_worker.worker import tasks
 
 ONE_SLOT = "worker.continuous_batching.max_batch_size=1"
 PROMPTS = ("one fish", "two fish", "red fish")
@@ -230,7 +230,7 @@ async def test_when_the_queue_ends_the_loop_does(autojump_clock: MockClock) -> N
 
     with (
         mock.patch.object(serving, "open_priority_channel", opened),
-        mock.patch.object(worker_module, "run_batcher", run),
+        mock.patch.object(tasks, "run_batcher", run),
     ):
         async with running_worker(ONE_SLOT) as rig:
             async with trio.open_nursery() as nursery:
