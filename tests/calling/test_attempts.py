@@ -68,6 +68,19 @@ def sent(exchange: Exchange, now: float = 100.0) -> Any:
     return json.loads(exchange.body(now))
 
 
+@pytest.mark.parametrize("now", [100.0, 801.791, 16_348.652])
+def test_no_rounding_asks_for_more_time_than_was_asked_for(now: float) -> None:
+    exchange = Exchange(
+        {"prompt": "x", "timeout_ms": 600_000},
+        persistence=Persistence(timeout_ms=None, attempts=1, nobody_listens_grace_s=5.0),
+        worker_id=None,
+        request_id="r",
+        rng=Lowest(),
+        now=now,
+    )
+    assert sent(exchange, now)["timeout_ms"] == 600_000
+
+
 def test_each_attempt_says_what_is_left_of_the_deadline_and_keeps_the_id() -> None:
     exchange = make_exchange()
     assert sent(exchange, 100.5) == {"prompt": "x", "request_id": "r", "timeout_ms": 9500}

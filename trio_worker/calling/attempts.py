@@ -158,8 +158,10 @@ class Exchange:
     def body(self, now: float) -> bytes:
         """The request as it is to be sent now."""
         if math.isfinite(self._deadline):
+            # Rounding must not make it more than was asked for: that may be all a worker allows.
+            most_ms = round(1000 * self._timeout_s)
             left_ms = math.ceil(1000 * (self._deadline - now))
-            self._request["timeout_ms"] = max(1, left_ms)
+            self._request["timeout_ms"] = max(1, min(left_ms, most_ms))
         self.resend_at = None
         self._at_work = True
         self._next_sequence = 0
