@@ -38,7 +38,7 @@ test *args:
 @test-fast *args:
     exec "{{ uv }}" run pytest -n logical --dist worksteal -m "not mlx and not nats and not process and not browser and not systemd and not thorough and not clients" "$@"
 
-# many runs of the worker in virtual time, or one with its log: just sim seeds=200, just sim seed=123
+# many runs of a worker or of a fleet in virtual time, or one with its log: just sim seeds=200, just sim seed=123, just sim fleets=100, just sim fleet=12
 @sim *options="seeds=200":
     cd tests && "{{ uv }}" run python -m sim "$@"
 
@@ -57,6 +57,10 @@ test *args:
 # a worker and mlx-serving's real controller, from a checkout with its packages: just try-controller checkout=FOLDER engine=mlx
 @try-controller *args:
     cd tests && "{{ uv }}" run python -m real_controller "$@"
+
+# durable jobs for three workers while one or nats-server dies or hangs (trouble=workers, server, freeze): just chaos-jobs jobs=500 trouble=server
+@chaos-jobs *options="jobs=500":
+    cd tests && "{{ uv }}" run python -m chaos.jobs "$@"
 
 # one-line bugs planted one at a time, and which of them no test finds: just mutate trio_worker/core
 @mutate *paths:
