@@ -9,6 +9,8 @@ from .plan import VOCABULARY, WORKER_ID, Call, Happening, Plan
 
 QUIET = (
     "worker.monitoring.report_interval_ms=60000",
+    "fleet.beat_interval_ms=60000",
+    "fleet.forget_after_ms=180000",
     "worker.resource_limits.check_interval_ms=60000",
     f"worker.simulated.vocabulary={VOCABULARY}",
 )

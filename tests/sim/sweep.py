@@ -68,7 +68,7 @@ def one_request(number: int) -> Pick:
 
 
 def intake(sweep: CancelAt) -> trio.CancelScope | None:
-    task = sweep.tasks.get("_run_intake")
+    task = sweep.tasks.get("intake")
     # Before it has reported that it has started, only its starter could end it.
     if task is None or not task.child_nurseries or not sweep.world.record.is_ready:
         return None
@@ -80,7 +80,7 @@ def all_requests(sweep: CancelAt) -> trio.CancelScope | None:
 
 
 def services(sweep: CancelAt) -> trio.CancelScope | None:
-    return _nursery_of(sweep.tasks.get("_run_batcher"))
+    return _nursery_of(sweep.tasks.get("batcher"))
 
 
 def whole_run(sweep: CancelAt) -> trio.CancelScope | None:
