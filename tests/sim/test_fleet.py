@@ -28,7 +28,7 @@ from trio_worker.ports import Message
 from trio_worker.stages.job import _Doing
 
 SEEDS = 24
-THOROUGH_SEEDS = 240
+THOROUGH_SEEDS = 120
 SEEDS_AT_ONCE = 6
 
 Patch = AbstractContextManager[object]
