@@ -78,3 +78,11 @@ def test_so_many_are_remembered() -> None:
     found = ids(live, 1.1)
     assert len(found) == WORKERS_MAX
     assert "x0" not in found
+
+
+def test_one_that_comes_back_after_its_goodbye_knows_nobody_yet() -> None:
+    live = live_set()
+    assert live.heard(make_beat("w2"), 0.0)
+    assert not live.heard(make_beat("w2", leaving=True), 1.0)
+    assert live.heard(make_beat("w2"), 2.0)
+    assert not live.heard(make_beat("w2"), 2.1)

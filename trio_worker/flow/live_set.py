@@ -36,7 +36,10 @@ class LiveSet:
         """By id, the one heard of longest ago first."""
 
     def heard(self, beat: Beat, now: float) -> bool:
-        """Take note of a beat; whether that worker was not known before. Our own is passed over."""
+        """Take note of a beat; whether its worker knows nobody yet. Our own is passed over.
+
+        That is one which was not known before, or has come back after its goodbye.
+        """
         if beat.id == self._own_id:
             return False
         self._forget(now)
@@ -44,7 +47,7 @@ class LiveSet:
         self._known[beat.id] = _Known(beat, now)
         if len(self._known) > WORKERS_MAX:
             del self._known[next(iter(self._known))]
-        return known is None
+        return known is None or (known.beat.leaving and not beat.leaving)
 
     def gone(self, worker_id: str) -> None:
         """Nobody listens for this worker."""
