@@ -27,8 +27,8 @@ from trio_worker.jetstream import api
 from trio_worker.ports import Message
 from trio_worker.stages.job import _Doing
 
-SEEDS = 24
-THOROUGH_SEEDS = 120
+SEEDS = 12
+THOROUGH_SEEDS = 72
 SEEDS_AT_ONCE = 6
 
 Patch = AbstractContextManager[object]
