@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -17,13 +16,14 @@ from rich.live import Live
 
 from trio_worker.cli.arguments import Commands, add_config, loaded_config
 from trio_worker.cli.exit_statuses import INTERRUPTED, NOBODY_THERE, status_without_reader
-from trio_worker.cli.fleet_rows import gone_line, json_line, picture_of, row_of
+from trio_worker.cli.fleet_rows import gone_line, json_line, picture_of
+from trio_worker.cli.interrupting import until_interrupted
 from trio_worker.config import Config, FleetConfig
 from trio_worker.errors import BrokerUnavailable, ExitStatus
-from trio_worker.exception_groups import sole_exceptions
 from trio_worker.flow.live_set import LiveSet
 from trio_worker.launch_nats import connect
 from trio_worker.logs import set_up_logging
+from trio_worker.monitoring.readings import member_of
 from trio_worker.monitoring.snapshot import MemberReading
 from trio_worker.ports import Broker, Message
 from trio_worker.wire import beats, subjects
@@ -73,17 +73,13 @@ def _fleet(args: argparse.Namespace) -> int:
 async def _watch_until_interrupted(config: Config, *, once: bool, as_json: bool) -> int:
     """The exit status. Ctrl-C is how a live view ends, and cuts one short that ends by itself."""
     status: int = INTERRUPTED if once else ExitStatus.OK
-    with sole_exceptions(), trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
 
-            async def cancel_at_signal() -> None:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel(reason="interrupted")
+    async def watch_it() -> None:
+        nonlocal status
+        async with connect(config.nats, name="trio-worker fleet") as broker:
+            status = await show(broker, config, once=once, as_json=as_json)
 
-            nursery.start_soon(cancel_at_signal)
-            async with connect(config.nats, name="trio-worker fleet") as broker:
-                status = await show(broker, config, once=once, as_json=as_json)
-            nursery.cancel_scope.cancel(reason="shown")
+    await until_interrupted(watch_it)
     return status
 
 
@@ -127,7 +123,7 @@ class Watched:
         return {beat.id: (beat, age_s) for beat, age_s in sorted(others, key=lambda one: one[0].id)}
 
     def rows(self) -> list[MemberReading]:
-        return [row_of(beat, age_s) for beat, age_s in self.latest().values()]
+        return [member_of(beat, age_s) for beat, age_s in self.latest().values()]
 
 
 @asynccontextmanager
@@ -189,7 +185,7 @@ async def follow(broker: Broker, fleet: FleetConfig) -> None:
         async for _ in trio_util.periodic(REDRAW_S):
             here = watched.latest()
             _write_lines(
-                json_line(row_of(beat, age_s))
+                json_line(member_of(beat, age_s))
                 for worker_id, (beat, age_s) in here.items()
                 if told.get(worker_id) is not beat
             )

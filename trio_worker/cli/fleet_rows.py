@@ -10,15 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from trio_worker.monitoring.snapshot import MemberReading
-from trio_worker.wire.beats import Beat
 
 NUMBERS = ("slots", "in flight", "queued", "heard")
 COLUMNS = ("worker", "model", "slots", "in flight", "queued", "state", "version", "heard")
 STYLES = {"accepting": "green", "not accepting": "yellow", "draining": "red"}
-
-
-def row_of(beat: Beat, age_s: float) -> MemberReading:
-    return MemberReading(**msgspec.structs.asdict(beat), age_s=round(age_s, 3))
 
 
 def state_of(row: MemberReading) -> str:

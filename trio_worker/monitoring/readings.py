@@ -83,11 +83,16 @@ def in_flight_of(parts: WorkerParts, *, now: float, limit: int | None) -> list[I
     ]
 
 
+def member_of(beat: msgspec.Struct, age_s: float) -> MemberReading:
+    """A worker by its beat (wire/beats.py), which is so many seconds old."""
+    return MemberReading(**msgspec.structs.asdict(beat), age_s=round(age_s, 3))
+
+
 def fleet_of(parts: WorkerParts, *, now: float) -> list[MemberReading]:
     """The workers that are known, by id, this one among them."""
     own = own_beat(parts.door, worker_id=parts.config.id, model=parts.config.model_name)
     return [
-        MemberReading(**msgspec.structs.asdict(beat), age_s=round(age_s, 3))
+        member_of(beat, age_s)
         for beat, age_s in sorted(
             [(own, 0.0), *parts.live.others(now)], key=lambda known: known[0].id
         )
