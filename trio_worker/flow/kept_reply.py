@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trio_worker.errors import PayloadTooLarge, WorkerError
+from trio_worker.flow.reply import without_details
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire.dialect import Dialect
 
@@ -45,9 +46,7 @@ class KeptReply:
         try:
             self._keep(self.dialect.error_body(error, retry_after_ms), error)
         except PayloadTooLarge as too_large:
-            # The details may carry the text so far; without them the error fits.
-            short = type(error)(error.message[:256], retryable=error.retryable)
-            short.details["details_omitted"] = too_large.message
+            short = without_details(error, too_large)
             self._keep(self.dialect.error_body(short, retry_after_ms), short)
 
     def discard_unsent(self) -> None:

@@ -41,6 +41,16 @@ class Reply(Protocol):
         """Forget what could not be sent yet."""
 
 
+def without_details(error: WorkerError, too_large: WorkerError) -> WorkerError:
+    """The same, as short as it can be: with its details, such as the text so far, it is too large.
+
+    `too_large` says so.
+    """
+    short = type(error)(error.message[:256], retryable=error.retryable)
+    short.details["details_omitted"] = too_large.message
+    return short
+
+
 class OpenReply(Protocol):
     """Opens the answer to one request; `is_admitted` says that there will be a task for it."""
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from trio_worker.errors import MessageTooLarge, PayloadTooLarge, WorkerError
+from trio_worker.flow.reply import without_details
 from trio_worker.ports import Outlet
 from trio_worker.protocol.turn import RequestId
 from trio_worker.wire.dialect import Dialect
@@ -78,9 +79,7 @@ class ReplyStream:
                 self.dialect.error_body(error, retry_after_ms), terminal=True, error=error
             )
         except PayloadTooLarge as too_large:
-            # The details may carry the text so far; without them the error fits.
-            short = type(error)(error.message[:256], retryable=error.retryable)
-            short.details["details_omitted"] = too_large.message
+            short = without_details(error, too_large)
             self._publish(
                 self.dialect.error_body(short, retry_after_ms), terminal=True, error=short
             )
