@@ -30,6 +30,7 @@ from loguru import logger
 from support.commands import RunningCommand, running_command, until_gone
 from support.nats_fixtures import NatsServer, running_server
 
+from trio_worker.core.priority import NAMES
 from trio_worker.jetstream.api import JetStreamError
 from trio_worker.jetstream.client import JetStream, open_jetstream
 from trio_worker.nats.broker import open_nats_broker
@@ -44,7 +45,6 @@ TRIES = 20
 PATIENCE_S = 120.0
 """For what is left when the trouble is over."""
 SECONDS_PER_JOB = 0.5
-LEVELS = ("high", "medium", "low")
 
 SETTINGS = (
     "nats.embedded=never",
@@ -208,7 +208,7 @@ async def _publish(jetstream: JetStream, request_ids: list[str]) -> None:
     async def publish(number: int, request_id: str) -> None:
         async with limit:
             body = json.dumps({**body_of(number), "request_id": request_id}).encode()
-            subject = subjects.job(level=LEVELS[number % 3], caller="chaos", model="tiny")
+            subject = subjects.job(level=NAMES[number % 3], caller="chaos", model="tiny")
             await jetstream.publish(subject, body, {"Nats-Msg-Id": request_id}, tries=TRIES)
 
     async with trio.open_nursery() as nursery:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import trio
 from support.batch_rig import (
-    LEVELS,
     MODEL,
     STREAMS,
     ScriptedWorker,
@@ -25,6 +24,7 @@ from support.batch_rig import (
 from support.commands import THIS_TREE, clean_environment, command, until
 from support.nats_fixtures import NatsServer, running_server
 
+from trio_worker.core.priority import NAMES
 from trio_worker.gateway.batch_queue import waiting_jobs
 from trio_worker.jetstream import streams
 from trio_worker.jetstream.client import JetStream, open_jetstream
@@ -61,7 +61,7 @@ async def started(server: NatsServer, *args: object) -> trio.Process:
 
 
 async def in_queue(js: JetStream) -> int:
-    found = await waiting_jobs(js, STREAMS.jobs, [f"jobs.inference.{level}.>" for level in LEVELS])
+    found = await waiting_jobs(js, STREAMS.jobs, [f"jobs.inference.{level}.>" for level in NAMES])
     assert found is not None
     return len(found)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_worker.core import jobs
+from trio_worker.core.priority import NAMES
 from trio_worker.core.request import SEED_END
 from trio_worker.errors import BY_CODE, ResourceLimitExceeded
 
@@ -14,7 +15,7 @@ from trio_worker.errors import BY_CODE, ResourceLimitExceeded
 def test_of_eight_rounds_one_begins_with_each_of_the_lower_levels() -> None:
     rounds = jobs.Rounds()
     orders = [rounds.next() for _ in range(800)]
-    assert all(sorted(order) == sorted(jobs.LEVELS) for order in orders)
+    assert all(sorted(order) == sorted(NAMES) for order in orders)
     for start in range(800 - jobs.ROUND):
         first = [order[0] for order in orders[start : start + jobs.ROUND]]
         assert (first.count("high"), first.count("medium"), first.count("low")) == (6, 1, 1)

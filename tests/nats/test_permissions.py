@@ -26,7 +26,7 @@ from support.paths import DOCS
 from support.scripted_controller import running_controller
 
 from trio_worker.client import Client, Login, open_client
-from trio_worker.core.jobs import LEVELS
+from trio_worker.core.priority import NAMES
 from trio_worker.errors import ConfigError, RequestCancelled, RequestTimeout
 from trio_worker.jetstream import streams
 from trio_worker.nats.broker import open_nats_broker
@@ -360,7 +360,7 @@ async def test_a_worker_without_the_rights_to_make_streams_does_the_jobs_of_othe
                 streams.dead_stream("DEAD"),
             ):
                 await caller.js.ensure_stream(stream)
-            for level in LEVELS:
+            for level in NAMES:
                 consumer = streams.job_consumer(level, caller.model, ack_wait_s=30)
                 await caller.js.ensure_consumer("INFERENCE", consumer)
             options = (*WORKER_OPTIONS, "--set", JOBS_ON)

@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from trio_worker.core.priority import NAMES
+
 from .plan import MODEL_NAME, VOCABULARY, WORDS
 
 CALLERS = ("app-a", "app-b", None)
-LEVELS = ("high", "medium", "low")
 TENANTS = 3
 PATIENT_MS = 240_000
 """Nobody's deadline ends a request here: what goes wrong has another reason."""
@@ -161,7 +162,7 @@ def _jobs(rng: random.Random, duration_s: float) -> list[Job]:
             Job(
                 at=rng.uniform(0, duration_s),
                 request_id=request_id,
-                level=rng.choice(LEVELS),
+                level=rng.choice(NAMES),
                 caller=rng.choice(CALLERS),
                 fields=fields,
             )

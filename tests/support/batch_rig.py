@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from support.http_calls import Heard, calling
+from trio_worker.core.priority import NAMES
 from trio_worker.gateway.batch_jobs import Job, Terms
 from trio_worker.gateway.batch_queue import Streams
 from trio_worker.gateway.endpoints import Api
@@ -28,7 +29,6 @@ CHAT = "/v1/chat/completions"
 STREAMS = Streams(jobs="INFERENCE", results="RESULTS")
 FAILING = "fail"
 """A prompt with this word is answered with an error."""
-LEVELS = ("high", "medium", "low")
 
 
 def line(custom_id: str, prompt: str = "hi", **more: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ async def make_streams(js: JetStream, **changes: Any) -> None:
     await js.ensure_stream(streams.jobs_stream(STREAMS.jobs) | changes)
     await js.ensure_stream(streams.results_stream(STREAMS.results, keep_s=86_400))
     await js.ensure_stream(streams.dead_stream("DEAD"))
-    for level in LEVELS:
+    for level in NAMES:
         consumer = streams.job_consumer(level, MODEL, ack_wait_s=30)
         await js.ensure_consumer(STREAMS.jobs, consumer)
 
@@ -89,7 +89,7 @@ class ScriptedWorker:
 
     async def work(self) -> None:
         async with trio.open_nursery() as nursery:
-            for level in LEVELS:
+            for level in NAMES:
                 nursery.start_soon(self._work_on, level)
 
     async def _work_on(self, level: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from trio_worker.core.priority import NAMES
 from trio_worker.core.request import SEED_END
 from trio_worker.errors import ErrorCode, WorkerError
 
-LEVELS = ("high", "medium", "low")
-"""The most urgent first."""
 ROUND = 8
 """Of so many rounds of asking, one begins with each of the lower levels."""
 PRIORITY_MAX = 9
@@ -32,14 +31,14 @@ class Rounds:
         most `ROUND` × k jobs of any worker that asks.
         """
         self._count += 1
-        high, medium, low = LEVELS
+        high, medium, low = NAMES
         match self._count % ROUND:
             case 0:
                 return (low, medium, high)
             case 4:
                 return (medium, high, low)
             case _:
-                return LEVELS
+                return NAMES
 
 
 def free_slots(*, slots: int, in_flight: int, beside: int) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from trio_worker.core.hand_on import Reason
-from trio_worker.core.jobs import LEVELS
 from trio_worker.core.memory import DegradationStep
+from trio_worker.core.priority import NAMES
 from trio_worker.errors import ErrorCode
 
 PREFIX = "trio_worker_"
@@ -214,7 +214,7 @@ JOBS = Description(
     meaning="Durable jobs: `taken` for the first time, `redelivered` to this worker, `answered` "
     "and stored, `found answered` already, `given back` to the stream, and `dead`: given up.",
     labels=("what", "level"),
-    starts=tuple((what, level) for what in JOB_EVENTS for level in LEVELS),
+    starts=tuple((what, level) for what in JOB_EVENTS for level in NAMES),
     worry="`dead` grows at all: look into the stream of dead letters. `redelivered` grows: workers "
     "die, or hang for longer than `ack_wait_ms`.",
 )

@@ -18,7 +18,8 @@ import trio
 from loguru import logger
 from trio_util import move_on_when, wait_any
 
-from trio_worker.core.jobs import LEVELS, Rounds, free_slots, pull_priority
+from trio_worker.core.jobs import Rounds, free_slots, pull_priority
+from trio_worker.core.priority import NAMES
 from trio_worker.flow.door import DoorState
 from trio_worker.flow.job import Job, JobsHeld, JobStreams, job_of
 from trio_worker.flow.serving import Serving
@@ -209,9 +210,9 @@ class _Seeking:
     async def _wait_for_one(self, pulls: Pulls) -> None:
         """Ask all levels, and take the first job that comes while a slot is free."""
         async with move_on_when(self._wait_until, lambda: self._free <= 0):
-            reconnects, is_open = self._reconnects, len(LEVELS)
+            reconnects, is_open = self._reconnects, len(NAMES)
             gives_up_at = trio.current_time() + OPEN_S + GRACE_S
-            for level in LEVELS:
+            for level in NAMES:
                 self._ask(pulls, level, expires_s=OPEN_S)
             while is_open and trio.current_time() < gives_up_at:
                 with trio.move_on_after(LOOK_S):
@@ -273,8 +274,7 @@ class _Seeking:
         )
         await self._as_permitted([partial(self._see_to_stream, config) for config in wanted])
         consumers = (
-            streams.job_consumer(level, self._model, ack_wait_s=self._ack_wait_s)
-            for level in LEVELS
+            streams.job_consumer(level, self._model, ack_wait_s=self._ack_wait_s) for level in NAMES
         )
         await self._as_permitted(
             [partial(self._jetstream.ensure_consumer, names.jobs, config) for config in consumers]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
-from trio_worker.core.jobs import LEVELS
+from trio_worker.core.priority import NAMES
 from trio_worker.protocol.turn import RequestId
 
 GROUP = "trio-workers"
@@ -154,7 +154,7 @@ class JobSubject(NamedTuple):
 def read_job(subject: str) -> JobSubject | None:
     """What a job's subject says; None if it is none."""
     tokens = subject.split(".", 4)
-    if len(tokens) < 5 or tokens[:2] != ["jobs", "inference"] or tokens[2] not in LEVELS:
+    if len(tokens) < 5 or tokens[:2] != ["jobs", "inference"] or tokens[2] not in NAMES:
         return None
     _, _, level, caller, model = tokens
     return JobSubject(level, None if caller == NOBODY else caller, model)
