@@ -23,6 +23,7 @@ from trio_worker.gateway.models import Limits
 from trio_worker.gateway.shapes import Endpoint
 from trio_worker.wire import native, subjects
 from trio_worker.wire.batch_file import BadLine, RequestLine, answer_line, request_lines
+from trio_worker.wire.native.faults import streamed_job
 
 _HEADERS_BYTES = 1024
 """More than the headers of a job have; they count as a part of the message."""
@@ -92,9 +93,7 @@ def _job(line: RequestLine, terms: Terms, request_id: str) -> Job | BadLine:
             limits_of=terms.limits_of,
         )
         if asked.stream:
-            raise InvalidRequest(
-                "stream: a job is answered as a whole; leave it out", details={"field": "stream"}
-            )
+            raise streamed_job()
         job = Job(
             custom_id=line.custom_id,
             request_id=request_id,

@@ -17,7 +17,7 @@ from loguru import logger
 from trio_util import move_on_when
 
 from trio_worker.core import jobs
-from trio_worker.errors import InternalError, InvalidRequest, MessageTooLarge, PayloadTooLarge
+from trio_worker.errors import InternalError, MessageTooLarge, PayloadTooLarge
 from trio_worker.flow.door import DoorState
 from trio_worker.flow.job import Job, JobsHeld, JobStreams, Replies
 from trio_worker.flow.kept_reply import KeptReply
@@ -30,6 +30,7 @@ from trio_worker.jetstream.client import JetStream
 from trio_worker.monitoring.counters import JobCounters
 from trio_worker.wire import subjects
 from trio_worker.wire.native import Fields
+from trio_worker.wire.native.faults import streamed_job
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 """Between two tries of what the stream refuses, doubled from one to the other."""
@@ -137,10 +138,7 @@ class _Doing:
         means = self._means
         self._replies.clear()
         if fields.get("stream"):
-            error = InvalidRequest(
-                "stream: a job is answered as a whole; leave it out", details={"field": "stream"}
-            )
-            means.reception.refuse(self._arrival, error, self._job.request_id)
+            means.reception.refuse(self._arrival, streamed_job(), self._job.request_id)
             return
         admitted = means.reception.admit(self._arrival, self._as_job(fields))
         if admitted is None:

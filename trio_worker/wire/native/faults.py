@@ -36,6 +36,10 @@ def missing(where: str) -> InvalidRequest:
     return refused(f"Missing required parameter: '{where}'.", where)
 
 
+def streamed_job() -> InvalidRequest:
+    return refused("stream: a job is answered as a whole; leave it out", "stream")
+
+
 def too_long(what: str, length: int, limit: int, where: str) -> InvalidRequest:
     """`what` is `string` or `array`."""
     article = "an" if what == "array" else "a"
