@@ -11,6 +11,7 @@ from trio_worker.cli.job_files import JobFile, Place
 from trio_worker.core.priority import NAMES
 from trio_worker.errors import ExitStatus
 from trio_worker.gateway.batch_queue import answers_to, slices, waiting_jobs
+from trio_worker.jetstream import api
 from trio_worker.jetstream.api import ConsumerInfo, Fault, JetStreamError
 from trio_worker.jetstream.client import JetStream
 from trio_worker.wire import native, subjects
@@ -57,14 +58,12 @@ async def show_streams(place: Place) -> int:
     rows: dict[str, int | None] = {}
     async with place.open() as jetstream:
         running = await _running(jetstream, place.streams.jobs)
+        held = await _held(jetstream, place.streams.jobs)
         for level in NAMES:
-            jobs = f"jobs.inference.{level}.>"
-            info = await jetstream.stream_info(place.streams.jobs, subjects=jobs)
-            held = sum((info.state.subjects or {}).values())
             if running is None:
-                rows[f"waiting or running, {level}"] = held
+                rows[f"waiting or running, {level}"] = held[level]
             else:
-                rows[f"waiting, {level}"] = max(0, held - running[level])
+                rows[f"waiting, {level}"] = max(0, held[level] - running[level])
                 rows[f"running, {level}"] = running[level]
         rows["answered and kept"] = await _messages(jetstream, place.streams.results)
         dead = place.config.nats.jetstream.dead
@@ -73,13 +72,23 @@ async def show_streams(place: Place) -> int:
     return ExitStatus.OK
 
 
+async def _held(jetstream: JetStream, stream: str) -> Counter[str]:
+    """The jobs in the queue, by level."""
+    info = await jetstream.stream_info(stream, subjects=subjects.JOBS)
+    held: Counter[str] = Counter()
+    for subject, count in (info.state.subjects or {}).items():
+        if (job := subjects.read_job(subject)) is not None:
+            held[job.level] += count
+    return held
+
+
 async def _running(jetstream: JetStream, stream: str) -> Counter[str] | None:
     """The jobs that workers have, by level; None where that may not be asked.
 
     Of the first 256 consumers, which is as many as the server tells at a time.
     """
     try:
-        reply = await jetstream.request(f"$JS.API.CONSUMER.LIST.{stream}")
+        reply = await jetstream.request(api.consumer_list(stream))
     except JetStreamError:
         return None
     running: Counter[str] = Counter()

@@ -8,15 +8,16 @@ it. Bound: `TASKS_MAX` of them at a time on a gateway, each with its file in mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 import trio
 from loguru import logger
 from msgspec.structs import replace
 
-from trio_worker.core.priority import NAMES
 from trio_worker.exception_groups import sole_exceptions
 from trio_worker.gateway.batch_jobs import Job, Terms, jobs_of
 from trio_worker.gateway.batch_queue import Streams, submit, waiting_jobs
@@ -45,6 +46,8 @@ FAULTS_MAX = 100
 LINES_AT_ONCE = 8
 """Read between one turn of others and the next."""
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTasks:
@@ -66,17 +69,19 @@ class BatchTasks:
                     nursery.start_soon(self._keep_one)
 
     async def _ensure(self) -> None:
+        await self._once_possible(self.store.ensure, "Batches are not to be had: {}")
+
+    async def _once_possible(self, attempt: Callable[[], Awaitable[_T]], complaint: str) -> _T:
+        """What `attempt` returns once JetStream lets it; each obstacle is complained of once."""
         said = None
         while True:
             try:
-                await self.store.ensure()
+                return await attempt()
             except JetStreamError as error:
                 if str(error) != said:
-                    logger.warning("Batches are not to be had: {}", error)
+                    logger.warning(complaint, error)
                 said = str(error)
-                await trio.sleep(AGAIN_S)
-            else:
-                return
+            await trio.sleep(AGAIN_S)
 
     async def _keep_one(self) -> None:
         while True:
@@ -118,15 +123,7 @@ class BatchTasks:
 
     async def _is_done(self, message: Message) -> bool:
         """Tries until nothing stands in the way; false if it is for later."""
-        said = None
-        while True:
-            try:
-                return await self._try(message)
-            except JetStreamError as error:
-                if str(error) != said:
-                    logger.warning("A batch waits: {}", error)
-                said = str(error)
-            await trio.sleep(AGAIN_S)
+        return await self._once_possible(partial(self._try, message), "A batch waits: {}")
 
     async def _say_it_is_worked_on(self, message: Message) -> None:
         while True:
@@ -252,7 +249,7 @@ class BatchTasks:
         waiting = await waiting_jobs(
             self.store.jetstream,
             self.streams.jobs,
-            [f"jobs.inference.{level}.>" for level in NAMES],
+            [subjects.JOBS],
         )
         for request_id, sequence in (waiting or {}).items():
             if request_id.rpartition("-")[0] == record.id:

@@ -53,6 +53,11 @@ def consumer_create(stream: str, consumer: str) -> str:
     return f"$JS.API.CONSUMER.CREATE.{stream}.{consumer}"
 
 
+def consumer_list(stream: str) -> str:
+    """All consumers of a stream, 256 at a time."""
+    return f"$JS.API.CONSUMER.LIST.{stream}"
+
+
 def next_message(stream: str, consumer: str) -> str:
     """Where a pull asks a consumer for messages."""
     return f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
