@@ -59,6 +59,11 @@ class Worker:
         return "native" in self.config.nats.dialects
 
     @property
+    def has_controllers(self) -> bool:
+        """Whether it is a member of the clusters of mlx-serving's controllers."""
+        return "mlx-serving" in self.config.nats.dialects
+
+    @property
     def drain_timeout_s(self) -> float:
         return self.config.worker.drain_timeout_ms / 1000
 

@@ -140,7 +140,7 @@ async def beat(  # noqa: ASYNC128 - what it runs reports the start
 
 
 def _controllers_endpoint(worker: Worker) -> tuple[Endpoint, ...]:
-    if "mlx-serving" not in worker.config.nats.dialects:
+    if not worker.has_controllers:
         return ()
     return (Endpoint(name="controller", subject=from_controllers(worker)),)
 
@@ -226,7 +226,7 @@ async def join_controllers(
     worker: Worker, intake: trio.Nursery, requests: trio.Nursery
 ) -> Departure | None:
     """Run the membership in `intake`, where the dialect is spoken; returns how to end it."""
-    if "mlx-serving" not in worker.config.nats.dialects:
+    if not worker.has_controllers:
         return None
     world, config, serving = worker.world, worker.config.worker, worker.serving
     assert world.host is not None, "who speaks mlx-serving's dialect says where it runs"
