@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import trio
 
 from trio_worker.core.admission import Admission
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Sequence
-from trio_worker.flow import serving
 from trio_worker.ports import Message
 
-from .record import Entry, hook
+from .record import Entry, hook, watching_parts
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -147,17 +143,11 @@ class FleetRecord:
 
     # --- watching -------------------------------------------------------------------------
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Let each life know its parts as they are made."""
-        with ExitStack() as stack:
-            for name, watch in (
-                ("Admission", self._watch_admission),
-                ("Scheduler", self._watch_scheduler),
-            ):
-                made = partial(_made, getattr(serving, name), watch)
-                stack.enter_context(mock.patch.object(serving, name, made))
-            yield
+        return watching_parts(
+            {"Admission": self._watch_admission, "Scheduler": self._watch_scheduler}
+        )
 
     def _watch_admission(self, admission: Admission) -> None:
         life = current_life.get()
@@ -240,9 +230,3 @@ class Rooms(trio.abc.Instrument):
             is_open = is_there and admission.engine_ready and not admission.draining
             life.room.note(now, is_so=is_open and not admission.is_full)
             life.door_open.note(now, is_so=is_open and admission._accepting)
-
-
-def _made(real: Any, watch: Any, *args: Any, **kwargs: Any) -> Any:
-    made = real(*args, **kwargs)
-    watch(made)
-    return made

@@ -8,13 +8,13 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import trio
 
 from trio_worker import worker as worker_module
-from trio_worker.config import Config, load_config
+from trio_worker.config import Config
 from trio_worker.jetstream.client import JetStream, open_jetstream
 from trio_worker.ports import Broker, Engine, Message
 from trio_worker.simulated.broker import MemoryBroker, MemoryServer, open_memory_broker
@@ -28,6 +28,7 @@ from .harness import run_deterministic
 from .plan import MODEL_NAME
 from .ports import CurvedProbe
 from .record import Record
+from .world import make_config
 
 LOADED_S = 5.0
 """All are ready by then, and nothing befalls anybody before."""
@@ -86,11 +87,6 @@ def simulate_fleet(plan: FleetPlan, *, schedule: int | None = None) -> FleetReco
     return record
 
 
-@lru_cache(maxsize=64)
-def make_member_config(overrides: tuple[str, ...]) -> Config:
-    return load_config(None, environ={}, overrides=list(overrides), hostname="host")
-
-
 async def _main(plan: FleetPlan, record: FleetRecord) -> None:
     server = MemoryServer(random=random.Random(plan.seed))
     world = FleetWorld(
@@ -99,8 +95,7 @@ async def _main(plan: FleetPlan, record: FleetRecord) -> None:
         server=server,
         streams=MemoryJetStream(server),
         members={
-            each.worker_id: MemberWorld(each, make_member_config(each.overrides))
-            for each in plan.members
+            each.worker_id: MemberWorld(each, make_config(each.overrides)) for each in plan.members
         },
     )
     _listen_in(server, record)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import trio
 
@@ -19,6 +22,7 @@ from trio_worker.core.memory import Pressure
 from trio_worker.core.request_queue import RequestQueue
 from trio_worker.core.scheduler import Scheduler
 from trio_worker.core.sequence import Sequence
+from trio_worker.flow import serving
 from trio_worker.ports import Message
 
 
@@ -339,3 +343,21 @@ def hook(owner: object, name: str, *, after: Callable[..., None]) -> None:
         return result
 
     setattr(owner, name, hooked)
+
+
+@contextmanager
+def watching_parts(watches: Mapping[str, Callable[[Any], None]]) -> Iterator[None]:
+    """Show each part that a worker makes for itself, by its class's name, to its watcher."""
+    with ExitStack() as stack:
+        for name, watch in watches.items():
+            made = partial(_make_watched, getattr(serving, name), watch)
+            stack.enter_context(mock.patch.object(serving, name, made))
+        yield
+
+
+def _make_watched(
+    real: Callable[..., Any], watch: Callable[[Any], None], *args: Any, **kwargs: Any
+) -> Any:
+    made = real(*args, **kwargs)
+    watch(made)
+    return made

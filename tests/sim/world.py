@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -17,7 +17,6 @@ import trio
 from trio_worker import worker as worker_module
 from trio_worker.config import Config, load_config
 from trio_worker.flow import reply_stream as reply
-from trio_worker.flow import serving
 from trio_worker.ports import Broker, Engine, Message
 from trio_worker.simulated.broker import (
     MemoryBroker,
@@ -30,7 +29,7 @@ from trio_worker.simulated.engine import SimulatedEngine, open_simulated_engine
 from .harness import run_deterministic
 from .plan import WORKER_ID, Call, Happening, Plan
 from .ports import MB, CurvedProbe, WatchedBroker, WatchedEngine
-from .record import Record, Steps
+from .record import Record, Steps, watching_parts
 
 PATIENCE_S = 120.0
 """Longer than any deadline in a plan."""
@@ -76,7 +75,7 @@ def simulate(
     return record
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def make_config(overrides: tuple[str, ...]) -> Config:
     return load_config(
         None, environ={}, overrides=[f"worker.id={WORKER_ID}", *overrides], hostname="host"
@@ -128,31 +127,15 @@ async def _main(
         record.left_over.append(f"{tasks} tasks")
 
 
-@contextmanager
-def watching(record: Record) -> Iterator[None]:
+def watching(record: Record) -> AbstractContextManager[None]:
     """Let `record` know the parts that a worker makes for itself."""
-    with ExitStack() as stack:
-        for name in ("Admission", "Scheduler", "RequestQueue"):
-            real = getattr(serving, name)
-            watch = getattr(
-                record,
-                {
-                    "Admission": "watch_admission",
-                    "Scheduler": "watch_scheduler",
-                    "RequestQueue": "watch_queue",
-                }[name],
-            )
-            made = partial(_make_watched, real, watch)
-            stack.enter_context(mock.patch.object(serving, name, made))
-        yield
-
-
-def _make_watched(
-    real: Callable[..., Any], watch: Callable[[Any], None], *args: Any, **kwargs: Any
-) -> Any:
-    made = real(*args, **kwargs)
-    watch(made)
-    return made
+    return watching_parts(
+        {
+            "Admission": record.watch_admission,
+            "Scheduler": record.watch_scheduler,
+            "RequestQueue": record.watch_queue,
+        }
+    )
 
 
 async def _run(world: World, stops: trio.MemoryReceiveChannel[None]) -> None:
